@@ -1,0 +1,454 @@
+"""Data pipelines: shapes, values, order, splits, embedded datasets, errors."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits, load_sample_images
+
+from tfp_dimflows import data
+from tfp_dimflows.data import embedded
+
+
+class VaryingSize(tfds.core.GeneratorBasedBuilder):
+    """Grey ramps of two sizes, under another key than `image`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"picture": tfds.features.Image(shape=(None, None, 1), encoding_format="png")}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for width in (12, 20):
+            ramp = np.tile(np.arange(width, dtype=np.uint8)[None, :, None], [10, 1, 1])
+            yield width, {"picture": ramp}
+
+
+class TwoImages(tfds.core.GeneratorBasedBuilder):
+    """Two images per example, neither of them called `image`; never prepared."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {side: tfds.features.Image(shape=(4, 4, 1), encoding_format="png") for side in ("left", "right")}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        pytest.fail("an unusable dataset was prepared")
+
+    def _generate_examples(self):
+        pass
+
+
+class DeepGrey(tfds.core.GeneratorBasedBuilder):
+    """Images of 16 bits; never prepared."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(4, 4, 1), dtype=np.uint16, encoding_format="png")}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        pytest.fail("an unusable dataset was prepared")
+
+    def _generate_examples(self):
+        pass
+
+
+@pytest.fixture(scope="session")
+def embedded_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("embedded")
+
+
+@pytest.fixture(scope="session")
+def tfds_dir():
+    default = pathlib.Path(__file__).parents[2] / "shared" / "tfds"
+    directory = pathlib.Path(os.environ.get("TFDS_DATA_DIR", default))
+    if not ((directory / "mnist").exists() and (directory / "cifar10").exists()):
+        pytest.skip(f"mnist and cifar10 are not prepared in {directory}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def celeb_a_dir(tmp_path_factory):
+    """A dataset with the name, version and features of TFDS's `celeb_a`; red is the row, green the column."""
+    directory = tmp_path_factory.mktemp("celeb_a")
+    original = tfds.builder("celeb_a", data_dir=directory)
+    features = original.info.features
+    rows, columns = np.mgrid[:218, :178]
+    image = np.stack([rows, columns, np.zeros_like(rows)], axis=-1).astype(np.uint8)
+
+    with tfds.core.registered.skip_registration():
+
+        class RowsAndColumns(tfds.core.GeneratorBasedBuilder):
+            name = "celeb_a"
+            VERSION = original.version
+
+            def _info(self):
+                image_feature = tfds.features.Image(shape=(218, 178, 3), encoding_format="png")
+                png_features = tfds.features.FeaturesDict({**features, "image": image_feature})
+                return tfds.core.DatasetInfo(builder=self, features=png_features)
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                example = {key: dict.fromkeys(features[key], 0) for key in features if key != "image"}
+                yield 0, {"image": image, **example}
+
+        RowsAndColumns(data_dir=directory).download_and_prepare()
+    return directory
+
+
+def images_of(dataset):
+    return np.concatenate(list(dataset.as_numpy_iterator()))
+
+
+def same_multiset(images, others):
+    return sorted(image.tobytes() for image in images) == sorted(image.tobytes() for image in others)
+
+
+def fail_to_prepare(builder):
+    raise ConnectionError("no route to host")
+
+
+class TestDigits:
+    def test_batches(self, embedded_dir):
+        dataset = data.load("digits", batch_size=64, data_dir=embedded_dir)
+        assert dataset.element_spec == tf.TensorSpec([64, 8, 8, 1], tf.uint8)
+        assert len(dataset) == 1437 // 64
+        assert all(batch.shape == (64, 8, 8, 1) for batch in dataset)
+        test = data.load("digits", "test", batch_size=100, data_dir=embedded_dir)
+        assert test.element_spec == tf.TensorSpec([None, 8, 8, 1], tf.uint8)
+        assert [len(batch) for batch in test] == [100, 100, 100, 60]
+
+    def test_shards_by_example_between_machines(self, embedded_dir):
+        options = data.load("digits", batch_size=64, flips=True, data_dir=embedded_dir).options()
+        assert options.experimental_distribute.auto_shard_policy == tf.data.experimental.AutoShardPolicy.DATA
+
+    def test_splits_are_all_of_scikit_learns_digits(self, embedded_dir):
+        train, test = (
+            images_of(data.load("digits", split, batch_size=99, drop_remainder=False, data_dir=embedded_dir))
+            for split in ("train", "test")
+        )
+        assert (len(train), len(test)) == (1437, 360)
+        assert train.min() == test.min() == 0 and train.max() == test.max() == 16
+        expected = load_digits().images.astype(np.uint8)
+        assert same_multiset(np.concatenate([train, test]), expected)
+
+    def test_split_is_stratified(self, embedded_dir):
+        data.info("digits", data_dir=embedded_dir)
+        builder = tfds.builder("digits", data_dir=embedded_dir)
+        train, test = (
+            np.bincount([example["label"] for example in builder.as_dataset(split=split).as_numpy_iterator()])
+            for split in ("train", "test")
+        )
+        np.testing.assert_array_equal(train + test, np.bincount(load_digits().target))
+        np.testing.assert_allclose(test / (train + test), 0.2, atol=0.01)
+
+    def test_values_outside_the_levels_are_an_error(self, embedded_dir, monkeypatch):
+        monkeypatch.setattr(embedded.Digits, "LEVELS", 16)
+        dataset = data.load("digits", batch_size=64, data_dir=embedded_dir)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="digits.* has an image value outside its 16 levels"):
+            list(dataset)
+
+
+class TestPhotoPatches:
+    def test_train_and_test_share_no_pixel(self):
+        covered = {split: np.zeros([embedded.PHOTO_HEIGHT, embedded.PHOTO_WIDTH], int) for split in ("train", "test")}
+        for split, count in covered.items():
+            for top, left in embedded.patch_corners(split):
+                patch = count[top : top + embedded.PATCH_SIZE, left : left + embedded.PATCH_SIZE]
+                assert patch.shape == (embedded.PATCH_SIZE, embedded.PATCH_SIZE)
+                patch += 1
+        assert not np.any((covered["train"] > 0) & (covered["test"] > 0))
+        assert np.mean(covered["train"] > 0) > 0.7 and np.mean(covered["test"] > 0) > 0.15
+
+    @pytest.mark.parametrize("split, size", [("train", 3600), ("test", 350)])
+    def test_patches_are_where_patch_corners_says(self, embedded_dir, split, size):
+        images = images_of(
+            data.load("photo_patches", split, batch_size=100, drop_remainder=False, data_dir=embedded_dir)
+        )
+        corners = embedded.patch_corners(split)
+        assert len(set(corners)) == len(corners)
+        expected = [photo[t : t + 32, x : x + 32] for photo in load_sample_images().images for t, x in corners]
+        assert images.shape == (size, 32, 32, 3) and images.dtype == np.uint8
+        assert same_multiset(images, expected)
+
+    def test_photographs_have_the_size_that_the_grid_assumes(self):
+        shapes = [photo.shape for photo in load_sample_images().images]
+        assert shapes == [(embedded.PHOTO_HEIGHT, embedded.PHOTO_WIDTH, 3)] * 2
+
+
+class TestOrder:
+    def load(self, embedded_dir, **kwargs):
+        return data.load("digits", kwargs.pop("split", "train"), batch_size=100, data_dir=embedded_dir, **kwargs)
+
+    def test_seed_determines_the_sequence_of_epochs(self, embedded_dir):
+        first, same, other = (self.load(embedded_dir, seed=seed, drop_remainder=False) for seed in (1, 1, 2))
+        epochs = [images_of(first), images_of(first)]
+        np.testing.assert_array_equal(epochs[0], images_of(same))
+        np.testing.assert_array_equal(epochs[1], images_of(same))
+        another = images_of(other)
+        assert np.any(epochs[0] != epochs[1]) and np.any(epochs[0] != another)
+        assert same_multiset(epochs[0], epochs[1])
+        assert same_multiset(epochs[0], another)
+
+    def test_only_train_shuffles_by_default(self, embedded_dir):
+        test = self.load(embedded_dir, split="test", seed=1)
+        np.testing.assert_array_equal(images_of(test), images_of(test))
+        np.testing.assert_array_equal(images_of(test), images_of(self.load(embedded_dir, split="test", seed=2)))
+        plain = images_of(self.load(embedded_dir, shuffle=False, seed=1))
+        np.testing.assert_array_equal(plain, images_of(self.load(embedded_dir, shuffle=False, seed=2)))
+        assert np.any(plain != images_of(self.load(embedded_dir)))
+        assert np.any(images_of(test) != images_of(self.load(embedded_dir, split="test", shuffle=True)))
+
+    def test_repeat_goes_on_and_reshuffles(self, embedded_dir):
+        dataset = self.load(embedded_dir, split="train[:150]", repeat=True)
+        assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+        images = images_of(dataset.take(6))
+        assert images.shape == (600, 8, 8, 1)
+        epochs = np.reshape(images, [4, 150, 8, 8, 1])
+        assert np.any(epochs[0] != epochs[1])
+        for epoch in epochs[1:]:
+            assert same_multiset(epoch, epochs[0])
+
+    def test_flips_mirror_about_half_of_the_images(self, embedded_dir):
+        plain = images_of(self.load(embedded_dir, shuffle=False))
+        mirrored = plain[:, :, ::-1]
+        dataset = self.load(embedded_dir, shuffle=False, flips=True, seed=1)
+        assert dataset.element_spec == tf.TensorSpec([100, 8, 8, 1], tf.uint8)
+        epochs = [images_of(dataset), images_of(dataset)]
+        is_plain, is_mirrored = (np.all(epochs[0] == images, axis=(1, 2, 3)) for images in (plain, mirrored))
+        assert np.all(is_plain | is_mirrored)
+        assert 0.4 < np.mean(is_mirrored) < 0.6
+        assert np.any(epochs[0] != epochs[1])
+        same = self.load(embedded_dir, shuffle=False, flips=True, seed=1)
+        np.testing.assert_array_equal(epochs[0], images_of(same))
+        np.testing.assert_array_equal(epochs[1], images_of(same))
+        assert np.any(epochs[0] != images_of(self.load(embedded_dir, shuffle=False, flips=True, seed=2)))
+
+
+class TestSplits:
+    def test_slices(self, embedded_dir):
+        def load(split):
+            return images_of(data.load("digits", split, batch_size=50, shuffle=False, data_dir=embedded_dir))
+
+        whole = images_of(
+            data.load("digits", batch_size=50, shuffle=False, drop_remainder=False, data_dir=embedded_dir)
+        )
+        np.testing.assert_array_equal(load("train[:100]"), whole[:100])
+        np.testing.assert_array_equal(load("train[100:200]"), whole[100:200])
+        assert len(load("test[50%:]")) == 180
+        assert len(data.load("digits", "train[:90%]+test", batch_size=1, data_dir=embedded_dir)) == 1293 + 360
+
+    @pytest.mark.parametrize("split", ["validation", "validation[:10]", "train[:x]"])
+    def test_unknown_split(self, embedded_dir, split):
+        with pytest.raises(ValueError, match=r"'digits' has no split '(validation|train).*\['train', 'test'\]"):
+            data.load("digits", split, batch_size=10, data_dir=embedded_dir)
+
+    def test_split_smaller_than_a_batch(self, embedded_dir):
+        with pytest.raises(ValueError, match=r"'train\[:10\]' of dataset 'digits' has 10 images.*batch of 32"):
+            data.load("digits", "train[:10]", batch_size=32, data_dir=embedded_dir)
+        dataset = data.load("digits", "train[:10]", batch_size=32, drop_remainder=False, data_dir=embedded_dir)
+        assert images_of(dataset).shape == (10, 8, 8, 1)
+
+
+class TestLevels:
+    def test_requantises_by_floor_division(self, embedded_dir):
+        def load(levels):
+            return images_of(data.load("photo_patches", "test", batch_size=50, levels=levels, data_dir=embedded_dir))
+
+        full = load(None)
+        np.testing.assert_array_equal(load(256), full)
+        np.testing.assert_array_equal(load(32), full // 8)
+        np.testing.assert_array_equal(load(2), full // 128)
+        assert load(32).dtype == np.uint8 and load(32).max() == 31
+
+    @pytest.mark.parametrize(
+        "name, levels, own", [("digits", 16, 17), ("digits", 1, 17), ("digits", 256, 17), ("photo_patches", 100, 256)]
+    )
+    def test_levels_must_divide(self, embedded_dir, name, levels, own):
+        with pytest.raises(ValueError, match=f"'{name}' has {own} levels, which levels={levels} does not divide"):
+            data.load(name, batch_size=10, levels=levels, data_dir=embedded_dir)
+
+
+class TestCropAndResize:
+    def load(self, embedded_dir, **kwargs):
+        return images_of(data.load("photo_patches", "test[:20]", batch_size=20, data_dir=embedded_dir, **kwargs))
+
+    def test_crop(self, embedded_dir):
+        cropped = self.load(embedded_dir, crop=(2, 5, 20, 10))
+        np.testing.assert_array_equal(cropped, self.load(embedded_dir)[:, 2:22, 5:15])
+
+    def test_resize_comes_after_crop_and_before_levels(self, embedded_dir):
+        cropped = self.load(embedded_dir)[:, 2:22, 5:15]
+        resized = tf.image.resize(cropped, [8, 7], method="bilinear", antialias=True)
+        expected = np.rint(resized).astype(np.uint8) // 8
+        images = self.load(embedded_dir, crop=(2, 5, 20, 10), image_size=(8, 7), levels=32)
+        assert images.dtype == np.uint8
+        np.testing.assert_array_equal(images, expected)
+
+    def test_shrinking_to_one_pixel_keeps_the_mean(self, embedded_dir):
+        means = np.mean(self.load(embedded_dir, crop=(0, 0, 2, 2)), axis=(1, 2))
+        np.testing.assert_allclose(self.load(embedded_dir, crop=(0, 0, 2, 2), image_size=1)[:, 0, 0], means, atol=0.51)
+
+    def test_enlarging(self, embedded_dir):
+        assert self.load(embedded_dir, image_size=40).shape == (20, 40, 40, 3)
+
+    @pytest.mark.parametrize("crop", [(1, 0, 32, 32), (0, 30, 32, 3), (-1, 0, 4, 4), (0, 0, 0, 4)])
+    def test_crop_outside_the_image(self, embedded_dir, crop):
+        with pytest.raises(ValueError, match=r"'photo_patches': crop \(.* leaves the image \(32, 32, 3\)"):
+            data.load("photo_patches", batch_size=10, crop=crop, data_dir=embedded_dir)
+
+    def test_images_of_varying_size(self, tmp_path):
+        resized = data.load("varying_size", batch_size=2, image_size=(5, 6), data_dir=tmp_path)
+        assert resized.element_spec.shape == (2, 5, 6, 1)
+        ramps = np.sort(images_of(resized)[:, 0, :, 0], axis=0)
+        np.testing.assert_allclose(ramps, [np.arange(6) * 2 + 0.5, (np.arange(6) + 0.5) * 20 / 6 - 0.5], atol=0.75)
+        cropped = data.load("varying_size", batch_size=2, crop=(0, 1, 10, 11), data_dir=tmp_path)
+        np.testing.assert_array_equal(images_of(cropped)[:, 3, :, 0], [np.arange(1, 12)] * 2)
+
+
+class TestCelebA:
+    def test_standard_crop_is_the_default_of_a_resize(self, celeb_a_dir):
+        image = images_of(data.load("celeb_a", batch_size=1, image_size=148, data_dir=celeb_a_dir))[0]
+        np.testing.assert_array_equal(image[:, 0, 0], np.arange(40, 188))
+        np.testing.assert_array_equal(image[0, :, 1], np.arange(15, 163))
+        small = images_of(data.load("celeb_a", batch_size=1, image_size=37, data_dir=celeb_a_dir))[0]
+        centres = (np.arange(37) + 0.5) * 4 - 0.5
+        np.testing.assert_allclose(small[2:-2, 5, 0], 40 + centres[2:-2], atol=0.51)
+        np.testing.assert_allclose(small[5, 2:-2, 1], 15 + centres[2:-2], atol=0.51)
+        assert data.info("celeb_a", image_size=64, data_dir=celeb_a_dir).event_shape == (64, 64, 3)
+
+    def test_crop_and_no_resize_are_respected(self, celeb_a_dir):
+        assert data.info("celeb_a", data_dir=celeb_a_dir).event_shape == (218, 178, 3)
+        dataset = data.load("celeb_a", batch_size=1, crop=(0, 0, 178, 178), image_size=89, data_dir=celeb_a_dir)
+        assert images_of(dataset)[0, 0, 0, 0] <= 1
+
+
+class TestInfo:
+    def test_embedded(self, embedded_dir):
+        digits = data.info("digits", data_dir=embedded_dir)
+        assert digits == data.DatasetInfo("digits", (8, 8, 1), 17, {"train": 1437, "test": 360})
+        patches = data.info("photo_patches", image_size=16, levels=32, data_dir=embedded_dir)
+        assert patches == data.DatasetInfo("photo_patches", (16, 16, 3), 32, {"train": 3600, "test": 350})
+        cropped = data.info("photo_patches", crop=(1, 2, 3, 4), data_dir=str(embedded_dir))
+        assert cropped.event_shape == (3, 4, 3)
+
+    def test_agrees_with_load(self, embedded_dir):
+        settings = dict(crop=(2, 2, 20, 24), image_size=(10, 12), levels=64, data_dir=embedded_dir)
+        described = data.info("photo_patches", **settings)
+        images = images_of(data.load("photo_patches", "test", batch_size=50, **settings))
+        assert images.shape == (described.splits["test"], *described.event_shape)
+        assert images.max() == described.levels - 1
+
+
+class TestRealDatasets:
+    @pytest.mark.parametrize(
+        "name, shape, train_size", [("mnist", (28, 28, 1), 60_000), ("cifar10", (32, 32, 3), 50_000)]
+    )
+    def test_loads(self, tfds_dir, name, shape, train_size):
+        assert data.info(name, data_dir=tfds_dir).splits == {"train": train_size, "test": 10_000}
+        dataset = data.load(name, "train[:512]", batch_size=128, flips=True, data_dir=tfds_dir)
+        assert dataset.element_spec == tf.TensorSpec([128, *shape], tf.uint8)
+        images = images_of(dataset)
+        assert images.shape == (512, *shape) and images.min() == 0 and images.max() == 255
+        coarse = images_of(data.load(name, "test[:256]", batch_size=128, levels=32, data_dir=tfds_dir))
+        fine = images_of(data.load(name, "test[:256]", batch_size=128, data_dir=tfds_dir))
+        np.testing.assert_array_equal(coarse, fine // 8)
+
+
+class TestPreparation:
+    def test_environment_variable_names_the_directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        assert data.info("varying_size", image_size=4).event_shape == (4, 4, 1)
+        assert (tmp_path / "varying_size").is_dir()
+
+    def test_embedded_dataset_beside_a_read_only_directory(self, tmp_path, monkeypatch):
+        read_only = tmp_path / "read_only"
+        read_only.mkdir(mode=0o555)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("TFDS_DATA_DIR", str(read_only))
+        assert data.info("digits").splits["test"] == 360
+        assert not any(read_only.iterdir())
+        assert (tmp_path / "home" / "tensorflow_datasets" / "digits").is_dir()
+
+    def test_prepares_once_and_prints_nothing_to_stdout(self, tmp_path, monkeypatch, capsys):
+        data.info("digits", data_dir=tmp_path)
+        monkeypatch.setattr(embedded.Digits, "_split_generators", lambda *_: pytest.fail("prepared twice"))
+        data.info("digits", data_dir=tmp_path)
+        assert capsys.readouterr().out == ""
+
+    def test_another_process_may_prepare_first(self, tmp_path, monkeypatch):
+        generate = embedded.Digits._generate_examples
+        races = []
+
+        def generate_while_another_prepares(self, *args):
+            if not races:
+                races.append("begun")
+                embedded.Digits(data_dir=tmp_path).download_and_prepare()
+            return generate(self, *args)
+
+        monkeypatch.setattr(embedded.Digits, "_generate_examples", generate_while_another_prepares)
+        dataset = data.load("digits", "test", batch_size=60, data_dir=tmp_path)
+        assert races and images_of(dataset).shape == (360, 8, 8, 1)
+        assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+    def test_unknown_name(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"'no_such_dataset' is unknown .*{tmp_path}.*data_dir"):
+            data.load("no_such_dataset", batch_size=1, data_dir=tmp_path)
+
+    def test_download_impossible(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail_to_prepare)
+        with pytest.raises(FileNotFoundError, match=rf"'mnist' is not in {tmp_path} .*no route[\s\S]*TFDS_DATA_DIR"):
+            data.load("mnist", batch_size=1, data_dir=tmp_path)
+
+    def test_unusable_images_are_refused_before_preparation(self, tmp_path):
+        with pytest.raises(ValueError, match=r"'two_images' has no single image[\s\S]*left[\s\S]*right"):
+            data.info("two_images", data_dir=tmp_path)
+        with pytest.raises(ValueError, match="'deep_grey' has uint16 images, need uint8"):
+            data.info("deep_grey", data_dir=tmp_path)
+        with pytest.raises(ValueError, match="'varying_size'.*pass image_size"):
+            data.info("varying_size", data_dir=tmp_path)
+        assert not any(tmp_path.iterdir())
+
+    def test_no_writable_directory(self, tmp_path, monkeypatch):
+        read_only = tmp_path / "read_only"
+        read_only.mkdir(mode=0o555)
+        monkeypatch.setenv("HOME", str(read_only))
+        monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail_to_prepare)
+        with pytest.raises(FileNotFoundError, match=f"'digits' is not in {read_only}/tensorflow_datasets"):
+            data.info("digits", data_dir=read_only)
+
+
+def test_imports_are_lazy_and_missing_scikit_learn_names_the_extra(tmp_path):
+    """Keras imports scikit-learn and matplotlib where it finds them, so they are made impossible to import."""
+    program = """
+import sys
+optional = ["sklearn", "matplotlib", "tensorflow_datasets"]
+sys.modules.update(dict.fromkeys(optional))
+from tfp_dimflows import data
+del sys.modules["tensorflow_datasets"]
+try:
+    data.load("digits", batch_size=1, data_dir=sys.argv[1])
+except ImportError as error:
+    assert "'digits'" in str(error) and "tfp-dimflows[demo]" in str(error), error
+else:
+    raise AssertionError("no ImportError")
+"""
+    repository = pathlib.Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=repository, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,26 @@
+"""Normalizing flows for TensorFlow Probability whose dimensions are first-class."""
+
+from tfp_dimflows import bijectors, data, distributions, networks, recipes
+from tfp_dimflows.bijectors.lcma import likelihood_contributions
+from tfp_dimflows.bijectors.per_dimension import (
+    forward_log_det_per_dim,
+    inverse_log_det_per_dim,
+    register_log_det_per_dim,
+)
+from tfp_dimflows.keras_bridge import adaptation
+from tfp_dimflows.training import FlowModel, load
+
+__all__ = [
+    "FlowModel",
+    "adaptation",
+    "bijectors",
+    "data",
+    "distributions",
+    "forward_log_det_per_dim",
+    "inverse_log_det_per_dim",
+    "likelihood_contributions",
+    "load",
+    "networks",
+    "recipes",
+    "register_log_det_per_dim",
+]

@@ -1,0 +1,34 @@
+"""Bijectors: the mathematics. Networks come in as callables."""
+
+from tfp_dimflows.bijectors import masks, transformers
+from tfp_dimflows.bijectors.actnorm import ActNorm
+from tfp_dimflows.bijectors.base import FlowBijector
+from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.bijectors.coupling import AdditiveCoupling, AffineCoupling, ConditionalTransform, Coupling
+from tfp_dimflows.bijectors.factorization import DimensionFactorization
+from tfp_dimflows.bijectors.invertible_conv import InvertibleConv1x1
+from tfp_dimflows.bijectors.lcma import LCMA
+from tfp_dimflows.bijectors.multiscale import Multiscale
+from tfp_dimflows.bijectors.preprocess import LogitPreprocess
+from tfp_dimflows.bijectors.reorder import Squeeze
+from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
+
+__all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Chain",
+    "ConditionalTransform",
+    "Coupling",
+    "DimensionFactorization",
+    "ElementwiseAffine",
+    "FlowBijector",
+    "InvertibleConv1x1",
+    "LCMA",
+    "LogitPreprocess",
+    "Multiscale",
+    "Squeeze",
+    "Transformer",
+    "masks",
+    "transformers",
+]

@@ -1,0 +1,89 @@
+"""Activation normalisation."""
+
+import tensorflow as tf
+
+from tfp_dimflows.bijectors import base
+from tfp_dimflows.keras_bridge import adapting
+
+
+class ActNorm(base.FlowBijector):
+    """Shift and scale of every channel, with a data-dependent initialisation (Glow).
+
+        inverse (data to latent):  x = (y + b) * exp(f * s)
+        forward:                   y = x * exp(-f * s) - b
+        inverse log-det of a dimension: f * s of its channel
+
+    with trainable b and s per entry of the last axis, and a constant f = `log_scale_factor`, which only changes the effective
+    learning rate of s. It starts as the identity. A pass inside `dimflows.adaptation()` (as `FlowModel.adapt` makes) sets b
+    and s so that every channel of the result has zero mean and unit variance; nothing else ever initialises it.
+
+    Args:
+      channels: size of the last axis.
+      log_scale_factor: f.
+      dtype: dtype of the variables.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    References: Kingma, Dhariwal, "Glow", 2018.
+
+    #### Example
+
+    >>> actnorm = dfb.ActNorm(1)
+    >>> with dimflows.adaptation():
+    ...     actnorm.inverse(tf.constant([[1.0], [5.0]])).numpy().ravel()
+    array([-1.,  1.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        log_scale_factor: float = 1.0,
+        dtype: tf.DType = tf.float32,
+        validate_args: bool = False,
+        name: str = "actnorm",
+    ):
+        parameters = dict(locals())
+        self._shift = tf.Variable(tf.zeros([channels], dtype), name="shift")
+        self._raw_log_scale = tf.Variable(tf.zeros([channels], dtype), name="log_scale")
+        self._factor = log_scale_factor
+        super().__init__(
+            forward_min_event_ndims=1,
+            is_constant_jacobian=True,
+            validate_args=validate_args,
+            parameters=parameters,
+            name=name,
+        )
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        self._check(y)
+        if adapting():
+            mean, log_std = _moments(y)
+            self._assign(shift=-mean, log_scale=-log_std)
+        shift, log_scale = self._parameters_as(y.dtype)
+        return (y + tf.cast(shift, y.dtype)) * tf.cast(tf.exp(log_scale), y.dtype), log_scale
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        self._check(x)
+        if adapting():
+            mean, log_std = _moments(x)
+            self._assign(shift=mean * tf.exp(-log_std), log_scale=log_std)
+        shift, log_scale = self._parameters_as(x.dtype)
+        return x * tf.cast(tf.exp(-log_scale), x.dtype) - tf.cast(shift, x.dtype), -log_scale
+
+    def _parameters_as(self, dtype):
+        dtype = base.log_det_dtype(dtype)
+        return tf.cast(self._shift, dtype), self._factor * tf.cast(self._raw_log_scale, dtype)
+
+    def _assign(self, shift, log_scale):
+        self._shift.assign(tf.cast(shift, self._shift.dtype))
+        self._raw_log_scale.assign(tf.cast(log_scale / self._factor, self._shift.dtype))
+
+    def _check(self, value):
+        if value.shape[-1] != self._shift.shape[0]:
+            raise ValueError(f"{self.name}: got {value.shape[-1]} channels, has parameters for {self._shift.shape[0]}")
+
+
+def _moments(value):
+    mean, variance = tf.nn.moments(tf.cast(value, base.log_det_dtype(value.dtype)), axes=list(range(value.shape.rank - 1)))
+    # A constant channel keeps its scale: normalising it would blow up the first value that differs.
+    return mean, tf.where(variance > 1e-12, 0.5 * tf.math.log(tf.maximum(variance, 1e-12)), 0.0)

@@ -1,0 +1,270 @@
+"""`FlowBijector`: one fused pass per direction, and the log-det of every dimension."""
+
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_probability as tfp
+from tensorflow.python.eager import record
+from tensorflow_probability.python.internal import cache_util, nest_util
+from tensorflow_probability.python.internal import prefer_static as ps
+
+tfb = tfp.bijectors
+
+
+class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):
+    """TFP's cache, minus every entry that would be stale or out of reach.
+
+    A direction's value and log-dets enter together, so a conditioner runs once. An entry is used only while a
+    recomputation would give the same tensors: in the graph that made it, before any assignment there; eagerly, while
+    no variable of the bijector has changed and, under a gradient tape, if that tape recorded it.
+    """
+
+    def _get_or_create_edge(self, input, forward_name, kwargs):  # noqa: A002 (TFP's name)
+        edge = super()._get_or_create_edge(input, forward_name, kwargs)
+        if edge.attributes and not self._is_current(edge):
+            edge = edge._replace(output_ref=None, attributes={}, dependencies=None)
+            self.storage[edge.input_ref] = edge
+        return edge
+
+    def _is_current(self, edge):
+        if "origin" not in edge.attributes:
+            return False
+        output = tf.nest.flatten(edge.output_ref()) if edge.output_ref else []
+        return edge.attributes["origin"].is_current([*output, edge.attributes["ildj"]])
+
+
+class _Origin:
+    """Where and under which variable values a cached pass was made."""
+
+    def __init__(self, bijector):
+        if tf.executing_eagerly():
+            self._graph = None
+            # Reading is O(1): the value shares the variable's buffer until the variable is assigned to.
+            self._values = [(v, v.read_value()) for v in bijector.variables]
+        else:
+            self._graph = tf.compat.v1.get_default_graph()
+            self._num_operations = len(self._graph.get_operations())
+
+    def is_current(self, tensors) -> bool:
+        if tf.executing_eagerly():
+            if self._graph is not None:
+                return False
+            if record.could_possibly_record() and not record.should_record_backprop(tensors):
+                return False
+            return all(bool(tf.reduce_all(v == value)) for v, value in self._values)
+        if self._graph is not tf.compat.v1.get_default_graph():
+            return False
+        later = self._graph.get_operations()[self._num_operations :]
+        return not any(_may_assign(operation.type) for operation in later)
+
+
+def _may_assign(operation_type: str) -> bool:
+    return operation_type.startswith(("Assign", "Resource", "PartitionedCall", "StatefulPartitionedCall", "While", "If"))
+
+
+class FlowBijector(tfb.Bijector):
+    """Base of every bijector of this package: a bijector that knows the log-det of each dimension.
+
+    A family writes two primitives, each of which returns the value *and* the log-dets from one pass:
+
+    * `_forward_and_log_det_per_dim(x, condition) -> y, log_det` with `log_det` in the frame (shape and order) of `x`,
+    * `_inverse_and_log_det_per_dim(y, condition) -> x, log_det` with `log_det` in the frame of `y`.
+
+    The log-det may be any shape that broadcasts to its frame, and sums over the event to log abs det of the Jacobian of
+    that direction. From the two, this class provides all of TFP's methods, so that a conditioner network runs once per
+    direction and per `log_prob`, in eager mode, `tf.function` and XLA, and never returns a value from before a variable
+    was updated.
+
+    `condition` is a tensor or a structure of tensors; a class that can use one says so by `_uses_condition`. A bijector
+    that moves dimensions (its output's frame is not its input's) also writes `_transport_forward` and
+    `_transport_inverse`, which carry a tensor of per-dimension numbers along.
+
+    Two instances are equal only if they are the same object, since they may hold different variables.
+
+    Args:
+      forward_min_event_ndims: number of event axes of a latent value.
+      inverse_min_event_ndims: number of event axes of a data value; default: the same.
+      dtype: as in `tfb.Bijector`.
+      is_constant_jacobian: as in `tfb.Bijector`.
+      validate_args: as in `tfb.Bijector`.
+      parameters: the constructor's arguments, for `copy`.
+      name: the name of the operations.
+
+    #### Example
+
+    >>> class Doubling(dfb.FlowBijector):
+    ...     def __init__(self, name="doubling"):
+    ...         super().__init__(forward_min_event_ndims=1, parameters=dict(locals()), name=name)
+    ...
+    ...     def _forward_and_log_det_per_dim(self, x, condition):
+    ...         return 2.0 * x, tf.math.log(2.0)
+    ...
+    ...     def _inverse_and_log_det_per_dim(self, y, condition):
+    ...         return y / 2.0, -tf.math.log(2.0)
+    >>> Doubling().inverse_log_det_per_dim(tf.zeros([3])).numpy().round(4)
+    array([-0.6931, -0.6931, -0.6931], dtype=float32)
+    """
+
+    _cache = _FreshCache(forward_name="_cached_forward", inverse_name="_cached_inverse")
+
+    def __init__(
+        self,
+        *,
+        forward_min_event_ndims: Any,
+        inverse_min_event_ndims: Any = None,
+        dtype: Any = None,
+        is_constant_jacobian: bool = False,
+        validate_args: bool = False,
+        parameters: dict | None = None,
+        name: str | None = None,
+    ):
+        if inverse_min_event_ndims is None:
+            inverse_min_event_ndims = forward_min_event_ndims
+        if parameters is not None:
+            parameters = {k: v for k, v in parameters.items() if k not in ("self", "__class__")}
+        super().__init__(
+            forward_min_event_ndims=forward_min_event_ndims,
+            inverse_min_event_ndims=inverse_min_event_ndims,
+            dtype=dtype,
+            is_constant_jacobian=is_constant_jacobian,
+            validate_args=validate_args,
+            parameters=parameters,
+            name=name,
+        )
+
+    # What a family writes.
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        raise NotImplementedError(f"{self.name}: `_forward_and_log_det_per_dim` is not implemented")
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        raise NotImplementedError(f"{self.name}: `_inverse_and_log_det_per_dim` is not implemented")
+
+    def _transport_forward(self, per_dim):
+        return per_dim
+
+    def _transport_inverse(self, per_dim):
+        return per_dim
+
+    @property
+    def _uses_condition(self) -> bool:
+        return False
+
+    def _route(self, condition, kwargs):
+        """Merges the condition with other keyword arguments; composites that route by name override this."""
+        if kwargs:
+            raise TypeError(f"{self.name}: got unexpected keyword arguments {sorted(kwargs)}, knows only `condition`")
+        if condition is not None and not self._uses_condition:
+            raise ValueError(f"{self.name}: got a condition, but no part of this bijector can use one")
+        return condition
+
+    # The per-dimension hook.
+
+    def inverse_log_det_per_dim(self, y, condition=None, **kwargs) -> tf.Tensor:
+        """Contribution of every dimension of `y` to log abs det of the Jacobian of `inverse`.
+
+        Args:
+          y: data, `batch + event`.
+          condition: tensor or structure, if the bijector is conditional.
+          **kwargs: keyword arguments for parts addressed by name (composites only).
+
+        Returns:
+          A tensor of the shape of `y`; its sum over the event is `inverse_log_det_jacobian(y)`.
+
+        Raises:
+          NotImplementedError: if a part has no per-dimension decomposition; the message names it.
+          ValueError: if a condition is given that no part can use.
+        """
+        y = to_tensor(y, self.forward_dtype())
+        return _fill(self._inverse_and_log_det_per_dim(y, self._route(condition, kwargs))[1], y)
+
+    def forward_log_det_per_dim(self, x, condition=None, **kwargs) -> tf.Tensor:
+        """Contribution of every dimension of `x` to log abs det of the Jacobian of `forward`.
+
+        Args:
+          x: latent values, `batch + event`.
+          condition: tensor or structure, if the bijector is conditional.
+          **kwargs: keyword arguments for parts addressed by name (composites only).
+
+        Returns:
+          A tensor of the shape of `x`; its sum over the event is `forward_log_det_jacobian(x)`.
+
+        Raises:
+          NotImplementedError: if a part has no per-dimension decomposition; the message names it.
+          ValueError: if a condition is given that no part can use.
+        """
+        x = to_tensor(x, self.inverse_dtype())
+        return _fill(self._forward_and_log_det_per_dim(x, self._route(condition, kwargs))[1], x)
+
+    # What TFP asks for.
+
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        y, log_det = self._forward_and_log_det_per_dim(x, condition)
+        return y, sum_event(log_det, x, event_ndims)
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        x, log_det = self._inverse_and_log_det_per_dim(y, condition)
+        return x, sum_event(log_det, y, event_ndims)
+
+    def _cached_forward(self, x, condition=None, **kwargs):
+        condition = self._route(condition, kwargs)
+        y, fldj = self._forward_and_log_det(x, condition, self.forward_min_event_ndims)
+        return y, {"fldj": fldj, "ildj": -fldj, "origin": _Origin(self)}
+
+    def _cached_inverse(self, y, condition=None, **kwargs):
+        condition = self._route(condition, kwargs)
+        x, ildj = self._inverse_and_log_det(y, condition, self.inverse_min_event_ndims)
+        return x, {"ildj": ildj, "fldj": -ildj, "origin": _Origin(self)}
+
+    def _forward(self, x, **kwargs):
+        return self._cached_forward(x, **kwargs)[0]
+
+    def _inverse(self, y, **kwargs):
+        return self._cached_inverse(y, **kwargs)[0]
+
+    def _forward_log_det_jacobian(self, x, **kwargs):
+        return self._cached_forward(x, **kwargs)[1]["fldj"]
+
+    def _inverse_log_det_jacobian(self, y, **kwargs):
+        return self._cached_inverse(y, **kwargs)[1]["ildj"]
+
+    @classmethod
+    def _parameter_properties(cls, dtype):
+        return {}
+
+    def __hash__(self):
+        return id(self)
+
+    def __eq__(self, other):
+        return self is other
+
+
+def to_tensor(value, dtype):
+    """Converts a value as `tfb.Bijector`'s own methods do; `dtype` (a structure of dtypes) shows which lists are parts."""
+    return nest_util.convert_to_nested_tensor(value, dtype_hint=dtype, dtype=dtype, allow_packing=True)
+
+
+def _fill(log_det, value):
+    """Broadcasts per-dimension log-dets in full to the shape of `value` (structures alike)."""
+    return tf.nest.map_structure(
+        lambda d, v: tf.broadcast_to(tf.cast(d, log_det_dtype(v.dtype)), ps.shape(v)), log_det, value
+    )
+
+
+def log_det_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype of log-dets of values of `dtype`: never less than float32."""
+    return tf.float32 if dtype in (tf.float16, tf.bfloat16) else tf.as_dtype(dtype)
+
+
+def sum_event(log_det, value, event_ndims):
+    """Sums per-dimension log-dets over the last `event_ndims` axes of `value` (over all parts of a structure)."""
+    filled = tf.nest.flatten(_fill(log_det, value))
+    ndims = tf.nest.flatten(event_ndims)
+    return sum(tf.reduce_sum(d, axis=list(range(-n, 0))) if n else d for d, n in zip(filled, ndims))
+
+
+def event_ndims_static(event_ndims: Any, name: str) -> int:
+    """Checks an `event_ndims` argument: 1 for vectors, 3 for images."""
+    if event_ndims not in (1, 3):
+        raise ValueError(f"{name}: got event_ndims={event_ndims!r}, needs 1 (vectors) or 3 (images)")
+    return event_ndims

@@ -1,0 +1,127 @@
+"""`Chain`: TFP's Chain, with one `condition` for all its parts and one fused pass."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow_probability as tfp
+
+from tfp_dimflows.bijectors import base, per_dimension
+
+tfb = tfp.bijectors
+
+
+class _Routed(NamedTuple):
+    """A condition for all parts, and keyword arguments for parts addressed by name."""
+
+    condition: Any
+    by_name: dict
+
+
+class Chain(base.FlowBijector):
+    """Composition of bijectors, `forward(x) = b_0(b_1(... b_n(x)))`, like `tfb.Chain`, with `condition=` broadcast to all parts.
+
+    Parts may be bijectors of this package, of TFP, or a user's own. `condition` reaches every part that can use it, also inside
+    nested composites; other keyword arguments go to parts by name, as in `tfb.Chain`. Parts of this package are evaluated in
+    one fused pass with their log-dets.
+
+    Args:
+      bijectors: sequence of bijectors; the last is applied first in `forward`.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    #### Example
+
+    >>> flow = dfb.Chain([tfb.Exp(), dfb.ActNorm(2)])
+    >>> flow.inverse_log_det_per_dim([1.0, 2.0]).numpy().round(3)
+    array([-0.   , -0.693], dtype=float32)
+    """
+
+    def __init__(self, bijectors: Sequence[tfb.Bijector], validate_args: bool = False, name: str = "chain"):
+        parameters = dict(locals())
+        # TFP's Chain knows how shapes, dtypes and event ranks propagate; only these are asked of it.
+        self._shapes = tfb.Chain(list(bijectors), validate_args=validate_args)
+        self._bijectors = list(bijectors)
+        super().__init__(
+            forward_min_event_ndims=self._shapes.forward_min_event_ndims,
+            inverse_min_event_ndims=self._shapes.inverse_min_event_ndims,
+            dtype=self._shapes.dtype,
+            is_constant_jacobian=self._shapes.is_constant_jacobian,
+            validate_args=validate_args,
+            parameters=parameters,
+            name=name,
+        )
+
+    @property
+    def bijectors(self) -> list[tfb.Bijector]:
+        """The parts, as given."""
+        return list(self._bijectors)
+
+    @property
+    def _uses_condition(self):
+        return any(per_dimension.condition_kwargs(b, True) for b in self._bijectors)
+
+    @property
+    def _is_permutation(self):
+        return self._shapes._is_permutation
+
+    @property
+    def _is_injective(self):
+        return self._shapes._is_injective
+
+    def _route(self, condition, kwargs):
+        if isinstance(condition, _Routed):
+            return condition
+        unknown = set(kwargs) - {b.name for b in self._bijectors}
+        super()._route(condition, {k: kwargs[k] for k in unknown})
+        return _Routed(condition, kwargs)
+
+    def _parts(self, routed, direction):
+        order = self._bijectors if direction == "inverse" else self._bijectors[::-1]
+        return [
+            (b, per_dimension.condition_kwargs(b, routed.condition) | routed.by_name.get(b.name, {})) for b in order
+        ]
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        return per_dimension.chain_pass(self._parts(self._route(condition, {}), "forward"), x, "forward")
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        return per_dimension.chain_pass(self._parts(self._route(condition, {}), "inverse"), y, "inverse")
+
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        return self._total(x, self._route(condition, {}), event_ndims, "forward")
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        return self._total(y, self._route(condition, {}), event_ndims, "inverse")
+
+    def _total(self, value, routed, event_ndims, direction):
+        fused = getattr(per_dimension, f"{direction}_and_log_det")
+        log_dets = []
+        for bijector, kwargs in self._parts(routed, direction):
+            value, log_det = fused(bijector, value, event_ndims, **kwargs)
+            log_dets.append(log_det)
+            event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
+        return value, sum(log_dets)
+
+    def _transport_forward(self, per_dim):
+        return per_dimension.transport_forward(self._shapes, per_dim)
+
+    def _transport_inverse(self, per_dim):
+        return per_dimension.transport_inverse(self._shapes, per_dim)
+
+    def _forward_event_shape(self, shape):
+        return self._shapes.forward_event_shape(shape)
+
+    def _inverse_event_shape(self, shape):
+        return self._shapes.inverse_event_shape(shape)
+
+    def _forward_event_shape_tensor(self, shape):
+        return self._shapes.forward_event_shape_tensor(shape)
+
+    def _inverse_event_shape_tensor(self, shape):
+        return self._shapes.inverse_event_shape_tensor(shape)
+
+    def _forward_dtype(self, dtype, **kwargs):
+        return self._shapes.forward_dtype(dtype)
+
+    def _inverse_dtype(self, dtype, **kwargs):
+        return self._shapes.inverse_dtype(dtype)

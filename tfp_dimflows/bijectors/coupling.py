@@ -1,0 +1,215 @@
+"""Coupling layers: one part of the event conditions an elementwise transformation of the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from tensorflow_probability.python.internal import prefer_static as ps
+
+from tfp_dimflows.bijectors import base, per_dimension, transformers
+from tfp_dimflows.keras_bridge import Network
+
+
+class Coupling(base.FlowBijector):
+    r"""Coupling layer with any mask, network and elementwise transformer.
+
+    With conditioning part a, transformed part b and an elementwise bijector T:
+
+        forward:  y_a = x_a,   y_b = T(x_b; network(x_a, condition))
+        inverse:  x_a = y_a,   x_b = T^-1(y_b; network(y_a, condition))
+        inverse log-det of a dimension: 0 on a, log |dT^-1/dy| on b
+
+    The network is evaluated once per pass. It gets the conditioning part with one batch axis, and returns
+    `params_per_dim` numbers for each entry of the transformed part: `[N, ..., channels * params_per_dim]`, those of one
+    entry next to each other.
+
+    Args:
+      network: callable `(x, condition) -> parameters`: a Keras 3 layer or model, a tf_keras layer, a `tf.Module`, a function.
+      mask: one of `dfb.masks`.
+      transformer: a `dfb.Transformer`.
+      validate_args: as in `tfb.Bijector`.
+      parameters: the arguments of a subclass's constructor.
+      name: the name of the operations.
+
+    Raises:
+      ValueError: when the network returns another number of parameters, or the event does not fit the mask.
+
+    References: Dinh, Krueger, Bengio, "NICE", 2015; Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2017.
+
+    #### Example
+
+    >>> coupling = dfb.Coupling(
+    ...     network=lambda x: 3.0 * x,
+    ...     mask=dfb.masks.Channel(event_ndims=1),
+    ...     transformer=dfb.Transformer(lambda params: tfb.Shift(params[..., 0]), params_per_dim=1),
+    ... )
+    >>> coupling.forward([1.0, 1.0]).numpy()
+    array([1., 4.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., tf.Tensor],
+        mask: Any,
+        transformer: transformers.Transformer,
+        validate_args: bool = False,
+        parameters: dict | None = None,
+        name: str = "coupling",
+    ):
+        parameters = dict(locals()) if parameters is None else parameters
+        self._network = Network(network)
+        self._mask = mask
+        self._transformer = transformer
+        super().__init__(
+            forward_min_event_ndims=mask.event_ndims, validate_args=validate_args, parameters=parameters, name=name
+        )
+
+    @property
+    def mask(self) -> Any:
+        """The mask."""
+        return self._mask
+
+    @property
+    def _uses_condition(self):
+        return self._network.accepts_condition
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        return self._transform(x, condition, per_dimension.forward_and_log_det_per_dim)
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        return self._transform(y, condition, per_dimension.inverse_and_log_det_per_dim)
+
+    def _transform(self, value, condition, direction):
+        conditioning, transformed = self._mask.split(value)
+        params = self._network(conditioning, condition, event_ndims=self._mask.event_ndims)
+        params = _unpack(params, transformed, self._transformer.params_per_dim, self.name)
+        bijector = self._transformer(self._mask.select(params))
+        transformed, log_det = direction(bijector, transformed)
+        log_det = base._fill(log_det, transformed)
+        zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
+        return self._mask.join(conditioning, transformed), self._mask.join(zeros, log_det)
+
+
+def _unpack(params, transformed, params_per_dim, name):
+    """Network output `[..., C * P]` to `[..., C, P]`, in float32 at least."""
+    expected = transformed.shape[-1] * params_per_dim
+    if params.shape[-1] != expected or params.shape.rank != transformed.shape.rank:
+        raise ValueError(
+            f"{name}: the network returned parameters of shape {params.shape} for a transformed part of shape "
+            f"{transformed.shape}, needs {params_per_dim} per entry: a last axis of {expected}"
+        )
+    dtype = base.log_det_dtype(transformed.dtype)
+    shape = ps.concat([ps.shape(params)[:-1], [transformed.shape[-1], params_per_dim]], axis=0)
+    return tf.cast(tf.reshape(params, shape), dtype)
+
+
+class AffineCoupling(Coupling):
+    """Affine coupling (RealNVP, Glow): from data to latent `z_b = (y_b + t(y_a)) * exp(s(y_a))`, `z_a = y_a`.
+
+    The inverse log-det of a dimension is s on the transformed part, 0 on the conditioning part. The network returns
+    `2 * channels` numbers, (t, raw s) of one entry next to each other.
+
+    Args:
+      network: as in `Coupling`.
+      mask: one of `dfb.masks`.
+      log_scale: how s is bounded: `"tanh"` (s = g tanh(raw), g trainable), `"sigmoid"` (exp(s) = sigmoid(raw + 2)) or
+        `"exp"` (s = raw).
+      initial_gain: initial g.
+      dtype: dtype of g.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    #### Example
+
+    >>> coupling = dfb.AffineCoupling(lambda x: tf.repeat(x, 2, axis=-1), dfb.masks.Channel(event_ndims=1), log_scale="exp")
+    >>> coupling.inverse_log_det_per_dim([0.5, 3.0]).numpy()
+    array([0. , 0.5], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., tf.Tensor],
+        mask: Any,
+        log_scale: str = "tanh",
+        initial_gain: float = 1.0,
+        dtype: tf.DType = tf.float32,
+        validate_args: bool = False,
+        name: str = "affine_coupling",
+    ):
+        parameters = dict(locals())
+        super().__init__(network, mask, transformers.Affine(log_scale, initial_gain, dtype), validate_args, parameters, name)
+
+
+class AdditiveCoupling(Coupling):
+    """Additive coupling (NICE): from data to latent `z_b = y_b + t(y_a)`, `z_a = y_a`; the log-det is 0.
+
+    Args:
+      network: as in `Coupling`; returns t, `channels` numbers.
+      mask: one of `dfb.masks`.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    #### Example
+
+    >>> dfb.AdditiveCoupling(lambda x: x, dfb.masks.Channel(event_ndims=1)).inverse([1.0, 2.0]).numpy()
+    array([1., 3.], dtype=float32)
+    """
+
+    def __init__(
+        self, network: Callable[..., tf.Tensor], mask: Any, validate_args: bool = False, name: str = "additive_coupling"
+    ):
+        parameters = dict(locals())
+        super().__init__(network, mask, transformers.Additive(), validate_args, parameters, name)
+
+
+class ConditionalTransform(base.FlowBijector):
+    """Elementwise bijector of the whole event whose parameters a network predicts from the condition alone.
+
+        forward: y = T(x; network(condition)),   inverse: x = T^-1(y; network(condition))
+
+    With the affine transformer this is a conditional diagonal Gaussian on a standard normal base, such as Glow's prior of the
+    dimensions that leave, given those that stay.
+
+    Args:
+      network: callable `condition -> parameters`, `params_per_dim` numbers for every entry of the event.
+      transformer: a `dfb.Transformer`.
+      event_ndims: event axes of the value and of the condition: 1 or 3.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    #### Example
+
+    >>> exit = dfb.ConditionalTransform(lambda kept: tf.repeat(kept, 2, axis=-1), dfb.transformers.Affine("exp"), event_ndims=1)
+    >>> exit.inverse_log_det_per_dim([3.0, 4.0], condition=tf.constant([0.5, 0.25])).numpy()
+    array([0.5 , 0.25], dtype=float32)
+    """
+
+    _uses_condition = True
+
+    def __init__(
+        self,
+        network: Callable[..., tf.Tensor],
+        transformer: transformers.Transformer,
+        event_ndims: int = 3,
+        validate_args: bool = False,
+        name: str = "conditional_transform",
+    ):
+        parameters = dict(locals())
+        self._network = Network(network)
+        self._transformer = transformer
+        self._event_ndims = base.event_ndims_static(event_ndims, "ConditionalTransform")
+        super().__init__(
+            forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name
+        )
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        return per_dimension.forward_and_log_det_per_dim(self._bijector(x, condition), x)
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        return per_dimension.inverse_and_log_det_per_dim(self._bijector(y, condition), y)
+
+    def _bijector(self, value, condition):
+        if condition is None:
+            raise ValueError(f"{self.name}: got no condition, needs one")
+        params = self._network(tf.convert_to_tensor(condition), event_ndims=self._event_ndims)
+        return self._transformer(_unpack(params, value, self._transformer.params_per_dim, self.name))

@@ -1,0 +1,135 @@
+"""LCMA: the likelihood-contribution based multi-scale architecture."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from tfp_dimflows.bijectors import per_dimension
+from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.bijectors.factorization import DimensionFactorization
+from tfp_dimflows.bijectors.multiscale import Multiscale
+
+tfb = tfp.bijectors
+
+
+class LCMA(Multiscale):
+    """Multi-scale flow whose factor-outs follow each dimension's likelihood contribution.
+
+    The dimensions whose accumulated inverse log-det is low leave early, those with a high one go through more levels. It is the
+    `Multiscale` with the factorization `DimensionFactorization.from_contributions(contributions, keep, granularity)`, fixed at
+    construction, so the density is exact.
+
+    The three phases of the method: train a `Multiscale(levels, factorization=None)` for a while; take its
+    `dimflows.likelihood_contributions`; train this. `dimflows.fit_lcma` does all three.
+
+    Args:
+      levels: as in `Multiscale`.
+      contributions: one array of the event's shape per factor-out.
+      keep: `"high"` (LCMA), `"low"`, or a list of them.
+      granularity: `"block"`, `"channel"` or `"free"`, as in `DimensionFactorization.from_contributions`.
+      exits: as in `Multiscale`.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    Raises:
+      ValueError: as `DimensionFactorization.from_contributions` and `Multiscale`.
+
+    References: Das, Abbeel, Spanos, "Likelihood Contribution based Multi-scale Architecture for Generative Flows", 2020.
+
+    #### Example
+
+    >>> flow = dfb.LCMA([tfb.Identity(), tfb.Identity()], contributions=[[0.1, 0.4, 0.2, 0.3]])
+    >>> flow.inverse([1.0, 2.0, 3.0, 4.0]).numpy()
+    array([2., 4., 1., 3.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[tfb.Bijector],
+        contributions: Sequence[Any],
+        keep: str | Sequence[str] = "high",
+        granularity: str | None = None,
+        exits: Sequence[tfb.Bijector | None] | None = None,
+        validate_args: bool = False,
+        name: str = "lcma",
+    ):
+        parameters = dict(locals())
+        factorization = DimensionFactorization.from_contributions(contributions, keep, granularity)
+        super().__init__(
+            levels, factorization, exits=exits, validate_args=validate_args, parameters=parameters, name=name
+        )
+
+
+def likelihood_contributions(bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0) -> list[np.ndarray]:
+    """Each dimension's cumulative likelihood contribution at each factor-out, averaged over a dataset.
+
+    With L_k the per-dimension inverse log-det (data to latent) summed over levels 0 to k, in the data's frame, the result is the
+    mean of L_k over the data, for k = 0 ... num_levels - 2. Bijectors between the data and the `Multiscale` (preprocessing)
+    transform the data but are not counted.
+
+    Args:
+      bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`.
+      dataset: batches of events. Integer images get uniform noise in [0, 1).
+      seed: integer seed of that noise.
+
+    Returns:
+      A list of float64 arrays of the event's shape, one per factor-out.
+
+    Raises:
+      ValueError: if there is no `Multiscale` in the bijector, it has a single level, or the dataset is empty.
+
+    References: Das, Abbeel, Spanos, "Likelihood Contribution based Multi-scale Architecture for Generative Flows", 2020.
+
+    #### Example
+
+    >>> flow = dfb.Multiscale([dfb.ElementwiseAffine(0.0, [1.0, 2.0]), tfb.Identity()])
+    >>> [c.tolist() for c in dimflows.likelihood_contributions(flow, [tf.zeros([5, 2])])]
+    [[1.0, 2.0]]
+    """
+    outer, multiscale = _locate(bijector)
+    if len(multiscale.levels) < 2:
+        raise ValueError(f"likelihood_contributions: {multiscale.name} has one level, so nothing is factored out")
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def batch_sums(y):
+        y = Chain(outer).inverse(y) if outer else y
+        sums = [tf.reduce_sum(tf.cast(c, tf.float64), axis=0) for c in multiscale.likelihood_contributions(y)]
+        for b in reversed(outer):
+            sums = [per_dimension.transport_forward(b, s) for s in sums]
+        return sums
+
+    totals, count = None, 0
+    for step, batch in enumerate(dataset):
+        y = tf.convert_to_tensor(batch)
+        if y.dtype.is_integer:
+            noise = tf.random.stateless_uniform(tf.shape(y), seed=[seed, step])
+            y = tf.cast(y, noise.dtype) + noise
+        sums = [s.numpy() for s in batch_sums(y)]
+        totals = sums if totals is None else [t + s for t, s in zip(totals, sums)]
+        count += int(y.shape[0])
+    if not count:
+        raise ValueError("likelihood_contributions: the dataset is empty")
+    return [t / count for t in totals]
+
+
+def _locate(bijector) -> tuple[list[tfb.Bijector], Multiscale]:
+    """The bijectors between the data and the `Multiscale`, outermost first, and the `Multiscale`."""
+    found = _search(bijector)
+    if found is None:
+        raise ValueError(f"likelihood_contributions: there is no Multiscale in {bijector.name}")
+    return found
+
+
+def _search(bijector):
+    if isinstance(bijector, Multiscale):
+        return [], bijector
+    outer = []
+    for part in getattr(bijector, "bijectors", ()):
+        found = _search(part)
+        if found is not None:
+            return outer + found[0], found[1]
+        outer.append(part)
+    return None

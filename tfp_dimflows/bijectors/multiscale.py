@@ -1,0 +1,373 @@
+"""`Multiscale`: a flow that dimensions leave level by level."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+from tensorflow_probability.python.internal import prefer_static as ps
+
+from tfp_dimflows.bijectors import base, per_dimension, reorder
+from tfp_dimflows.bijectors.factorization import DimensionFactorization
+
+tfb = tfp.bijectors
+
+
+class Multiscale(base.FlowBijector):
+    """Multi-scale flow between a flat latent vector `[D]` and an event, an image `[H, W, C]` or a vector `[D]`.
+
+    From data to latent, level k transforms the dimensions still in the flow; then those that `factorization` names leave, and
+    level k + 1 sees only the others:
+
+        h_0 = y,   g_k = level_k.inverse(h_k),   g_k = (kept h_{k+1}, left z_k),   x = [h_last, ..., z_1, z_0]
+
+    The latent is ordered deepest level first, so `x[..., :k]` is a low-dimensional code. Dimensions that left are in no later
+    tensor. The inverse log-det of a dimension sums what every level it passes contributes, carried back to the data's frame.
+
+    Args:
+      levels: bijectors, the finest (nearest to the data) first. A level may change the shape (by a squeeze, say), but must
+        keep every dimension: what it moves, it must transport (see `dfb.FlowBijector`).
+      factorization: a `DimensionFactorization` for the event and the number of levels, or None: nothing leaves (the
+        non-multi-scale model of LCMA's pre-training).
+      exits: optional conditional bijectors, one per factor-out: from data to latent the dimensions that leave pass through it
+        with those that stay as `condition` (Glow's learned split prior). One more may be given for the deepest part, with zeros
+        of its shape as the condition. Bijectors, or None for no exit.
+      event_shape: the event's shape; needed for images if `factorization` is None.
+      validate_args: as in `tfb.Bijector`.
+      parameters: the arguments of a subclass's constructor.
+      name: the name of the operations.
+
+    Raises:
+      ValueError: if levels, exits, factorization and event shape do not fit each other, or the data does not fit them.
+
+    References: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2017; Kingma, Dhariwal, "Glow", 2018.
+
+    #### Example
+
+    >>> factorization = dfb.DimensionFactorization.checkerboard([4, 4, 1], num_levels=2)
+    >>> flow = dfb.Multiscale([tfb.Scale(2.0), tfb.Scale(3.0)], factorization)
+    >>> image = tf.ones([4, 4, 1])
+    >>> flow.inverse(image).shape, flow.inverse(image).numpy()[[0, -1]].round(3).tolist()
+    (TensorShape([16]), [0.16699999570846558, 0.5])
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[tfb.Bijector],
+        factorization: DimensionFactorization | None = None,
+        exits: Sequence[tfb.Bijector | None] | None = None,
+        event_shape: Sequence[int] | None = None,
+        validate_args: bool = False,
+        parameters: dict | None = None,
+        name: str = "multiscale",
+    ):
+        parameters = dict(locals()) if parameters is None else parameters
+        if not levels:
+            raise ValueError("Multiscale: got no levels, needs at least one")
+        self._levels = list(levels)
+        self._factorization = factorization
+        self._event_shape = _static_event_shape(self._levels, factorization, event_shape)
+        self._exits = _checked_exits(exits, len(self._levels), factorization)
+        self._splits = self._deepest_shape = None
+        if self._event_shape is not None:
+            self._lay_out()
+        super().__init__(
+            forward_min_event_ndims=1,
+            inverse_min_event_ndims=1 if self._event_shape is None else len(self._event_shape),
+            validate_args=validate_args,
+            parameters=parameters,
+            name=name,
+        )
+
+    def _lay_out(self):
+        """Follows the flat indices of the event's dimensions through the levels."""
+        splits = []
+        ids = np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
+        for k, level in enumerate(self._levels):
+            with tf.init_scope():
+                ids = per_dimension.transport_inverse(level, tf.constant(ids, tf.int64)).numpy()
+            if self._factorization is not None and k < len(self._levels) - 1:
+                splits.append(_Split(ids, self._factorization.kept[k], self._factorization.left[k]))
+                ids = self._factorization.kept[k]
+        parts = [ids, *(split.left_ids for split in reversed(splits))]
+        order = np.concatenate([part.ravel() for part in parts])
+        self._splits = self._no_dependency(splits)
+        self._deepest_shape = tuple(ids.shape)
+        self._sizes = tuple(int(part.size) for part in parts)
+        # Saved with the weights, so that weights trained with another factorization are noticed.
+        self._dimension_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="dimension_order")
+        self._latent_order = self._no_dependency(order)
+
+    @property
+    def levels(self) -> list[tfb.Bijector]:
+        """The levels, finest first."""
+        return list(self._levels)
+
+    @property
+    def factorization(self) -> DimensionFactorization | None:
+        """Which dimensions leave after each level."""
+        return self._factorization
+
+    def split_latent(self, x: tf.Tensor) -> list[tf.Tensor]:
+        """Splits flat latent values `[..., D]` into the parts that left at each level, the deepest first."""
+        return tf.split(x, self._part_sizes(x), axis=-1)
+
+    def join_latent(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Joins the parts of `split_latent` to flat latent values `[..., D]`."""
+        return tf.concat(list(parts), axis=-1)
+
+    def likelihood_contributions(self, y: tf.Tensor, condition: Any = None) -> list[tf.Tensor]:
+        """Cumulative inverse log-det of every dimension of `y` at each factor-out: `num_levels - 1` tensors of the shape of `y`.
+
+        The k-th sums what levels 0 to k contribute to a dimension (fewer if it left before), in the data's frame.
+        """
+        y = self._checked_event(tf.convert_to_tensor(y))
+        _, steps = self._walk_inverse(y, self._route(condition, {}), len(self._levels) - 1)
+        return [
+            self._carry_to_data([*steps[:k], (log_det, None, None)]) for k, (log_det, _, _) in enumerate(steps)
+        ]
+
+    @property
+    def _uses_condition(self):
+        return any(per_dimension.condition_kwargs(level, True) for level in self._levels)
+
+    # Data to latent.
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        h, parts, log_dets = self._checked_event(y), [], []
+        for k, level in enumerate(self._levels):
+            kwargs = per_dimension.condition_kwargs(level, condition)
+            h, log_det = per_dimension.inverse_and_log_det(level, h, event_ndims, **kwargs)
+            log_dets.append(log_det)
+            h, left, given = self._release(k, h)
+            if left is not None:
+                if self._exits[k] is not None:
+                    left, log_det = per_dimension.inverse_and_log_det(self._exits[k], left, event_ndims, condition=given)
+                    log_dets.append(log_det)
+                parts.append(self._to_vector(left))
+        return self.join_latent(parts[::-1]), sum(log_dets)
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        x, steps = self._walk_inverse(self._checked_event(y), condition, len(self._levels))
+        return x, self._carry_to_data(steps)
+
+    def _walk_inverse(self, h, condition, num_levels):
+        """Latent values, and per level: its log-det, the kept tensor, and the log-det of what left."""
+        parts, steps = [], []
+        for k, level in enumerate(self._levels[:num_levels]):
+            argument = h
+            kwargs = per_dimension.condition_kwargs(level, condition)
+            h, log_det = per_dimension.inverse_and_log_det_per_dim(level, h, **kwargs)
+            log_det, left_log_det = base._fill(log_det, argument), None
+            h, left, given = self._release(k, h)
+            if left is not None:
+                left_log_det = tf.zeros_like(left, log_det.dtype)
+                if self._exits[k] is not None:
+                    left, left_log_det = per_dimension.inverse_and_log_det_per_dim(self._exits[k], left, condition=given)
+                    left_log_det = base._fill(left_log_det, left)
+                parts.append(self._to_vector(left))
+            steps.append((log_det, h, left_log_det))
+        return self.join_latent(parts[::-1]) if parts else None, steps
+
+    def _carry_to_data(self, steps):
+        """Sums the log-dets of `_walk_inverse` in the frame of the data."""
+        total = None
+        for k, (log_det, kept, left_log_det) in reversed(list(enumerate(steps))):
+            if left_log_det is not None and kept is None:
+                total = left_log_det
+            elif left_log_det is not None:
+                total = tf.zeros_like(kept, log_det.dtype) if total is None else total
+                total = self._splits[k].join(total, left_log_det)
+            total = log_det if total is None else log_det + per_dimension.transport_forward(self._levels[k], total)
+        return total
+
+    # Latent to data.
+
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        parts, h, log_dets = self.split_latent(self._checked_latent(x)), None, []
+        event_ndims = event_ndims - 1 + self.inverse_min_event_ndims
+        for k in reversed(range(len(self._levels))):
+            left, given = self._recall(k, h, parts)
+            if left is not None and self._exits[k] is not None:
+                left, log_det = per_dimension.forward_and_log_det(self._exits[k], left, event_ndims, condition=given)
+                log_dets.append(log_det)
+            h = self._rejoin(k, h, left)
+            kwargs = per_dimension.condition_kwargs(self._levels[k], condition)
+            h, log_det = per_dimension.forward_and_log_det(self._levels[k], h, event_ndims, **kwargs)
+            log_dets.append(log_det)
+        return h, sum(log_dets)
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        parts, h, steps = self.split_latent(self._checked_latent(x)), None, []
+        for k in reversed(range(len(self._levels))):
+            left, given = self._recall(k, h, parts)
+            exit_log_det = None
+            if left is not None and self._exits[k] is not None:
+                argument = left
+                left, exit_log_det = per_dimension.forward_and_log_det_per_dim(self._exits[k], left, condition=given)
+                exit_log_det = base._fill(exit_log_det, argument)
+            h = argument = self._rejoin(k, h, left)
+            kwargs = per_dimension.condition_kwargs(self._levels[k], condition)
+            h, log_det = per_dimension.forward_and_log_det_per_dim(self._levels[k], h, **kwargs)
+            steps.append((k, base._fill(log_det, argument), exit_log_det))
+        return h, self._carry_to_latent(steps[::-1])
+
+    def _carry_to_latent(self, steps):
+        total, parts = None, []
+        for k, log_det, exit_log_det in steps:
+            if total is not None:
+                log_det = log_det + per_dimension.transport_inverse(self._levels[k], total)
+            total, left, _ = self._release(k, log_det)
+            if left is not None:
+                parts.append(self._to_vector(left if exit_log_det is None else left + exit_log_det))
+        return self.join_latent(parts[::-1])
+
+    # What leaves, and what comes back.
+
+    def _release(self, k, h):
+        """(what stays or None, what leaves or None, what the exit of the leaving part is given)."""
+        if k == len(self._levels) - 1:
+            return None, h, tf.zeros_like(h)
+        if self._factorization is None:
+            return h, None, None
+        kept, left = self._splits[k].split(h)
+        return kept, left, kept
+
+    def _recall(self, k, h, parts):
+        """(what left at level k in its own shape or None, what its exit was given)."""
+        part = parts[len(self._levels) - 1 - k] if self._factorization is not None or h is None else None
+        if h is None:
+            deepest = self._to_grid(part, self._deepest_shape)
+            return deepest, tf.zeros_like(deepest)
+        return (None, None) if part is None else (self._to_grid(part, self._splits[k].left_shape), h)
+
+    def _rejoin(self, k, h, left):
+        if h is None:
+            return left
+        return h if left is None else self._splits[k].join(h, left)
+
+    def _to_vector(self, h):
+        if self.inverse_min_event_ndims == 1:
+            return h
+        return tf.reshape(h, ps.concat([ps.shape(h)[:-3], [np.prod(h.shape[-3:])]], axis=0))
+
+    def _to_grid(self, part, shape):
+        if self.inverse_min_event_ndims == 1:
+            return part
+        return tf.reshape(part, ps.concat([ps.shape(part)[:-1], shape], axis=0))
+
+    def _transport_inverse(self, per_dim):
+        if self._event_shape is None:
+            for level in self._levels:
+                per_dim = per_dimension.transport_inverse(level, per_dim)
+            return per_dim
+        return tf.gather(self._to_vector(per_dim), self._latent_order, axis=-1)
+
+    def _transport_forward(self, per_dim):
+        if self._event_shape is None:
+            for level in reversed(self._levels):
+                per_dim = per_dimension.transport_forward(level, per_dim)
+            return per_dim
+        return self._to_grid(tf.gather(per_dim, np.argsort(self._latent_order), axis=-1), self._event_shape)
+
+    # Shapes.
+
+    def _part_sizes(self, x):
+        return [x.shape[-1]] if self._event_shape is None else list(self._sizes)
+
+    def _checked_event(self, y):
+        if self._event_shape is not None and tuple(y.shape[-len(self._event_shape) :]) != self._event_shape:
+            raise ValueError(f"{self.name}: got data of shape {y.shape}, needs events of shape {list(self._event_shape)}")
+        return y
+
+    def _checked_latent(self, x):
+        if self._event_shape is not None and x.shape[-1] != np.prod(self._event_shape):
+            raise ValueError(f"{self.name}: got latent values of shape {x.shape}, needs {np.prod(self._event_shape)} dimensions")
+        return x
+
+    def _forward_event_shape(self, shape):
+        return tf.TensorShape(shape if self._event_shape is None else self._event_shape)
+
+    def _inverse_event_shape(self, shape):
+        return tf.TensorShape(shape if self._event_shape is None else [np.prod(self._event_shape)])
+
+    def _forward_event_shape_tensor(self, shape):
+        return shape if self._event_shape is None else tf.constant(self._event_shape, tf.int32)
+
+    def _inverse_event_shape_tensor(self, shape):
+        return shape if self._event_shape is None else tf.constant([np.prod(self._event_shape)], tf.int32)
+
+
+class _Split:
+    """A factor-out as a constant permutation of a level's output, by the cheapest means: a slice, a gather of channels, or one
+    of all dimensions.
+    """
+
+    def __init__(self, ids, kept_ids, left_ids):
+        self.left_ids = left_ids
+        self._shape, self._kept_shape, self.left_shape = ids.shape, kept_ids.shape, left_ids.shape
+        position = {index: place for place, index in enumerate(ids.ravel().tolist())}
+        kept, left = (np.array([position[i] for i in part.ravel().tolist()]) for part in (kept_ids, left_ids))
+        self._order = np.concatenate([kept, left])
+        self._by_channel = self._same_channels_everywhere(kept.reshape(kept_ids.shape), left.reshape(left_ids.shape))
+        self._in_order = np.array_equal(self._order, np.arange(len(self._order)))
+
+    def _same_channels_everywhere(self, kept, left):
+        """Whether the split takes the same channels at every pixel; if so, the order becomes that of the channels."""
+        if not self._shape[:-1] == kept.shape[:-1] == left.shape[:-1] or len(self._shape) == 1:
+            return False
+        place = np.arange(np.prod(self._shape)).reshape(self._shape)
+        channels = np.concatenate([kept, left], axis=-1) - place[..., :1]
+        if (channels != channels[:1, :1]).any():
+            return False
+        self._order = channels[0, 0]
+        return True
+
+    def split(self, h):
+        """(kept, left)."""
+        if len(self._shape) == 1 or self._by_channel:
+            h = h if self._in_order else reorder.permute_last(h, self._order)
+            return h[..., : self._kept_shape[-1]], h[..., self._kept_shape[-1] :]
+        batch = ps.shape(h)[: -len(self._shape)]
+        flat = reorder.permute_last(tf.reshape(h, ps.concat([batch, [len(self._order)]], axis=0)), self._order)
+        size = int(np.prod(self._kept_shape))
+        kept = tf.reshape(flat[..., :size], ps.concat([batch, self._kept_shape], axis=0))
+        return kept, tf.reshape(flat[..., size:], ps.concat([batch, self.left_shape], axis=0))
+
+    def join(self, kept, left):
+        """What `split` took apart."""
+        if len(self._shape) == 1 or self._by_channel:
+            h = tf.concat([kept, left], axis=-1)
+            return h if self._in_order else reorder.permute_last(h, np.argsort(self._order))
+        batch = ps.shape(kept)[: -len(self._shape)]
+        flat = [tf.reshape(part, ps.concat([batch, [-1]], axis=0)) for part in (kept, left)]
+        flat = reorder.permute_last(tf.concat(flat, axis=-1), np.argsort(self._order))
+        return tf.reshape(flat, ps.concat([batch, self._shape], axis=0))
+
+
+def _static_event_shape(levels, factorization, event_shape):
+    if factorization is not None:
+        if not isinstance(factorization, DimensionFactorization):
+            raise TypeError(f"Multiscale: got factorization {factorization!r}, needs a DimensionFactorization or None")
+        if event_shape is not None and tuple(event_shape) != factorization.event_shape:
+            raise ValueError(
+                f"Multiscale: got event shape {tuple(event_shape)}, but the factorization is for {factorization.event_shape}"
+            )
+        if factorization.num_levels != len(levels):
+            raise ValueError(f"Multiscale: got {len(levels)} levels, but the factorization is for {factorization.num_levels}")
+        return factorization.event_shape
+    if event_shape is not None:
+        return tuple(int(size) for size in event_shape)
+    if any(level.inverse_min_event_ndims == 3 for level in levels):
+        raise ValueError("Multiscale: got neither a factorization nor an event_shape, needs one of them for images")
+    return None
+
+
+def _checked_exits(exits, num_levels, factorization):
+    exits = list(exits or [])
+    if exits and factorization is None and any(e is not None for e in exits[: num_levels - 1]):
+        raise ValueError("Multiscale: got exits but no factorization: nothing leaves")
+    if exits and len(exits) not in (num_levels - 1, num_levels):
+        raise ValueError(f"Multiscale: got {len(exits)} exits for {num_levels} levels, needs {num_levels - 1} or {num_levels}")
+    return exits + [None] * (num_levels - len(exits))

@@ -1,0 +1,135 @@
+"""Bijectors that only move dimensions: `Squeeze`, and constant permutations."""
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_probability.python.internal import prefer_static as ps
+
+from tfp_dimflows.bijectors import base
+
+ORDERS = ("channel_major", "position_major")
+
+
+class Squeeze(base.FlowBijector):
+    """Trades space for channels: data `[H, W, C]` to latent `[H/f, W/f, f*f*C]`, f = `factor`.
+
+    The latent channel that holds channel c of the pixel at (fy, fx) inside its f x f block is
+
+    * `"channel_major"`: `c * f*f + fy * f + fx` (RealNVP, Glow),
+    * `"position_major"`: `(fy * f + fx) * C + c` (`tf.nn.space_to_depth`).
+
+    `inverse` squeezes (data to latent), `forward` restores the image. The log-det is zero; per-dimension numbers move with
+    their dimensions. Cost: one transposition.
+
+    Args:
+      factor: side of the block.
+      order: `"channel_major"` or `"position_major"`.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    Raises:
+      ValueError: for an unknown order, or when a size is not divisible.
+
+    #### Example
+
+    >>> dfb.Squeeze().inverse(tf.reshape(tf.range(4.0), [2, 2, 1])).numpy()
+    array([[[0., 1., 2., 3.]]], dtype=float32)
+    """
+
+    def __init__(self, factor: int = 2, order: str = "channel_major", validate_args: bool = False, name: str = "squeeze"):
+        parameters = dict(locals())
+        if order not in ORDERS:
+            raise ValueError(f"Squeeze: got order={order!r}, needs one of {ORDERS}")
+        if not isinstance(factor, int) or factor < 1:
+            raise ValueError(f"Squeeze: got factor={factor!r}, needs a positive integer")
+        self._factor = factor
+        self._order = order
+        super().__init__(
+            forward_min_event_ndims=3,
+            is_constant_jacobian=True,
+            validate_args=validate_args,
+            parameters=parameters,
+            name=name,
+        )
+
+    @property
+    def _is_permutation(self):
+        return True
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        return self._transport_inverse(y), tf.zeros([], base.log_det_dtype(y.dtype))
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        return self._transport_forward(x), tf.zeros([], base.log_det_dtype(x.dtype))
+
+    def _transport_inverse(self, y):
+        f = self._factor
+        shape = ps.shape(y)
+        height, width, channels = self._checked(y.shape[-3:], ("height", "width"))
+        batch = shape[:-3]
+        y = tf.reshape(y, ps.concat([batch, [height // f, f, width // f, f, channels]], axis=0))
+        y = _transpose_event(y, [0, 2, 4, 1, 3] if self._order == "channel_major" else [0, 2, 1, 3, 4])
+        return tf.reshape(y, ps.concat([batch, [height // f, width // f, f * f * channels]], axis=0))
+
+    def _transport_forward(self, x):
+        f = self._factor
+        shape = ps.shape(x)
+        height, width, channels = self._checked(x.shape[-3:], ())
+        batch = shape[:-3]
+        channels //= f * f
+        if self._order == "channel_major":
+            x = tf.reshape(x, ps.concat([batch, [height, width, channels, f, f]], axis=0))
+            x = _transpose_event(x, [0, 3, 1, 4, 2])
+        else:
+            x = tf.reshape(x, ps.concat([batch, [height, width, f, f, channels]], axis=0))
+            x = _transpose_event(x, [0, 2, 1, 3, 4])
+        return tf.reshape(x, ps.concat([batch, [height * f, width * f, channels]], axis=0))
+
+    def _checked(self, event_shape, divisible):
+        if event_shape.rank != 3 or not event_shape.is_fully_defined():
+            raise ValueError(f"Squeeze: got an event of shape {event_shape}, needs a static [height, width, channels]")
+        height, width, channels = event_shape
+        for side, size in zip(("height", "width"), (height, width)):
+            if side in divisible and size % self._factor:
+                raise ValueError(f"Squeeze: {side} {size} is not divisible by factor {self._factor}")
+        if not divisible and channels % self._factor**2:
+            raise ValueError(f"Squeeze: {channels} channels are not divisible by factor**2 = {self._factor**2}")
+        return height, width, channels
+
+    def _inverse_event_shape(self, shape):
+        height, width, channels = self._checked(tf.TensorShape(shape[-3:]), ("height", "width"))
+        f = self._factor
+        return tf.TensorShape([height // f, width // f, channels * f * f])
+
+    def _forward_event_shape(self, shape):
+        height, width, channels = self._checked(tf.TensorShape(shape[-3:]), ())
+        f = self._factor
+        return tf.TensorShape([height * f, width * f, channels // f**2])
+
+    def _inverse_event_shape_tensor(self, shape):
+        f = self._factor
+        return shape // [f, f, 1] * [1, 1, f * f]
+
+    def _forward_event_shape_tensor(self, shape):
+        f = self._factor
+        return shape * [f, f, 1] // [1, 1, f * f]
+
+
+def _transpose_event(x, order):
+    batch_rank = x.shape.rank - len(order)
+    return tf.transpose(x, [*range(batch_rank), *(batch_rank + i for i in order)])
+
+
+def permute_last(x: tf.Tensor, permutation: np.ndarray) -> tf.Tensor:
+    """`x[..., permutation]` for a constant permutation of the last axis.
+
+    The gradient gathers with the inverse permutation, where TensorFlow's own would scatter.
+    """
+    return _gather(x, permutation, np.argsort(permutation))
+
+
+def _gather(x, permutation, inverse):
+    @tf.custom_gradient
+    def gather(x):
+        return tf.gather(x, permutation, axis=-1), lambda dy: _gather(dy, inverse, permutation)
+
+    return gather(x)

@@ -1,0 +1,113 @@
+"""Elementwise transformers: from the parameters that a network predicts to an elementwise bijector."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from tfp_dimflows.bijectors import base
+
+tfb = tfp.bijectors
+
+LOG_SCALES = ("tanh", "sigmoid", "exp")
+
+
+class Transformer(tf.Module):
+    """Any elementwise bijector as the transformer of a coupling or an autoregressive flow.
+
+    Args:
+      function: takes parameters of shape `[..., params_per_dim]` and returns a `tfb.Bijector` that acts elementwise on
+        tensors of the shape `[...]`. Its `forward` is the latent-to-data direction.
+      params_per_dim: how many parameters each dimension has.
+
+    #### Example
+
+    >>> shift = dfb.Transformer(lambda params: tfb.Shift(params[..., 0]), params_per_dim=1)
+    >>> shift(tf.ones([3, 1])).forward(tf.zeros([3])).numpy()
+    array([1., 1., 1.], dtype=float32)
+    """
+
+    def __init__(self, function: Callable[[tf.Tensor], tfb.Bijector], params_per_dim: int):
+        super().__init__(name="transformer")
+        self._function = function
+        self.params_per_dim = params_per_dim
+
+    def __call__(self, params: tf.Tensor) -> tfb.Bijector:
+        """The elementwise bijector with these parameters."""
+        return self._function(params)
+
+
+class Additive(Transformer):
+    """Elementwise shift, `z = x + t` from data to latent (NICE): one parameter, t; log-det 0."""
+
+    def __init__(self):
+        super().__init__(lambda params: ElementwiseAffine(params[..., 0]), params_per_dim=1)
+
+
+class Affine(Transformer):
+    """Elementwise shift and bounded scale, from data to latent `z = (x + t) * exp(s)`; parameters (t, raw).
+
+    * `log_scale="tanh"`: s = g tanh(raw), with one trainable gain g (RealNVP),
+    * `log_scale="sigmoid"`: exp(s) = sigmoid(raw + 2), at most 1 (Glow),
+    * `log_scale="exp"`: s = raw, unbounded.
+
+    Args:
+      log_scale: `"tanh"`, `"sigmoid"` or `"exp"`.
+      initial_gain: initial value of g (RealNVP: 0 in checkerboard couplings, 1 in channel couplings).
+      dtype: dtype of g.
+    """
+
+    def __init__(self, log_scale: str = "tanh", initial_gain: float = 1.0, dtype: tf.DType = tf.float32):
+        if log_scale not in LOG_SCALES:
+            raise ValueError(f"Affine: got log_scale={log_scale!r}, needs one of {LOG_SCALES}")
+        super().__init__(self._bijector, params_per_dim=2)
+        self._log_scale = log_scale
+        if log_scale == "tanh":
+            self.gain = tf.Variable(initial_gain, dtype=dtype, name="gain")
+
+    def _bijector(self, params):
+        shift, raw = tf.unstack(params, axis=-1)
+        if self._log_scale == "tanh":
+            log_scale = tf.cast(self.gain, raw.dtype) * tf.tanh(raw)
+        elif self._log_scale == "sigmoid":
+            log_scale = tf.math.log_sigmoid(raw + 2.0)
+        else:
+            log_scale = raw
+        return ElementwiseAffine(shift, log_scale)
+
+
+class ElementwiseAffine(base.FlowBijector):
+    """Data to latent `z = (x + shift) * exp(log_scale)`, elementwise.
+
+    The log-det of a dimension (data to latent) is its `log_scale`.
+
+    Args:
+      shift: tensor that broadcasts to the event.
+      log_scale: tensor that broadcasts to the event, or None for 0.
+      name: the name of the operations.
+
+    #### Example
+
+    >>> dfb.ElementwiseAffine(shift=-1.0, log_scale=0.0).inverse([3.0]).numpy()
+    array([2.], dtype=float32)
+    """
+
+    def __init__(self, shift, log_scale=None, name: str = "elementwise_affine"):
+        parameters = dict(locals())
+        self._shift = tf.convert_to_tensor(shift)
+        self._log_scale = None if log_scale is None else tf.convert_to_tensor(log_scale)
+        super().__init__(
+            forward_min_event_ndims=0, is_constant_jacobian=True, parameters=parameters, name=name
+        )
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        x = y + tf.cast(self._shift, y.dtype)
+        if self._log_scale is None:
+            return x, tf.zeros([], base.log_det_dtype(y.dtype))
+        return x * tf.cast(tf.exp(self._log_scale), y.dtype), self._log_scale
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        shift = tf.cast(self._shift, x.dtype)
+        if self._log_scale is None:
+            return x - shift, tf.zeros([], base.log_det_dtype(x.dtype))
+        return x * tf.cast(tf.exp(-self._log_scale), x.dtype) - shift, -self._log_scale

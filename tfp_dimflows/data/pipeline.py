@@ -1,0 +1,315 @@
+"""TFDS pipelines of integer images: decode, crop, resize, requantise, shuffle, flip, batch, prefetch."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import stat
+import sys
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+_DEFAULT_DATA_DIR = "~/tensorflow_datasets"
+_CELEB_A_CROP = (40, 15, 148, 148)
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a flow needs to know about a dataset before it sees any image.
+
+    Attributes:
+        name: the dataset's TFDS name.
+        event_shape: `(height, width, channels)` of one image, after crop and resize.
+        levels: number of grey levels per channel, the images' values being `0 .. levels - 1`.
+        splits: number of images in each split.
+    """
+
+    name: str
+    event_shape: tuple[int, int, int]
+    levels: int
+    splits: dict[str, int]
+
+
+def info(
+    name: str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    crop: tuple[int, int, int, int] | None = None,
+    levels: int | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> DatasetInfo:
+    """Describes a dataset as `load` would deliver it, without reading its images.
+
+    A dataset that is not prepared yet is prepared first, as by `load`.
+
+    Args:
+        name: as in `load`.
+        image_size: as in `load`.
+        crop: as in `load`.
+        levels: as in `load`.
+        data_dir: as in `load`.
+
+    Returns:
+        The `DatasetInfo`.
+
+    Raises:
+        FileNotFoundError: as in `load`.
+        ImportError: as in `load`.
+        ValueError: as in `load`.
+
+    Example:
+        >>> import tfp_dimflows as dimflows
+        >>> dimflows.data.info("digits")
+        DatasetInfo(name='digits', event_shape=(8, 8, 1), levels=17, splits={'train': 1437, 'test': 360})
+    """
+    source = _open_source(name, image_size, crop, levels, data_dir)
+    splits = {split: split_info.num_examples for split, split_info in source.builder.info.splits.items()}
+    return DatasetInfo(name, source.event_shape, source.levels, splits)
+
+
+def load(
+    name: str,
+    split: str = "train",
+    *,
+    batch_size: int,
+    image_size: int | tuple[int, int] | None = None,
+    crop: tuple[int, int, int, int] | None = None,
+    levels: int | None = None,
+    flips: bool = False,
+    shuffle: bool | None = None,
+    seed: int = 0,
+    drop_remainder: bool | None = None,
+    repeat: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> tf.data.Dataset:
+    """Loads a TFDS image dataset as batches of integer images, without labels.
+
+    Each image is decoded, cropped, resized and requantised, in this order. Any TFDS dataset with one image per example
+    will do; TFDS downloads and prepares it if it is not in `data_dir` yet. `digits` and `photo_patches` are made from
+    images that ship with scikit-learn and need no download.
+
+    Args:
+        name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`.
+        split: a split in TFDS's syntax, such as `"train"`, `"test"` or `"train[:90%]"`.
+        batch_size: images per batch.
+        image_size: resizes to this `(height, width)`, or to a square of this side: bilinear, with antialiasing when
+            shrinking, rounded back to integers.
+        crop: `(top, left, height, width)` of the part to keep. `celeb_a` has the usual square around the face (rows 40
+            to 187, columns 15 to 162) as its default when `image_size` is given.
+        levels: number n of grey levels, default the dataset's own N (256, or 17 for `digits`). Must divide N; a value
+            x becomes `x // (N // n)`, so that `levels=32` keeps the 5 most significant of 8 bits.
+        flips: mirrors each image left to right with probability one half.
+        shuffle: shuffles anew in each iteration, default for splits that start with "train". The shuffle buffer holds
+            10,000 images in their compressed form. Without it the order is always the same.
+        seed: seed of shuffles and flips. The same seed gives the same sequence of epochs.
+        drop_remainder: drops a last batch that is not full, so that the batch dimension is static. Default for splits
+            that start with "train".
+        repeat: repeats without end.
+        data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
+            `~/tensorflow_datasets`. The latter also takes `digits` and `photo_patches` when `data_dir` is read-only.
+
+    Returns:
+        A prefetching `tf.data.Dataset` of uint8 tensors `[batch_size, height, width, channels]` with values in
+        `0 .. levels - 1`; one channel for grey images.
+
+    Raises:
+        FileNotFoundError: if the dataset is unknown, or is not in `data_dir` and cannot be prepared there.
+        ImportError: if an embedded dataset must be prepared and scikit-learn is missing.
+        ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
+            and `image_size` is missing; if the crop leaves the image, `levels` does not divide the dataset's own, or
+            dropping the remainder leaves no batch.
+
+    Example:
+        >>> import tfp_dimflows as dimflows
+        >>> dataset = dimflows.data.load("digits", "train[:90%]", batch_size=64)
+        >>> dataset.element_spec
+        TensorSpec(shape=(64, 8, 8, 1), dtype=tf.uint8, name=None)
+        >>> len(dataset)
+        20
+    """
+    import tensorflow_datasets as tfds
+
+    source = _open_source(name, image_size, crop, levels, data_dir)
+    num_images = _num_images(source, split)
+    is_train = split.startswith("train")
+    shuffle = is_train if shuffle is None else shuffle
+    drop_remainder = is_train if drop_remainder is None else drop_remainder
+    if drop_remainder and not repeat and num_images < batch_size:
+        raise ValueError(
+            f"Split {split!r} of dataset {name!r} has {num_images} images, less than one batch of {batch_size}: "
+            "pass a smaller batch_size or drop_remainder=False."
+        )
+
+    examples = source.builder.as_dataset(
+        split=split,
+        shuffle_files=shuffle,
+        decoders={source.image_key: tfds.decode.SkipDecoding()},
+        read_config=tfds.ReadConfig(
+            shuffle_seed=seed,
+            try_autocache=False,
+            enable_ordering_guard=False,  # shuffling is the caller's choice, also for datasets stored in order
+        ),
+    )
+    images = examples.map(lambda example: example[source.image_key])
+    if shuffle:
+        images = images.shuffle(min(num_images, _SHUFFLE_BUFFER), seed=seed)
+    if repeat:
+        images = images.repeat()
+    images = images.map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
+    images = images.batch(batch_size, drop_remainder=drop_remainder)
+    if flips:
+        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
+        images = tf.data.Dataset.zip(images, seeds).map(
+            tf.image.stateless_random_flip_left_right, num_parallel_calls=tf.data.AUTOTUNE
+        )
+    options = tf.data.Options()
+    # Between machines, TensorFlow's default shards by file and fails on datasets of fewer files than machines.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return images.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """A prepared dataset, and what becomes of its images."""
+
+    name: str
+    builder: Any
+    image_key: str
+    own_levels: int
+    crop: tuple[int, int, int, int] | None
+    event_shape: tuple[int, int, int]
+    levels: int
+
+    def decode(self, encoded: tf.Tensor) -> tf.Tensor:
+        """Decodes one stored image and brings it to `event_shape` and `levels`."""
+        image = self.builder.info.features[self.image_key].decode_example(encoded)
+        if self.crop is not None:
+            image = tf.image.crop_to_bounding_box(image, *self.crop)
+        if image.shape != self.event_shape:
+            resized = tf.image.resize(image, self.event_shape[:2], method="bilinear", antialias=True)
+            image = tf.cast(tf.round(resized), image.dtype)
+        image //= self.own_levels // self.levels
+        tf.debugging.assert_less(
+            tf.cast(tf.reduce_max(image), tf.int32),
+            self.levels,
+            message=f"Dataset {self.name!r} has an image value outside its {self.levels} levels.",
+        )
+        return image
+
+
+def _open_source(
+    name: str,
+    image_size: int | tuple[int, int] | None,
+    crop: tuple[int, int, int, int] | None,
+    levels: int | None,
+    data_dir: str | os.PathLike[str] | None,
+) -> _Source:
+    from tfp_dimflows.data import embedded
+
+    builder = _find_builder(name, data_dir)
+    own_levels = embedded.BUILDERS[builder.name].LEVELS if builder.name in embedded.BUILDERS else 256
+    levels = own_levels if levels is None else levels
+    if levels < 2 or own_levels % levels:
+        raise ValueError(f"Dataset {name!r} has {own_levels} levels, which levels={levels} does not divide.")
+    if builder.name == "celeb_a" and image_size is not None and crop is None:
+        crop = _CELEB_A_CROP
+    image_key = _image_key(name, builder)
+    event_shape = _event_shape(name, builder.info.features[image_key].shape, crop, image_size)
+    return _Source(name, _prepare(name, builder), image_key, own_levels, crop, event_shape, levels)
+
+
+def _find_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
+    """Returns the TFDS builder of a dataset, which may not be prepared yet."""
+    import tensorflow_datasets as tfds
+
+    directory = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
+    try:
+        return tfds.builder(name, data_dir=directory)
+    except tfds.core.DatasetNotFoundError:
+        raise FileNotFoundError(
+            f"Dataset {name!r} is unknown to TensorFlow Datasets and is not in {directory}: check the name, or pass "
+            "the data_dir that holds it."
+        ) from None
+
+
+def _prepare(name: str, builder: Any) -> Any:
+    """Returns the builder of a dataset that is ready to be read, after preparing it where need be."""
+    import tensorflow_datasets as tfds
+
+    from tfp_dimflows.data import embedded
+
+    if builder.data_path.exists():
+        return builder
+    directory = os.fspath(builder.data_dir_root)
+    if builder.name in embedded.BUILDERS and not _is_writable(directory):
+        directory = os.path.expanduser(_DEFAULT_DATA_DIR)
+        builder = tfds.builder(name, data_dir=directory)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS announces the preparation on stdout
+            builder.download_and_prepare()
+    except ImportError:
+        raise
+    except Exception as error:
+        if not builder.data_path.exists():
+            raise FileNotFoundError(
+                f"Dataset {name!r} is not in {directory} and could not be prepared there: {error}\n"
+                "Pass the data_dir (or set TFDS_DATA_DIR) that holds it, or prepare it with network access by "
+                f"tfds.load({name!r}, data_dir={directory!r})."
+            ) from error
+        return tfds.builder(name, data_dir=directory)  # another process finished preparing it first
+    return builder
+
+
+def _is_writable(directory: str) -> bool:
+    path = pathlib.Path(directory).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    # The superuser may write anywhere; the mode still tells that a directory is meant to be read-only.
+    any_write = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+    return os.access(existing, os.W_OK) and bool(existing.stat().st_mode & any_write)
+
+
+def _image_key(name: str, builder: Any) -> str:
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    if "image" in keys:
+        keys = ["image"]
+    if len(keys) != 1:
+        raise ValueError(f"Dataset {name!r} has no single image per example; its features are {features}.")
+    dtype = features[keys[0]].np_dtype
+    if dtype != np.uint8:
+        raise ValueError(f"Dataset {name!r} has {np.dtype(dtype).name} images, need uint8.")
+    return keys[0]
+
+
+def _event_shape(
+    name: str,
+    shape: tuple[int | None, int | None, int],
+    crop: tuple[int, int, int, int] | None,
+    image_size: int | tuple[int, int] | None,
+) -> tuple[int, int, int]:
+    """Returns `(height, width, channels)` after crop and resize."""
+    height, width, channels = shape
+    if crop is not None:
+        top, left, crop_height, crop_width = crop
+        leaves_image = (height and top + crop_height > height) or (width and left + crop_width > width)
+        if min(top, left) < 0 or min(crop_height, crop_width) < 1 or leaves_image:
+            raise ValueError(f"Dataset {name!r}: crop {crop} (top, left, height, width) leaves the image {shape}.")
+        height, width = crop_height, crop_width
+    if image_size is not None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height is None or width is None:
+        raise ValueError(f"Dataset {name!r} has images of varying size {shape}: pass image_size.")
+    return height, width, channels
+
+
+def _num_images(source: _Source, split: str) -> int:
+    splits = source.builder.info.splits
+    try:
+        return splits[split].num_examples
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"Dataset {source.name!r} has no split {split!r}; its splits are {list(splits)}.") from error

@@ -1,0 +1,6 @@
+"""Distributions: bounds that are distributions."""
+
+from tfp_dimflows.distributions.dequantized import Dequantized
+from tfp_dimflows.distributions.variational import VariationalDistribution
+
+__all__ = ["Dequantized", "VariationalDistribution"]

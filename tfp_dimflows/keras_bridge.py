@@ -1,0 +1,231 @@
+"""The two-way bridge between `tf.Module` tracking (TFP) and Keras 3 variable tracking.
+
+TFP finds variables by walking `tf.Module` attributes and does not see Keras 3 layers; Keras 3 finds its own variables and
+does not see a bijector's `tf.Variable`s. `Network` shows a Keras 3 layer to `tf.Module`; `collect` and `adopt` show
+everything a distribution holds to a `keras.Model`.
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+import tensorflow_probability as tfp
+import tf_keras
+from tensorflow_probability.python.internal import prefer_static as ps
+
+_ADAPTING = contextvars.ContextVar("adapting", default=False)
+
+
+def adapting() -> bool:
+    """Whether a data-dependent initialisation pass runs (see `adaptation`)."""
+    return _ADAPTING.get()
+
+
+@contextlib.contextmanager
+def adaptation() -> Iterator[None]:
+    """Context in which layers with a data-dependent initialisation set their variables from the batch they are given.
+
+    One ordinary pass of a flow in this context initialises all of them in order, each on data that has already passed
+    the ones before it. Eager only: inside `tf.function` the assignments would become part of the graph.
+
+    Raises:
+      RuntimeError: inside a `tf.function`.
+    """
+    if not tf.executing_eagerly():
+        raise RuntimeError("adaptation: data-dependent initialisation must run eagerly, not inside a tf.function")
+    token = _ADAPTING.set(True)
+    try:
+        yield
+    finally:
+        _ADAPTING.reset(token)
+
+
+class Network(tf.Module):
+    """A conditioner network under one calling convention, visible to `tf.Module` tracking.
+
+    Wraps a Keras 3 layer or model, a tf_keras layer, a `tf.Module` or a plain function. The network is given values with
+    exactly one batch axis; `Network` folds and unfolds whatever batch axes the caller has, and broadcasts the condition's
+    leading axes to them.
+
+    How the condition reaches the network: by the keyword `condition` if its signature has that name; as second positional
+    argument of a function that has one; as second element of the input list of a Keras functional model with two inputs.
+    A network with none of these, or whose `condition_channels` is 0, takes no condition.
+
+    Args:
+      network: the callable.
+
+    Raises:
+      TypeError: if `network` is not callable.
+    """
+
+    def __init__(self, network: Callable, name: str | None = None):
+        super().__init__(name=name)
+        if not callable(network):
+            raise TypeError(f"Network: got {network!r}, needs a callable (x, condition) -> parameters")
+        self._network = network
+        self.layer = network if isinstance(network, keras.Layer) else None
+        self._convention = _condition_convention(network)
+        self._show_variables()
+
+    @property
+    def accepts_condition(self) -> bool:
+        """Whether the network can make use of a condition."""
+        return self._convention != "none"
+
+    def __call__(self, x: tf.Tensor, condition: Any = None, *, event_ndims: int) -> tf.Tensor:
+        """Evaluates the network on `x` of shape `batch + event`, for any number of batch axes.
+
+        Args:
+          x: tensor whose last `event_ndims` axes are the event.
+          condition: tensor or structure of tensors; the leading axes, as many as `x` has batch axes, broadcast to the batch.
+          event_ndims: number of event axes of `x`.
+
+        Returns:
+          The network's output, of shape `batch + output_event`.
+        """
+        if not self.accepts_condition:
+            condition = None
+        batch = ps.shape(x)[: ps.rank(x) - event_ndims]
+        batch_rank = int(ps.rank(x)) - event_ndims
+        if condition is not None:
+            condition = tf.nest.map_structure(lambda c: _broadcast_batch(c, batch, batch_rank), condition)
+        if batch_rank == 1:
+            return self._evaluate(x, condition)
+        x = _fold_batch(x, batch_rank)
+        if condition is not None:
+            condition = tf.nest.map_structure(lambda c: _fold_batch(c, batch_rank), condition)
+        y = self._evaluate(x, condition)
+        return tf.reshape(y, ps.concat([batch, ps.shape(y)[1:]], axis=0))
+
+    def _evaluate(self, x, condition):
+        if self._convention == "keyword":
+            y = self._network(x, condition=condition)
+        elif self._convention == "positional":
+            y = self._network(x, condition)
+        elif self._convention == "list" and condition is not None:
+            y = self._network([x, condition])
+        else:
+            y = self._network(x)
+        if self.layer is not None and self._number_of_variables != len(self.layer.variables):
+            self._show_variables()
+        return y
+
+    def _show_variables(self):
+        if self.layer is not None:
+            self._number_of_variables = len(self.layer.variables)
+            self._variables = [v.value for v in self.layer.variables if isinstance(v.value, tf.Variable)]
+
+
+def _condition_convention(network) -> str:
+    if isinstance(network, (keras.Layer, tf_keras.layers.Layer)):
+        if isinstance(network, (keras.Model, tf_keras.Model)) and len(getattr(network, "inputs", None) or ()) == 2:
+            return "list"
+        if getattr(network, "condition_channels", None) == 0:
+            return "none"
+        return "keyword" if "condition" in inspect.signature(network.call).parameters else "none"
+    try:
+        parameters = inspect.signature(network).parameters
+    except (TypeError, ValueError):
+        return "none"
+    if "condition" in parameters:
+        return "keyword"
+    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return "positional" if len(positional) > 1 else "none"
+
+
+def _broadcast_batch(condition, batch, batch_rank):
+    condition = tf.convert_to_tensor(condition)
+    if batch_rank == 0:
+        return condition
+    shape = ps.concat([batch, ps.shape(condition)[batch_rank:]], axis=0)
+    static = tf.get_static_value(shape)
+    if static is not None and condition.shape.is_fully_defined() and tuple(static) == tuple(condition.shape):
+        return condition
+    return tf.broadcast_to(condition, shape)
+
+
+def _fold_batch(x, batch_rank):
+    return tf.reshape(x, ps.concat([[-1], ps.shape(x)[batch_rank:]], axis=0))
+
+
+class Holdings(NamedTuple):
+    """What `collect` found: outermost Keras 3 layers, tf_keras layers, and the variables of no Keras 3 layer."""
+
+    layers: list[keras.Layer]
+    tf_keras_layers: list[Any]
+    variables: list[tf.Variable]
+
+
+def collect(root: Any) -> Holdings:
+    """Finds every Keras 3 layer and every other `tf.Variable` that an object holds.
+
+    Walks `tf.Module`s (so distributions, bijectors, `tfp.util.TransformedVariable`s and tf_keras layers), lists, tuples and
+    dicts, and the closures of functions (TFP keeps networks in closures).
+
+    Args:
+      root: a distribution, bijector, or any structure of them.
+
+    Returns:
+      The `Holdings`, each item once, in the order of discovery.
+
+    Raises:
+      ValueError: if a `keras.Variable` was given to a TFP object as a parameter: TFP would freeze its present value.
+    """
+    layers, tf_keras_layers, variables, seen, waiting = [], [], [], set(), [root]
+    while waiting:
+        item = waiting.pop(0)
+        if id(item) in seen or item is None or isinstance(item, (str, bytes, int, float, bool, tf.Tensor)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, keras.Layer):
+            layers.append(item)
+        elif isinstance(item, tf.Variable):
+            variables.append(item)
+        elif isinstance(item, tf.Module):
+            if isinstance(item, (tfp.bijectors.Bijector, tfp.distributions.Distribution)):
+                _check_not_frozen(item)
+            if isinstance(item, tf_keras.layers.Layer):
+                tf_keras_layers.append(item)
+                waiting.extend(item.variables)
+            else:
+                waiting.extend(vars(item).values())
+        elif isinstance(item, dict):
+            waiting.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            waiting.extend(item)
+        elif isinstance(item, functools.partial):
+            waiting.extend([item.func, item.args, item.keywords])
+        elif isinstance(item, types.MethodType):
+            waiting.extend([item.__self__, item.__func__])
+        elif isinstance(item, types.FunctionType):
+            waiting.extend(_cell_contents(item))
+    owned = {id(v.value) for layer in layers for v in layer.variables}
+    return Holdings(layers, tf_keras_layers, [v for v in variables if id(v) not in owned])
+
+
+def _check_not_frozen(item):
+    for key, value in (item.parameters or {}).items():
+        if isinstance(value, keras.Variable):
+            raise ValueError(
+                f"{item.name}: parameter {key!r} is a keras.Variable, which TFP turns into a constant that never trains; "
+                f"pass its tf.Variable instead ({key}=variable.value)"
+            )
+
+
+def _cell_contents(function):
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+
+
+def adopt(variable: tf.Variable) -> keras.Variable:
+    """A `keras.Variable` that *is* the given `tf.Variable` (same storage), so that Keras trains and saves it."""
+    adopted = keras.Variable(variable, trainable=variable.trainable, dtype=variable.dtype.name)
+    assert adopted.value is variable
+    return adopted

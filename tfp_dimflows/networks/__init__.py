@@ -1,0 +1,7 @@
+"""Keras 3 layers that serve as conditioners: `(x, condition) -> parameters`."""
+
+from tfp_dimflows.networks.glow import ActNormLayer, EdgeConv2D, GlowConvNet, ZeroConv2D
+from tfp_dimflows.networks.mlp import MLP
+from tfp_dimflows.networks.resnet import ResNet, WeightNormConv2D
+
+__all__ = ["MLP", "ActNormLayer", "EdgeConv2D", "GlowConvNet", "ResNet", "WeightNormConv2D", "ZeroConv2D"]

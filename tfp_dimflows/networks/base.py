@@ -1,0 +1,74 @@
+"""What all conditioner networks share: their sizes, their condition and their seeds."""
+
+import itertools
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+from keras import ops
+
+
+class Conditioner(keras.layers.Layer):
+    """Base of the networks `(x, condition) -> parameters`.
+
+    Channels are the last axis. A subclass creates and builds all its sublayers in its constructor, with
+    `dtype=self.dtype_policy`, then sets `built`; so its variables exist before the first call.
+
+    Args:
+      inputs: number of channels of `x`.
+      outputs: number of channels of the result.
+      condition_channels: number of channels of the condition; 0: the network takes none.
+      seed: integer for reproducible initial weights.
+      **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, condition_channels: int = 0, seed: int | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.inputs = inputs
+        self.outputs = outputs
+        self.condition_channels = condition_channels
+        self.seed = seed
+
+    def get_config(self) -> dict:
+        """The constructor's arguments."""
+        return {
+            **super().get_config(),
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "condition_channels": self.condition_channels,
+            "seed": self.seed,
+        }
+
+    def _with_condition(self, x, condition):
+        """Appends the condition's channels to those of `x`; a vector is repeated at every position."""
+        if condition is None:
+            if self.condition_channels:
+                raise ValueError(f"{self.name}: got no condition, needs one with {self.condition_channels} channels")
+            return x
+        if not self.condition_channels:
+            raise ValueError(
+                f"{self.name}: got a condition of shape {tuple(condition.shape)}, takes none (condition_channels=0)"
+            )
+        vector = (None, self.condition_channels)
+        full = (None, *x.shape[1:-1], self.condition_channels)
+        if not _matches(condition, full):
+            if not _matches(condition, vector):
+                needs = f"{full}" if full == vector else f"{vector} or {full}"
+                raise ValueError(f"{self.name}: got a condition of shape {tuple(condition.shape)}, needs {needs}")
+            condition = ops.expand_dims(condition, tuple(range(1, len(full) - 1)))
+            condition = ops.broadcast_to(condition, (*ops.shape(x)[:-1], self.condition_channels))
+        return ops.concatenate([x, condition], axis=-1)
+
+
+def _matches(tensor, shape) -> bool:
+    return len(tensor.shape) == len(shape) and all(
+        a == b or a is None or b is None for a, b in zip(tensor.shape, shape)
+    )
+
+
+def seed_stream(seed: int | None) -> Iterator[int | None]:
+    """Endless seeds derived from one, for one initialiser each; `None` stays `None`."""
+    if seed is None:
+        return itertools.repeat(None)
+    generator = np.random.default_rng(seed)
+    return (int(generator.integers(2**31)) for _ in itertools.count())

@@ -1,0 +1,100 @@
+"""What the recipes share: the base distribution, the factorization argument, integer images."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from tfp_dimflows import bijectors as dfb
+from tfp_dimflows import distributions as dfd
+
+tfb = tfp.bijectors
+tfd = tfp.distributions
+
+
+def floatx() -> tf.DType:
+    """Keras's default float type, which all variables of a recipe have."""
+    return tf.as_dtype(keras.config.floatx())
+
+
+def checked_event_shape(event_shape: Sequence[int], recipe: str, ranks: tuple[int, ...] = (1, 3)) -> tuple[int, ...]:
+    """The event shape as a tuple of ints, an image `[H, W, C]` or a vector `[D]`."""
+    shape = tuple(int(size) for size in event_shape)
+    if len(shape) not in ranks or min(shape) < 1:
+        kinds = {1: "a vector [D]", 3: "an image [H, W, C]"}
+        raise ValueError(f"{recipe}: got event shape {list(shape)}, needs {' or '.join(kinds[r] for r in ranks)}")
+    return shape
+
+
+def resolve_factorization(
+    factorization: Any, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
+) -> dfb.DimensionFactorization | None:
+    """The `factorization=` argument of a recipe as a `DimensionFactorization`, or None for a model that nothing leaves.
+
+    Args:
+      factorization: `"conventional"`, `"channels"`, `"checkerboard"`, `"random"`, a `DimensionFactorization` (or its config),
+        or None.
+      event_shape: the event's shape.
+      num_scales: number of levels.
+      conventional: what `"conventional"` means.
+      seed: integer seed of `"random"`.
+
+    Raises:
+      ValueError: for another value, or a factorization for another event or number of levels.
+    """
+    if num_scales == 1 or factorization is None:
+        return None
+    if factorization == "conventional":
+        factorization = conventional
+    if factorization == "random":
+        return dfb.DimensionFactorization.random(event_shape, num_scales, seed=seed)
+    if factorization in ("channels", "checkerboard"):
+        return getattr(dfb.DimensionFactorization, factorization)(event_shape, num_scales)
+    if isinstance(factorization, dict):
+        factorization = dfb.DimensionFactorization.from_config(factorization)
+    if not isinstance(factorization, dfb.DimensionFactorization):
+        raise ValueError(
+            f"factorization: got {factorization!r}, needs conventional, channels, checkerboard, random, None or a "
+            "DimensionFactorization"
+        )
+    if (factorization.event_shape, factorization.num_levels) != (event_shape, num_scales):
+        raise ValueError(
+            f"factorization: got one for events of shape {list(factorization.event_shape)} and {factorization.num_levels} "
+            f"levels, needs {list(event_shape)} and {num_scales}"
+        )
+    return factorization
+
+
+def grid_shapes(event_shape: tuple[int, ...], num_scales: int, nothing_leaves: bool) -> list[tuple[int, ...]]:
+    """The shape of the dimensions still in the flow at the input of each level.
+
+    From one level to the next an image's sides halve, and its channels double, or quadruple if nothing leaves. A vector
+    keeps the larger half of its dimensions, or all.
+    """
+    shapes = [event_shape]
+    for _ in range(num_scales - 1):
+        *space, size = shapes[-1]
+        if space:
+            height, width = space
+            if height % 2 or width % 2:
+                raise ValueError(
+                    f"num_scales: got {num_scales}, but at level {len(shapes)} the {height} x {width} grid is not divisible by 2"
+                )
+            shapes.append((height // 2, width // 2, size * (4 if nothing_leaves else 2)))
+        else:
+            shapes.append((size if nothing_leaves else (size + 1) // 2,))
+    return shapes
+
+
+def as_distribution(
+    flow: tfb.Bijector, event_shape: tuple[int, ...], levels: int | None, preprocess: tfb.Bijector | None
+) -> tfd.Distribution:
+    """The flow of standard normal noise, over continuous events, or over integer ones with `levels` grey levels."""
+    base = tfd.Normal(tf.zeros([], floatx()), tf.ones([], floatx()))
+    if levels is not None:
+        flow = dfb.Chain([preprocess, flow])
+    distribution = tfd.TransformedDistribution(tfd.Sample(base, [math.prod(event_shape)]), flow)
+    return distribution if levels is None else dfd.Dequantized(distribution, levels=levels)

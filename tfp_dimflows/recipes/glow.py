@@ -1,0 +1,97 @@
+"""Glow."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_probability as tfp
+
+from tfp_dimflows import bijectors as dfb
+from tfp_dimflows import networks
+from tfp_dimflows.recipes import common
+from tfp_dimflows.recipes.registry import recipe
+
+tfb = tfp.bijectors
+tfd = tfp.distributions
+
+COUPLINGS = {"affine": 2, "additive": 1}
+
+
+@recipe
+def glow(
+    event_shape: Sequence[int],
+    *,
+    num_scales: int = 2,
+    depth: int = 4,
+    width: int = 64,
+    coupling: str = "affine",
+    factorization: Any = "conventional",
+    levels: int | None = None,
+    seed: int = 0,
+) -> tfd.Distribution:
+    """Glow: levels of (squeeze, `depth` steps of actnorm, invertible 1x1 convolution, coupling), with learned split priors.
+
+    Between levels half of the dimensions leave, scored by a conditional Gaussian given those that stay; the deepest part has a
+    learned Gaussian prior. Integer images are scaled to [-1/2, 1/2), without logit.
+
+    Reference sizes: CIFAR-10 `num_scales=3, depth=32, width=512`, ImageNet 32x32 `depth=48`.
+
+    Args:
+      event_shape: `[H, W, C]`; the sides must be divisible by `2**num_scales`.
+      num_scales: number of levels.
+      depth: steps of flow per level.
+      width: width of the coupling networks.
+      coupling: `"affine"` or `"additive"`.
+      factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
+        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+      levels: number of grey levels of integer images; None for continuous events.
+      seed: integer seed.
+
+    Returns:
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+
+    Raises:
+      ValueError: if shape, number of scales and factorization do not fit each other.
+
+    References: Kingma, Dhariwal, "Glow: generative flow with invertible 1x1 convolutions", 2018.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.glow([8, 8, 1], depth=1, width=4)
+    >>> flow.sample(2, seed=0).shape
+    TensorShape([2, 8, 8, 1])
+    """
+    shape = common.checked_event_shape(event_shape, "glow", ranks=(3,))
+    if coupling not in COUPLINGS:
+        raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")
+    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
+    grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
+    seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_scales * depth).tolist())
+    flow_levels = [_level(grid[-1], depth, width, coupling, seeds) for grid in grids]
+    left_channels = [2 * grid[-1] for grid in grids[:-1]]
+    exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
+    flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
+    preprocess = None if levels is None else tfb.Chain([tfb.Scale(float(levels)), tfb.Shift(0.5)])
+    return common.as_distribution(flow, shape, levels, preprocess)
+
+
+def _level(channels, depth, width, coupling, seeds):
+    squeezed = 4 * channels
+    mask = dfb.masks.Channel()
+    parts = [dfb.Squeeze()]
+    for _ in range(depth):
+        parts.append(dfb.ActNorm(squeezed, log_scale_factor=3.0, dtype=common.floatx()))
+        parts.append(dfb.InvertibleConv1x1(squeezed, seed=next(seeds), dtype=common.floatx()))
+        inputs, outputs = mask.sizes(squeezed)
+        network = networks.GlowConvNet(inputs, COUPLINGS[coupling] * outputs, width=width, seed=next(seeds) % 2**31)
+        if coupling == "affine":
+            parts.append(dfb.AffineCoupling(network, mask, log_scale="sigmoid", dtype=common.floatx()))
+        else:
+            parts.append(dfb.AdditiveCoupling(network, mask))
+    return dfb.Chain(parts)
+
+
+def _gaussian(channels):
+    """Diagonal Gaussian of some channels given as many others: mean and log-scale from a zero-initialised convolution."""
+    network = networks.ZeroConv2D(channels, 2 * channels)
+    return dfb.ConditionalTransform(network, dfb.transformers.Affine("exp"), event_ndims=3, name="split_prior")

@@ -1,0 +1,61 @@
+"""LCMA on the multi-scale recipes."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow_probability as tfp
+
+from tfp_dimflows import bijectors as dfb
+from tfp_dimflows.recipes.glow import glow
+from tfp_dimflows.recipes.realnvp import realnvp
+from tfp_dimflows.recipes.registry import recipe
+
+tfd = tfp.distributions
+
+_DOC = """{family} whose factor-outs follow the likelihood contributions of the dimensions (LCMA).
+
+    Without `contributions` this is the model of the first phase, from which nothing leaves. Train it for a while, take
+    `dimflows.likelihood_contributions` of its bijector, and build the model to train with them.
+
+    Args:
+      event_shape: the event's shape.
+      contributions: one array of the event's shape for each of the `num_scales - 1` factor-outs, or None.
+      keep: `"high"` (LCMA), `"low"` (reversed), or a list with one of them per factor-out: which half stays.
+      granularity: `"block"`, `"channel"` or `"free"`, as in `dfb.DimensionFactorization.from_contributions`.
+      **arguments: those of `recipes.{base}`, but for `factorization`.
+
+    Returns:
+      As `recipes.{base}`.
+
+    Raises:
+      ValueError: as `dfb.DimensionFactorization.from_contributions` and `recipes.{base}`.
+
+    References: Das, Abbeel, Spanos, "Likelihood Contribution based Multi-scale Architecture for Generative Flows", 2020.
+    """
+
+
+def _lcma(base, family):
+    def build(
+        event_shape: Sequence[int],
+        *,
+        contributions: Any = None,
+        keep: str | Sequence[str] = "high",
+        granularity: str | None = None,
+        **arguments,
+    ) -> tfd.Distribution:
+        factorization = None
+        if contributions is not None:
+            factorization = dfb.DimensionFactorization.from_contributions(contributions, keep, granularity)
+        return base(event_shape, factorization=factorization, **arguments)
+
+    own = [p for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
+    others = [p for name, p in inspect.signature(base).parameters.items() if name not in ("event_shape", "factorization")]
+    build.__name__ = build.__qualname__ = f"lcma_{base.__name__}"
+    build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)
+    build.__doc__ = _DOC.format(family=family, base=base.__name__)
+    return recipe(build)
+
+
+lcma_realnvp = _lcma(realnvp, "RealNVP")
+lcma_glow = _lcma(glow, "Glow")

@@ -1,0 +1,323 @@
+"""`FlowModel`: a distribution as a Keras 3 model."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from tfp_dimflows import keras_bridge, recipes
+from tfp_dimflows.distributions import VariationalDistribution
+
+tfd = tfp.distributions
+
+
+@keras.saving.register_keras_serializable(package="tfp_dimflows")
+class FlowModel(keras.Model):
+    """Trains a `tfd.Distribution` by maximum likelihood with Keras `fit`.
+
+    `model(x)` is `log_prob(x)`, one number per event. The loss is the mean negative log-probability plus the networks' own
+    regularisation losses. Metrics: `nll` (nats per event) and, for images, `bits_per_dim`, `nll / (D ln 2)`. Every variable the
+    distribution holds is trained, saved and shown by `summary`: Keras 3 layers inside bijectors, raw `tf.Variable`s,
+    `tfp.util.TransformedVariable`s and TFP's tf_keras networks.
+
+    Batches are events `x`, tuples `(x, y)` or `(x, y, sample_weight)` as Keras has them (labels y are not used), or, for a
+    conditional distribution, dicts `{"x": x, "condition": condition}`.
+
+    Args:
+      distribution: any `tfd.Distribution` with a scalar batch shape; integer images: a `dfd.Dequantized`.
+      seed: integer seed of the noise of bounds (dequantisation) and of `sample`; None: a random one.
+      name: the model's name.
+
+    Raises:
+      ValueError: if the distribution has no trainable variable.
+
+    #### Example
+
+    >>> normal = tfd.Normal(tf.Variable(0.0), tfp.util.TransformedVariable(1.0, tfb.Softplus()))
+    >>> model = dimflows.FlowModel(tfd.Sample(normal, [1]))
+    >>> model.compile(keras.optimizers.Adam(0.1))
+    >>> history = model.fit(tf.constant([[2.0], [4.0]]), epochs=200, verbose=0)
+    >>> bool(abs(normal.loc.numpy() - 3.0) < 0.2)
+    True
+    """
+
+    def __init__(self, distribution: tfd.Distribution, seed: int | None = None, name: str | None = None):
+        # No autocasting: a low-precision policy is for the networks, not for the data and the densities.
+        super().__init__(name=name, dtype=keras.config.floatx(), autocast=False)
+        self._distribution = distribution
+        self._seed_generator = keras.random.SeedGenerator(seed)
+        holdings = keras_bridge.collect(distribution)
+        if not all(layer.built for layer in holdings.layers):
+            self._build_networks()
+            holdings = keras_bridge.collect(distribution)
+        self._networks = holdings.layers
+        self._tf_keras_layers = holdings.tf_keras_layers
+        self._adopted = [keras_bridge.adopt(v) for v in holdings.variables]
+        if not self.trainable_variables:
+            raise ValueError(f"FlowModel: {distribution.name} has no trainable variables")
+        self._nll = keras.metrics.Mean(name="nll")
+        self._bits_per_dim = keras.metrics.Mean(name="bits_per_dim") if len(self.event_shape) == 3 else None
+        self._compiled_sample = tf.function(self._sample, autograph=False, reduce_retracing=True)
+        self._compiled_log_prob = tf.function(self._log_prob, autograph=False, reduce_retracing=True)
+        self.built = True
+
+    def _build_networks(self):
+        """Lets unbuilt Keras layers make their variables here; inside Keras's training function it would be too late."""
+        shape = self._distribution.event_shape
+        if not shape.is_fully_defined():
+            raise ValueError(f"FlowModel: {self._distribution.name} has unbuilt networks and no static event shape; build them")
+        dtype = self._distribution.dtype
+        with tf.init_scope():
+            self._distribution.log_prob(tf.zeros([1, *shape], dtype))
+
+    @property
+    def distribution(self) -> tfd.Distribution:
+        """The distribution that is trained."""
+        return self._distribution
+
+    @property
+    def event_shape(self) -> tf.TensorShape:
+        """Shape of one event."""
+        return self._distribution.event_shape
+
+    # Training.
+
+    def compile(self, optimizer: Any = "adam", *, jit_compile: bool | str = "auto", **kwargs):
+        """As `keras.Model.compile`; the loss is fixed.
+
+        Args:
+          optimizer: as in Keras.
+          jit_compile: whether to compile the training step with XLA; `"auto"`: if there is a GPU. On a CPU compiling takes
+            longer than it saves in short runs.
+          **kwargs: as in Keras.
+
+        Raises:
+          ValueError: if a loss is given.
+        """
+        if kwargs.get("loss") is not None:
+            raise ValueError("FlowModel.compile: got a loss; the loss is the negative log-probability")
+        if jit_compile == "auto":
+            jit_compile = bool(tf.config.list_physical_devices("GPU"))
+        super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+
+    def compile_from_config(self, config: dict) -> None:
+        """Keras's hook for loading: compiles as the saved model was."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x=None, *args, **kwargs):
+        """As `keras.Model.fit`, after a check of the (first) batch that changes nothing if it fails."""
+        self._check_first_batch(x)
+        return super().fit(x, *args, **kwargs)
+
+    def adapt(self, data: Any, steps: int = 1) -> None:
+        """Data-dependent initialisation: one eager pass in which every ActNorm normalises what it sees.
+
+        Call it once, before `fit`.
+
+        Args:
+          data: a dataset of batches, or one batch.
+          steps: how many batches of a dataset to use, as one large batch.
+
+        Raises:
+          ValueError: if the data does not fit the distribution; then nothing has changed.
+        """
+        if isinstance(data, tf.data.Dataset):
+            batches = [_events(batch) for batch in data.take(steps)]
+            if not batches:
+                raise ValueError("FlowModel.adapt: the dataset is empty")
+            batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
+        else:
+            batch = tf.nest.map_structure(tf.convert_to_tensor, _events(data))
+        self._check(batch)
+        with keras_bridge.adaptation():
+            self._log_prob(batch, seed=self._next_seed())
+
+    def call(self, x, training=None):
+        """`log_prob(x)`, shape `[batch]`."""
+        return self._log_prob(x, seed=self._next_seed())
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean negative log-probability plus regularisation losses."""
+        if sample_weight is None:
+            nll = -tf.reduce_mean(y_pred)
+        else:
+            nll = -tf.reduce_mean(y_pred * tf.cast(sample_weight, y_pred.dtype))
+        losses = [*self.losses, *(loss for layer in self._tf_keras_layers for loss in layer.losses)]
+        total = nll + sum(tf.cast(tf.reduce_sum(loss), nll.dtype) for loss in losses)
+        return total / tf.distribute.get_strategy().num_replicas_in_sync
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Updates `nll` and `bits_per_dim`."""
+        self._nll.update_state(-y_pred, sample_weight=sample_weight)
+        if self._bits_per_dim is not None:
+            dims = self.event_shape.num_elements()
+            self._bits_per_dim.update_state(-y_pred / (dims * math.log(2.0)), sample_weight=sample_weight)
+        return self.get_metrics_result()
+
+    # Use.
+
+    def log_prob(self, x: Any, num_samples: int | None = None, seed: int | None = None) -> tf.Tensor:
+        """Log-probability of events, compiled.
+
+        Args:
+          x: events (or a dict with `x` and `condition`), a whole batch.
+          num_samples: noise samples of an importance-weighted bound, if the distribution is one.
+          seed: integer seed of that noise; None: the model's own stream.
+
+        Returns:
+          `[batch]`.
+
+        Raises:
+          ValueError: if x does not fit the distribution.
+        """
+        x = tf.nest.map_structure(tf.convert_to_tensor, x)
+        self._check(x)
+        return self._compiled_log_prob(x, self._seed(seed), num_samples)
+
+    def sample(self, sample_shape: Any = (), seed: int | None = None, condition: Any = None) -> tf.Tensor:
+        """Samples of the distribution, compiled.
+
+        Args:
+          sample_shape: as in `tfd.Distribution.sample`; for a conditional distribution `[n]` for a condition of n rows.
+          seed: integer seed; None: the model's own stream.
+          condition: the condition of a conditional distribution.
+        """
+        sample_shape = tuple(np.atleast_1d(np.asarray(sample_shape, dtype=np.int32)).tolist())
+        return self._compiled_sample(sample_shape, self._seed(seed), condition)
+
+    def interpolate(self, start: Any, end: Any, num_steps: int = 8) -> tf.Tensor:
+        """Events on the straight line between two events' latent values.
+
+        Args:
+          start: events at the beginning, `batch + event` or one event.
+          end: events at the end, of the same shape.
+          num_steps: number of points, both ends included.
+
+        Returns:
+          `[num_steps] + shape of start`; the first and last are `start` and `end` up to rounding.
+
+        Raises:
+          ValueError: if the events do not fit the distribution, or num_steps < 2.
+        """
+        if num_steps < 2:
+            raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
+        start, end = tf.convert_to_tensor(start), tf.convert_to_tensor(end)
+        self._check(start)
+        self._check(end)
+        z_start, z_end = self._encode(start), self._encode(end)
+        weights = tf.reshape(tf.linspace(0.0, 1.0, num_steps), [num_steps] + [1] * z_start.shape.rank)
+        weights = tf.cast(weights, z_start.dtype)
+        return self._decode((1.0 - weights) * z_start + weights * z_end)
+
+    def _encode(self, x):
+        if hasattr(self._distribution, "encode"):
+            return self._distribution.encode(x)
+        return self._distribution.bijector.inverse(x)
+
+    def _decode(self, z):
+        if hasattr(self._distribution, "decode"):
+            return self._distribution.decode(z)
+        return self._distribution.bijector.forward(z)
+
+    def _log_prob(self, x, seed=None, num_samples=None):
+        kwargs = {}
+        if isinstance(x, dict):
+            x, kwargs = x["x"], {"bijector_kwargs": {"condition": x["condition"]}}
+        if isinstance(self._distribution, VariationalDistribution):
+            kwargs |= {"seed": seed, "num_samples": num_samples}
+        elif num_samples is not None:
+            raise ValueError(f"FlowModel.log_prob: got num_samples, but the density of {self._distribution.name} is exact")
+        return self._distribution.log_prob(x, **kwargs)
+
+    def _sample(self, sample_shape, seed, condition):
+        kwargs = {} if condition is None else {"bijector_kwargs": {"condition": condition}}
+        return self._distribution.sample(sample_shape, seed=seed, **kwargs)
+
+    def _next_seed(self):
+        return tf.cast(self._seed_generator.next(), tf.int32)
+
+    def _seed(self, seed):
+        return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
+
+    # Checks.
+
+    def _check_first_batch(self, x):
+        if isinstance(x, tf.data.Dataset):
+            for batch in x.take(1):
+                self._check(_events(batch))
+        elif isinstance(x, (np.ndarray, tf.Tensor)):
+            self._check(tf.convert_to_tensor(x[:1]))
+            if np.issubdtype(np.asarray(x).dtype, np.floating) and not np.isfinite(x).all():
+                raise ValueError(f"FlowModel: {self._distribution.name} got values that are not finite")
+
+    def _check(self, batch):
+        """Raises unless the batch's events have the right shape and finite values within the distribution's levels."""
+        x = batch["x"] if isinstance(batch, dict) else batch
+        rank = len(self.event_shape)
+        if x.shape.rank < rank or not self.event_shape.is_compatible_with(x.shape[x.shape.rank - rank :]):
+            raise ValueError(
+                f"FlowModel: got data of shape {x.shape}, {self._distribution.name} needs events of shape {self.event_shape}"
+            )
+        if x.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(x))):
+            raise ValueError(f"FlowModel: {self._distribution.name} got values that are not finite")
+        if hasattr(self._distribution, "check_values"):
+            self._distribution.check_values(x)
+
+    # Saving.
+
+    def get_config(self) -> dict:
+        """The recipe and its arguments.
+
+        Raises:
+          ValueError: if no recipe made the distribution; `save_weights` and `load_weights` work for any.
+        """
+        config = recipes.config_of(self._distribution)
+        if config is None:
+            raise ValueError(
+                f"FlowModel: {self._distribution.name} was not made by a recipe, so its construction cannot be saved; use "
+                "save_weights, and load_weights on a model made by the same code"
+            )
+        return {**config, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "FlowModel":
+        """Builds the recipe anew."""
+        return cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
+
+    def load_own_variables(self, store):
+        """Keras's hook for loading; first checks that constants of the architecture are those the weights were trained with.
+
+        Raises:
+          ValueError: if the weights belong to another dimension factorization; then nothing has changed.
+        """
+        own = self._trainable_variables + self._non_trainable_variables
+        for index, variable in enumerate(own):
+            if "dimension_order" in variable.name and not np.array_equal(store[str(index)], variable.numpy()):
+                raise ValueError(
+                    f"FlowModel: the weights were trained with another dimension factorization than {self._distribution.name} has"
+                )
+        super().load_own_variables(store)
+
+
+def _events(batch):
+    """The events of a batch in any form that Keras takes."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def load(path: str) -> FlowModel:
+    """Loads a model that `FlowModel.save` wrote, with its recipe, weights and factorization.
+
+    Args:
+      path: a `.keras` file.
+
+    Raises:
+      ValueError: if there is no such file, or it is no saved `FlowModel`.
+    """
+    model = keras.saving.load_model(path)
+    if not isinstance(model, FlowModel):
+        raise ValueError(f"load: {path} is a {type(model).__name__}, needs a saved FlowModel")
+    return model
