@@ -176,9 +176,7 @@ class TestPhotoPatches:
 
     @pytest.mark.parametrize("split, size", [("train", 3600), ("test", 350)])
     def test_patches_are_where_patch_corners_says(self, embedded_dir, split, size):
-        images = images_of(
-            data.load("photo_patches", split, batch_size=100, drop_remainder=False, data_dir=embedded_dir)
-        )
+        images = images_of(data.load("photo_patches", split, batch_size=100, drop_remainder=False, data_dir=embedded_dir))
         corners = embedded.patch_corners(split)
         assert len(set(corners)) == len(corners)
         expected = [photo[t : t + 32, x : x + 32] for photo in load_sample_images().images for t, x in corners]
@@ -244,9 +242,7 @@ class TestSplits:
         def load(split):
             return images_of(data.load("digits", split, batch_size=50, shuffle=False, data_dir=embedded_dir))
 
-        whole = images_of(
-            data.load("digits", batch_size=50, shuffle=False, drop_remainder=False, data_dir=embedded_dir)
-        )
+        whole = images_of(data.load("digits", batch_size=50, shuffle=False, drop_remainder=False, data_dir=embedded_dir))
         np.testing.assert_array_equal(load("train[:100]"), whole[:100])
         np.testing.assert_array_equal(load("train[100:200]"), whole[100:200])
         assert len(load("test[50%:]")) == 180
@@ -355,9 +351,7 @@ class TestInfo:
 
 
 class TestRealDatasets:
-    @pytest.mark.parametrize(
-        "name, shape, train_size", [("mnist", (28, 28, 1), 60_000), ("cifar10", (32, 32, 3), 50_000)]
-    )
+    @pytest.mark.parametrize("name, shape, train_size", [("mnist", (28, 28, 1), 60_000), ("cifar10", (32, 32, 3), 50_000)])
     def test_loads(self, tfds_dir, name, shape, train_size):
         assert data.info(name, data_dir=tfds_dir).splits == {"train": train_size, "test": 10_000}
         dataset = data.load(name, "train[:512]", batch_size=128, flips=True, data_dir=tfds_dir)
@@ -448,7 +442,5 @@ else:
     raise AssertionError("no ImportError")
 """
     repository = pathlib.Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=repository, capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=repository, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

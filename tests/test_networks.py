@@ -234,9 +234,7 @@ def conv(x, kernel):
     """Convolution without padding, by its definition."""
     height, width = kernel.shape[:2]
     rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    return sum(
-        x[:, i : i + rows, j : j + columns] @ kernel[i, j].astype(x.dtype) for i in range(height) for j in range(width)
-    )
+    return sum(x[:, i : i + rows, j : j + columns] @ kernel[i, j].astype(x.dtype) for i in range(height) for j in range(width))
 
 
 def pad(x, value=0.0):

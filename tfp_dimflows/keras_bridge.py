@@ -69,7 +69,6 @@ class Network(tf.Module):
         if not callable(network):
             raise TypeError(f"Network: got {network!r}, needs a callable (x, condition) -> parameters")
         self._network = network
-        self.layer = network if isinstance(network, keras.Layer) else None
         self._convention = _condition_convention(network)
         self._show_variables()
 
@@ -112,14 +111,14 @@ class Network(tf.Module):
             y = self._network([x, condition])
         else:
             y = self._network(x)
-        if self.layer is not None and self._number_of_variables != len(self.layer.variables):
+        if not self._complete:
             self._show_variables()
         return y
 
     def _show_variables(self):
-        if self.layer is not None:
-            self._number_of_variables = len(self.layer.variables)
-            self._variables = [v.value for v in self.layer.variables if isinstance(v.value, tf.Variable)]
+        # The network itself, a closure or a module may hold Keras 3 layers, which `tf.Module` does not see.
+        self._complete = all(layer.built for layer in collect(self._network).layers)
+        self._variables = variables_of(self._network)
 
 
 def _condition_convention(network) -> str:
@@ -207,6 +206,13 @@ def collect(root: Any) -> Holdings:
             waiting.extend(_cell_contents(item))
     owned = {id(v.value) for layer in layers for v in layer.variables}
     return Holdings(layers, tf_keras_layers, [v for v in variables if id(v) not in owned])
+
+
+def variables_of(root: Any) -> list[tf.Variable]:
+    """Every `tf.Variable` that an object holds, those of Keras 3 layers included (see `collect`)."""
+    holdings = collect(root)
+    owned = [v.value for layer in holdings.layers for v in layer.variables]
+    return [v for v in owned if isinstance(v, tf.Variable)] + holdings.variables
 
 
 def _check_not_frozen(item):

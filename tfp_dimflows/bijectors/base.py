@@ -37,8 +37,8 @@ class _Origin:
     """Where and under which variable values a cached pass was made."""
 
     def __init__(self, bijector):
+        self._graph = None
         if tf.executing_eagerly():
-            self._graph = None
             # Reading is O(1): the value shares the variable's buffer until the variable is assigned to.
             self._values = [(v, v.read_value()) for v in bijector.variables]
         else:
@@ -46,20 +46,20 @@ class _Origin:
             self._num_operations = len(self._graph.get_operations())
 
     def is_current(self, tensors) -> bool:
+        if record.could_possibly_record() and not record.should_record_backprop(tensors):
+            return False
         if tf.executing_eagerly():
-            if self._graph is not None:
-                return False
-            if record.could_possibly_record() and not record.should_record_backprop(tensors):
-                return False
-            return all(bool(tf.reduce_all(v == value)) for v, value in self._values)
+            return self._graph is None and all(bool(tf.reduce_all(v == value)) for v, value in self._values)
         if self._graph is not tf.compat.v1.get_default_graph():
             return False
-        later = self._graph.get_operations()[self._num_operations :]
-        return not any(_may_assign(operation.type) for operation in later)
+        return not any(_may_assign(operation) for operation in self._graph.get_operations()[self._num_operations :])
 
 
-def _may_assign(operation_type: str) -> bool:
-    return operation_type.startswith(("Assign", "Resource", "PartitionedCall", "StatefulPartitionedCall", "While", "If"))
+_HARMLESS = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Placeholder", "Random", "Stateless", "Assert", "Print")
+
+
+def _may_assign(operation) -> bool:
+    return operation.op_def.is_stateful and not operation.type.startswith(_HARMLESS)
 
 
 class FlowBijector(tfb.Bijector):
@@ -246,9 +246,7 @@ def to_tensor(value, dtype):
 
 def _fill(log_det, value):
     """Broadcasts per-dimension log-dets in full to the shape of `value` (structures alike)."""
-    return tf.nest.map_structure(
-        lambda d, v: tf.broadcast_to(tf.cast(d, log_det_dtype(v.dtype)), ps.shape(v)), log_det, value
-    )
+    return tf.nest.map_structure(lambda d, v: tf.broadcast_to(tf.cast(d, log_det_dtype(v.dtype)), ps.shape(v)), log_det, value)
 
 
 def log_det_dtype(dtype: tf.DType) -> tf.DType:

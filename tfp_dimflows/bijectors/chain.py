@@ -18,7 +18,7 @@ class _Routed(NamedTuple):
 
 
 class Chain(base.FlowBijector):
-    """Composition of bijectors, `forward(x) = b_0(b_1(... b_n(x)))`, like `tfb.Chain`, with `condition=` broadcast to all parts.
+    """Composition of bijectors like TFP's, `forward(x) = b_0(b_1(... b_n(x)))`, with `condition=` broadcast to all parts.
 
     Parts may be bijectors of this package, of TFP, or a user's own. `condition` reaches every part that can use it, also inside
     nested composites; other keyword arguments go to parts by name, as in `tfb.Chain`. Parts of this package are evaluated in
@@ -33,7 +33,7 @@ class Chain(base.FlowBijector):
 
     >>> flow = dfb.Chain([tfb.Exp(), dfb.ActNorm(2)])
     >>> flow.inverse_log_det_per_dim([1.0, 2.0]).numpy().round(3)
-    array([-0.   , -0.693], dtype=float32)
+    array([ 0.   , -0.693], dtype=float32)
     """
 
     def __init__(self, bijectors: Sequence[tfb.Bijector], validate_args: bool = False, name: str = "chain"):
@@ -77,9 +77,7 @@ class Chain(base.FlowBijector):
 
     def _parts(self, routed, direction):
         order = self._bijectors if direction == "inverse" else self._bijectors[::-1]
-        return [
-            (b, per_dimension.condition_kwargs(b, routed.condition) | routed.by_name.get(b.name, {})) for b in order
-        ]
+        return [(b, per_dimension.condition_kwargs(b, routed.condition) | routed.by_name.get(b.name, {})) for b in order]
 
     def _forward_and_log_det_per_dim(self, x, condition):
         return per_dimension.chain_pass(self._parts(self._route(condition, {}), "forward"), x, "forward")

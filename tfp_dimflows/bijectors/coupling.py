@@ -198,9 +198,7 @@ class ConditionalTransform(base.FlowBijector):
         self._network = Network(network)
         self._transformer = transformer
         self._event_ndims = base.event_ndims_static(event_ndims, "ConditionalTransform")
-        super().__init__(
-            forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name
-        )
+        super().__init__(forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name)
 
     def _forward_and_log_det_per_dim(self, x, condition):
         return per_dimension.forward_and_log_det_per_dim(self._bijector(x, condition), x)

@@ -38,7 +38,9 @@ class DimensionFactorization:
         self.kept = [_index_array(indices) for indices in kept]
         self.left = [_index_array(indices) for indices in left]
         if len(self.kept) != len(self.left):
-            raise ValueError(f"DimensionFactorization: got {len(self.kept)} kept and {len(self.left)} left parts, needs as many")
+            raise ValueError(
+                f"DimensionFactorization: got {len(self.kept)} kept and {len(self.left)} left parts, needs as many"
+            )
         grid = np.arange(np.prod(self.event_shape)).reshape(self.event_shape)
         for k, (stay, leave) in enumerate(zip(self.kept, self.left)):
             both = np.sort(np.concatenate([stay.ravel(), leave.ravel()]))
@@ -55,9 +57,7 @@ class DimensionFactorization:
         return len(self.kept) + 1
 
     @classmethod
-    def channels(
-        cls, event_shape: Sequence[int], num_levels: int, order: str = "channel_major"
-    ) -> "DimensionFactorization":
+    def channels(cls, event_shape: Sequence[int], num_levels: int, order: str = "channel_major") -> "DimensionFactorization":
         """The first half of the channels of the squeezed grid stays (Glow, i-ResNet); of a vector, the first half.
 
         Args:
@@ -81,7 +81,9 @@ class DimensionFactorization:
     def checkerboard(cls, event_shape: Sequence[int], num_levels: int) -> "DimensionFactorization":
         """The top left and bottom right pixel of every 2x2 block of every channel stay (RealNVP). Images only."""
         if len(_event_shape(event_shape)) != 3:
-            raise ValueError(f"DimensionFactorization.checkerboard: got event shape {tuple(event_shape)}, needs an image [H, W, C]")
+            raise ValueError(
+                f"DimensionFactorization.checkerboard: got event shape {tuple(event_shape)}, needs an image [H, W, C]"
+            )
         return cls._build(event_shape, num_levels, _checkerboard_split)
 
     @classmethod
@@ -174,7 +176,7 @@ class DimensionFactorization:
         return cls(event_shape, kept, left)
 
     def levels_reached(self) -> np.ndarray:
-        """For every dimension of the event, the number of levels it passes through: 1 if it leaves first, up to `num_levels`."""
+        """For every dimension of the event, the number of levels it passes through: from 1 to `num_levels`."""
         reached = np.ones(np.prod(self.event_shape), dtype=np.int64)
         for stay in self.kept:
             reached[stay.ravel()] += 1

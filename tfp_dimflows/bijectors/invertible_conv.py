@@ -26,8 +26,8 @@ class InvertibleConv1x1(base.FlowBijector):
     * `"lu"`: plus or minus log_s,
     * `"uniform"`: the same for every channel.
 
-    All sum to the same log-det. Cost per pixel O(C^2); `"polar"` and `"svd_sorted"` need one O(C^3) decomposition per call of the
-    per-dimension hook, none for `log_prob`.
+    All sum to the same log-det. Cost per pixel O(C^2); `"polar"` and `"svd_sorted"` need one O(C^3) decomposition per call of
+    the per-dimension hook, none for `log_prob`.
 
     Args:
       channels: number of channels C.
@@ -129,5 +129,7 @@ class InvertibleConv1x1(base.FlowBijector):
         if self._attribution == "svd_sorted":
             return tf.math.log(tf.linalg.svd(jacobian, compute_uv=False))
         if self._attribution == "lu":
-            return log_scale if direction_sign > 0 else tf.linalg.matvec(tf.constant(self._permutation, jacobian.dtype), log_scale)
+            return (
+                log_scale if direction_sign > 0 else tf.linalg.matvec(tf.constant(self._permutation, jacobian.dtype), log_scale)
+            )
         return tf.fill(tf.shape(log_scale), tf.reduce_mean(log_scale))

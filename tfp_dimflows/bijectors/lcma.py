@@ -58,16 +58,14 @@ class LCMA(Multiscale):
     ):
         parameters = dict(locals())
         factorization = DimensionFactorization.from_contributions(contributions, keep, granularity)
-        super().__init__(
-            levels, factorization, exits=exits, validate_args=validate_args, parameters=parameters, name=name
-        )
+        super().__init__(levels, factorization, exits=exits, validate_args=validate_args, parameters=parameters, name=name)
 
 
 def likelihood_contributions(bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0) -> list[np.ndarray]:
     """Each dimension's cumulative likelihood contribution at each factor-out, averaged over a dataset.
 
-    With L_k the per-dimension inverse log-det (data to latent) summed over levels 0 to k, in the data's frame, the result is the
-    mean of L_k over the data, for k = 0 ... num_levels - 2. Bijectors between the data and the `Multiscale` (preprocessing)
+    With L_k the per-dimension inverse log-det (data to latent) summed over levels 0 to k, in the data's frame, the result is
+    the mean of L_k over the data, for k = 0 ... num_levels - 2. Bijectors between the data and the `Multiscale` (preprocessing)
     transform the data but are not counted.
 
     Args:

@@ -82,19 +82,20 @@ class Multiscale(base.FlowBijector):
 
     def _lay_out(self):
         """Follows the flat indices of the event's dimensions through the levels."""
-        splits = []
+        splits, parts = [], []
         ids = np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
         for k, level in enumerate(self._levels):
-            with tf.init_scope():
-                ids = per_dimension.transport_inverse(level, tf.constant(ids, tf.int64)).numpy()
+            ids = _transport_ids(level, ids)
             if self._factorization is not None and k < len(self._levels) - 1:
-                splits.append(_Split(ids, self._factorization.kept[k], self._factorization.left[k]))
+                left = self._factorization.left[k]
+                splits.append(_Split(ids, self._factorization.kept[k], left))
                 ids = self._factorization.kept[k]
-        parts = [ids, *(split.left_ids for split in reversed(splits))]
-        order = np.concatenate([part.ravel() for part in parts])
+                parts.append(_transport_ids(self._exits[k], left))
+        parts.append(_transport_ids(self._exits[-1], ids))
+        order = np.concatenate([part.ravel() for part in reversed(parts)])
         self._splits = self._no_dependency(splits)
         self._deepest_shape = tuple(ids.shape)
-        self._sizes = tuple(int(part.size) for part in parts)
+        self._sizes = tuple(int(part.size) for part in reversed(parts))
         # Saved with the weights, so that weights trained with another factorization are noticed.
         self._dimension_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="dimension_order")
         self._latent_order = self._no_dependency(order)
@@ -118,15 +119,13 @@ class Multiscale(base.FlowBijector):
         return tf.concat(list(parts), axis=-1)
 
     def likelihood_contributions(self, y: tf.Tensor, condition: Any = None) -> list[tf.Tensor]:
-        """Cumulative inverse log-det of every dimension of `y` at each factor-out: `num_levels - 1` tensors of the shape of `y`.
+        """Cumulative inverse log-det of every dimension at each factor-out: `num_levels - 1` tensors of the shape of `y`.
 
         The k-th sums what levels 0 to k contribute to a dimension (fewer if it left before), in the data's frame.
         """
         y = self._checked_event(tf.convert_to_tensor(y))
         _, steps = self._walk_inverse(y, self._route(condition, {}), len(self._levels) - 1)
-        return [
-            self._carry_to_data([*steps[:k], (log_det, None, None)]) for k, (log_det, _, _) in enumerate(steps)
-        ]
+        return [self._carry_to_data([*steps[:k], (log_det, None, None)]) for k, (log_det, _, _) in enumerate(steps)]
 
     @property
     def _uses_condition(self):
@@ -143,7 +142,7 @@ class Multiscale(base.FlowBijector):
             h, left, given = self._release(k, h)
             if left is not None:
                 if self._exits[k] is not None:
-                    left, log_det = per_dimension.inverse_and_log_det(self._exits[k], left, event_ndims, condition=given)
+                    left, log_det = self._exit(per_dimension.inverse_and_log_det, k, given, left, event_ndims)
                     log_dets.append(log_det)
                 parts.append(self._to_vector(left))
         return self.join_latent(parts[::-1]), sum(log_dets)
@@ -164,7 +163,7 @@ class Multiscale(base.FlowBijector):
             if left is not None:
                 left_log_det = tf.zeros_like(left, log_det.dtype)
                 if self._exits[k] is not None:
-                    left, left_log_det = per_dimension.inverse_and_log_det_per_dim(self._exits[k], left, condition=given)
+                    left, left_log_det = self._exit(per_dimension.inverse_and_log_det_per_dim, k, given, left)
                     left_log_det = base._fill(left_log_det, left)
                 parts.append(self._to_vector(left))
             steps.append((log_det, h, left_log_det))
@@ -190,7 +189,7 @@ class Multiscale(base.FlowBijector):
         for k in reversed(range(len(self._levels))):
             left, given = self._recall(k, h, parts)
             if left is not None and self._exits[k] is not None:
-                left, log_det = per_dimension.forward_and_log_det(self._exits[k], left, event_ndims, condition=given)
+                left, log_det = self._exit(per_dimension.forward_and_log_det, k, given, left, event_ndims)
                 log_dets.append(log_det)
             h = self._rejoin(k, h, left)
             kwargs = per_dimension.condition_kwargs(self._levels[k], condition)
@@ -205,7 +204,7 @@ class Multiscale(base.FlowBijector):
             exit_log_det = None
             if left is not None and self._exits[k] is not None:
                 argument = left
-                left, exit_log_det = per_dimension.forward_and_log_det_per_dim(self._exits[k], left, condition=given)
+                left, exit_log_det = self._exit(per_dimension.forward_and_log_det_per_dim, k, given, left)
                 exit_log_det = base._fill(exit_log_det, argument)
             h = argument = self._rejoin(k, h, left)
             kwargs = per_dimension.condition_kwargs(self._levels[k], condition)
@@ -220,10 +219,15 @@ class Multiscale(base.FlowBijector):
                 log_det = log_det + per_dimension.transport_inverse(self._levels[k], total)
             total, left, _ = self._release(k, log_det)
             if left is not None:
-                parts.append(self._to_vector(left if exit_log_det is None else left + exit_log_det))
+                if exit_log_det is not None:
+                    left = per_dimension.transport_inverse(self._exits[k], left) + exit_log_det
+                parts.append(self._to_vector(left))
         return self.join_latent(parts[::-1])
 
     # What leaves, and what comes back.
+
+    def _exit(self, fused, k, given, left, *event_ndims):
+        return fused(self._exits[k], left, *event_ndims, **per_dimension.condition_kwargs(self._exits[k], given))
 
     def _release(self, k, h):
         """(what stays or None, what leaves or None, what the exit of the leaving part is given)."""
@@ -259,17 +263,21 @@ class Multiscale(base.FlowBijector):
 
     def _transport_inverse(self, per_dim):
         if self._event_shape is None:
-            for level in self._levels:
-                per_dim = per_dimension.transport_inverse(level, per_dim)
+            for part in self._undivided():
+                per_dim = per_dimension.transport_inverse(part, per_dim)
             return per_dim
         return tf.gather(self._to_vector(per_dim), self._latent_order, axis=-1)
 
     def _transport_forward(self, per_dim):
         if self._event_shape is None:
-            for level in reversed(self._levels):
-                per_dim = per_dimension.transport_forward(level, per_dim)
+            for part in reversed(self._undivided()):
+                per_dim = per_dimension.transport_forward(part, per_dim)
             return per_dim
         return self._to_grid(tf.gather(per_dim, np.argsort(self._latent_order), axis=-1), self._event_shape)
+
+    def _undivided(self):
+        """All parts of a model that nothing leaves, from data to latent."""
+        return self._levels if self._exits[-1] is None else [*self._levels, self._exits[-1]]
 
     # Shapes.
 
@@ -283,7 +291,9 @@ class Multiscale(base.FlowBijector):
 
     def _checked_latent(self, x):
         if self._event_shape is not None and x.shape[-1] != np.prod(self._event_shape):
-            raise ValueError(f"{self.name}: got latent values of shape {x.shape}, needs {np.prod(self._event_shape)} dimensions")
+            raise ValueError(
+                f"{self.name}: got latent values of shape {x.shape}, needs {np.prod(self._event_shape)} dimensions"
+            )
         return x
 
     def _forward_event_shape(self, shape):
@@ -299,13 +309,19 @@ class Multiscale(base.FlowBijector):
         return shape if self._event_shape is None else tf.constant([np.prod(self._event_shape)], tf.int32)
 
 
+def _transport_ids(bijector, ids):
+    if bijector is None:
+        return ids
+    with tf.init_scope():
+        return per_dimension.transport_inverse(bijector, tf.constant(ids, tf.int64)).numpy()
+
+
 class _Split:
     """A factor-out as a constant permutation of a level's output, by the cheapest means: a slice, a gather of channels, or one
     of all dimensions.
     """
 
     def __init__(self, ids, kept_ids, left_ids):
-        self.left_ids = left_ids
         self._shape, self._kept_shape, self.left_shape = ids.shape, kept_ids.shape, left_ids.shape
         position = {index: place for place, index in enumerate(ids.ravel().tolist())}
         kept, left = (np.array([position[i] for i in part.ravel().tolist()]) for part in (kept_ids, left_ids))

@@ -31,9 +31,7 @@ class LogitPreprocess(base.FlowBijector):
     array([0.], dtype=float32)
     """
 
-    def __init__(
-        self, levels: int = 256, alpha: float = 0.05, validate_args: bool = False, name: str = "logit_preprocess"
-    ):
+    def __init__(self, levels: int = 256, alpha: float = 0.05, validate_args: bool = False, name: str = "logit_preprocess"):
         parameters = dict(locals())
         if levels < 2 or not 0.0 <= alpha < 0.5:
             raise ValueError(f"LogitPreprocess: got levels={levels}, alpha={alpha}, needs levels >= 2 and 0 <= alpha < 0.5")

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.internal import tensor_util
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.keras_bridge import variables_of
 
 tfb = tfp.bijectors
 
@@ -30,6 +32,7 @@ class Transformer(tf.Module):
     def __init__(self, function: Callable[[tf.Tensor], tfb.Bijector], params_per_dim: int):
         super().__init__(name="transformer")
         self._function = function
+        self._variables = variables_of(function)
         self.params_per_dim = params_per_dim
 
     def __call__(self, params: tf.Tensor) -> tfb.Bijector:
@@ -94,20 +97,20 @@ class ElementwiseAffine(base.FlowBijector):
 
     def __init__(self, shift, log_scale=None, name: str = "elementwise_affine"):
         parameters = dict(locals())
-        self._shift = tf.convert_to_tensor(shift)
-        self._log_scale = None if log_scale is None else tf.convert_to_tensor(log_scale)
-        super().__init__(
-            forward_min_event_ndims=0, is_constant_jacobian=True, parameters=parameters, name=name
-        )
+        self._shift = tensor_util.convert_nonref_to_tensor(shift)
+        self._log_scale = None if log_scale is None else tensor_util.convert_nonref_to_tensor(log_scale)
+        super().__init__(forward_min_event_ndims=0, is_constant_jacobian=True, parameters=parameters, name=name)
 
     def _inverse_and_log_det_per_dim(self, y, condition):
         x = y + tf.cast(self._shift, y.dtype)
         if self._log_scale is None:
             return x, tf.zeros([], base.log_det_dtype(y.dtype))
-        return x * tf.cast(tf.exp(self._log_scale), y.dtype), self._log_scale
+        log_scale = tf.convert_to_tensor(self._log_scale)
+        return x * tf.cast(tf.exp(log_scale), y.dtype), log_scale
 
     def _forward_and_log_det_per_dim(self, x, condition):
         shift = tf.cast(self._shift, x.dtype)
         if self._log_scale is None:
             return x - shift, tf.zeros([], base.log_det_dtype(x.dtype))
-        return x * tf.cast(tf.exp(-self._log_scale), x.dtype) - shift, -self._log_scale
+        log_scale = tf.convert_to_tensor(self._log_scale)
+        return x * tf.cast(tf.exp(-log_scale), x.dtype) - shift, -log_scale

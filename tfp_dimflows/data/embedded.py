@@ -41,9 +41,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             from sklearn.datasets import load_digits
             from sklearn.model_selection import train_test_split
         digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0
-        )
+        train, test = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
         return {
             "train": self._generate_examples(digits.images, digits.target, train),
             "test": self._generate_examples(digits.images, digits.target, test),

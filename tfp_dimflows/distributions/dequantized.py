@@ -1,7 +1,5 @@
 """Integer images under a continuous distribution."""
 
-from typing import Any
-
 import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps

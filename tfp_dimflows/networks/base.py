@@ -61,9 +61,7 @@ class Conditioner(keras.layers.Layer):
 
 
 def _matches(tensor, shape) -> bool:
-    return len(tensor.shape) == len(shape) and all(
-        a == b or a is None or b is None for a, b in zip(tensor.shape, shape)
-    )
+    return len(tensor.shape) == len(shape) and all(a == b or a is None or b is None for a, b in zip(tensor.shape, shape))
 
 
 def seed_stream(seed: int | None) -> Iterator[int | None]:

@@ -48,9 +48,7 @@ class EdgeConv2D(keras.layers.Layer):
         self.outputs = outputs
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: inputs})
-        self.kernel = self.add_weight(
-            shape=(3, 3, inputs + 1, outputs), initializer=self.kernel_initializer, name="kernel"
-        )
+        self.kernel = self.add_weight(shape=(3, 3, inputs + 1, outputs), initializer=self.kernel_initializer, name="kernel")
         self.built = True
 
     def call(self, x):

@@ -54,6 +54,7 @@ def _lcma(base, family):
     build.__name__ = build.__qualname__ = f"lcma_{base.__name__}"
     build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)
     build.__doc__ = _DOC.format(family=family, base=base.__name__)
+    build.lcma_base = base.__name__
     return recipe(build)
 
 

@@ -78,9 +78,7 @@ def realnvp(
     options = {"num_couplings": num_couplings, "num_blocks": num_blocks, "seeds": seeds}
     if len(shape) == 3:
         options |= {"batch_norm": batch_norm, "l2": l2}
-        flow_levels = [
-            _image_level(grid, width * 2**k, is_last=k == num_scales - 1, **options) for k, grid in enumerate(grids)
-        ]
+        flow_levels = [_image_level(grid, width * 2**k, is_last=k == num_scales - 1, **options) for k, grid in enumerate(grids)]
     else:
         flow_levels = [_vector_level(grid[0], width, **options) for grid in grids]
     flow = dfb.Multiscale(flow_levels, split, event_shape=shape)

@@ -24,13 +24,14 @@ def recipe(function: Callable[..., tfd.Distribution]) -> Callable[..., tfd.Distr
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             known = ", ".join(signature.parameters)
-            raise TypeError(f"{name}: {error}; the recipe's arguments are {known}") from None
+            raise ValueError(f"{name}: {error}; the recipe's arguments are {known}") from None
         bound.apply_defaults()
         arguments = _plain(dict(bound.arguments), name)
         distribution = function(**bound.arguments)
         distribution._recipe_config = json.dumps({"recipe": name, "arguments": arguments})
         return distribution
 
+    build.__signature__ = signature
     _RECIPES[name] = build
     return build
 
@@ -49,6 +50,11 @@ def get(name: str) -> Callable[..., tfd.Distribution]:
     if name not in _RECIPES:
         raise ValueError(f"recipes: got {name!r}, needs one of {', '.join(names())}")
     return _RECIPES[name]
+
+
+def base_of(name: str) -> str | None:
+    """The recipe on which an LCMA recipe stands, None for any other recipe."""
+    return getattr(get(name), "lcma_base", None)
 
 
 def config_of(distribution: tfd.Distribution) -> dict | None:

@@ -1,5 +1,6 @@
 """Training with Keras."""
 
 from tfp_dimflows.training.model import FlowModel, load
+from tfp_dimflows.training.runs import load_run, read_config, read_metrics, train
 
-__all__ = ["FlowModel", "load"]
+__all__ = ["FlowModel", "load", "load_run", "read_config", "read_metrics", "train"]

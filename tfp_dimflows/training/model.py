@@ -102,15 +102,18 @@ class FlowModel(keras.Model):
         if jit_compile == "auto":
             jit_compile = bool(tf.config.list_physical_devices("GPU"))
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
+        # Slots made inside the training function would have it traced twice.
+        self.optimizer.build(self.trainable_variables)
 
     def compile_from_config(self, config: dict) -> None:
         """Keras's hook for loading: compiles as the saved model was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def fit(self, x=None, *args, **kwargs):
         """As `keras.Model.fit`, after a check of the (first) batch that changes nothing if it fails."""
         self._check_first_batch(x)
+        if isinstance(x, tf.data.Dataset):
+            kwargs.setdefault("shuffle", False)
         return super().fit(x, *args, **kwargs)
 
     def adapt(self, data: Any, steps: int = 1) -> None:
@@ -298,7 +301,7 @@ class FlowModel(keras.Model):
         for index, variable in enumerate(own):
             if "dimension_order" in variable.name and not np.array_equal(store[str(index)], variable.numpy()):
                 raise ValueError(
-                    f"FlowModel: the weights were trained with another dimension factorization than {self._distribution.name} has"
+                    f"FlowModel: the weights were trained with another dimension factorization than that of {self.name}"
                 )
         super().load_own_variables(store)
 

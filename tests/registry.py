@@ -1,0 +1,996 @@
+"""Every bijector of the package with small constructors, values to feed it, and independent formulas of its log-dets.
+
+`ENTRIES` maps a name to an `Entry`; `build(entry, state)` makes the bijector at initialisation (`"initial"`) or with all
+of its trainable variables set to large random values (`"large"`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import keras
+import numpy as np
+import scipy.linalg
+import tensorflow as tf
+import tensorflow_probability as tfp
+import tf_keras
+
+import tfp_dimflows as dimflows
+
+dfb = dimflows.bijectors
+tfb, tfd = tfp.bijectors, tfp.distributions
+
+STATES = ("initial", "large")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One bijector.
+
+    Attributes:
+      make: `(seed, dtype) -> bijector`.
+      data_shape: event shape of `inverse`'s argument.
+      latent_shape: event shape of `forward`'s argument; default: the same.
+      condition_shape: event shape of the condition, None for an unconditional bijector.
+      draw: `(generator, shape) -> data`.
+      reference: `(bijector, y, condition) -> per-dimension inverse log-det`, by formulas of its own.
+      forward_reference: the same for the forward direction; default: minus `reference`, moved to the latent's frame.
+      move: the movement of dimensions from data to latent, on numpy arrays `[B, ...]`.
+      triangular: whether the contribution of a dimension is the logarithm of one entry of the Jacobian.
+      in_place: whether the forward contributions are minus the inverse ones, moved (not so for dense maps).
+      xla: whether the XLA test runs it.
+      half: whether it takes float16 and bfloat16 values.
+      silent: names of variables that legitimately have a zero gradient.
+    """
+
+    name: str
+    make: Callable
+    data_shape: tuple
+    latent_shape: tuple | None = None
+    condition_shape: tuple | None = None
+    draw: Callable = lambda generator, shape: generator.normal(size=shape)
+    reference: Callable | None = None
+    forward_reference: Callable | None = None
+    move: Callable = lambda y: y
+    triangular: bool = False
+    in_place: bool = True
+    xla: bool = False
+    half: bool = True
+    silent: tuple = ()
+
+    def data(self, batch=(2,), seed=1, dtype="float64"):
+        """Data values."""
+        return tf.constant(self.draw(np.random.default_rng(seed), [*batch, *self.data_shape]), dtype)
+
+    def latent(self, batch=(2,), seed=2, dtype="float64"):
+        """Latent values."""
+        return normal([*batch, *(self.latent_shape or self.data_shape)], seed, dtype)
+
+    def kwargs(self, batch=(2,), seed=3, dtype="float64"):
+        """Keyword arguments of every method: the condition, if there is one."""
+        if self.condition_shape is None:
+            return {}
+        return {"condition": normal([*batch, *self.condition_shape], seed, dtype)}
+
+
+def normal(shape, seed=0, dtype="float64"):
+    """Standard normal tensor."""
+    return tf.constant(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def build(entry, state, seed=0, dtype="float64"):
+    """The bijector and every trainable variable that came into being with it (by TensorFlow's account)."""
+    created = []
+
+    def record(next_creator, **kwargs):
+        created.append(next_creator(**kwargs))
+        return created[-1]
+
+    with tf.variable_creator_scope(record):
+        bijector = entry.make(seed, dtype)
+    created = [v for v in created if v.trainable and v.dtype.is_floating]
+    if state == "large":
+        randomize(created)
+    return bijector, created
+
+
+@functools.cache
+def built(name, state, dtype="float64"):
+    """A shared instance; tests that change variables build their own."""
+    return build(ENTRIES[name], state, dtype=dtype)[0]
+
+
+def randomize(variables, seed=11):
+    """Large random values. A kernel's are scaled so that its outputs stay of order one, however many inputs it has."""
+    generator = np.random.default_rng(seed)
+    for v in variables:
+        scale = min(1.0, 2.0 / np.sqrt(v.shape[0])) if "kernel" in v.name else 1.0
+        v.assign(tf.constant(scale * generator.normal(size=v.shape), v.dtype))
+
+
+def fresh(value):
+    """The same values in a new tensor, which no cache knows."""
+    return tf.constant(value.numpy())
+
+
+def distribution(bijector, latent_shape, dtype="float64"):
+    """The flow with a standard normal base."""
+    base = tfd.Normal(tf.constant(0.0, dtype), tf.constant(1.0, dtype))
+    return tfd.TransformedDistribution(tfd.Sample(base, latent_shape), bijector)
+
+
+def jacobian(function, value, condition=None):
+    """`[B, out, in]` Jacobian of a map that treats the examples of a batch separately, from one backward pass."""
+    kwargs = {} if condition is None else {"condition": condition[tf.newaxis]}
+    size = int(np.prod(value.shape[1:]))
+    tiled = tf.tile(value[tf.newaxis], [size] + [1] * value.shape.rank)
+    with tf.GradientTape() as tape:
+        tape.watch(tiled)
+        result = tf.reshape(function(tiled, **kwargs), [size, -1, size])
+        rows = tf.einsum("ibi->", result)
+    return tf.transpose(tf.reshape(tape.gradient(rows, tiled), [size, -1, size]), [1, 0, 2]).numpy()
+
+
+def numerical_jacobian(function, value, condition=None, step=1e-6):
+    """`[B, out, in]` Jacobian from central differences."""
+    kwargs = {} if condition is None else {"condition": condition[tf.newaxis]}
+    size = int(np.prod(value.shape[1:]))
+    offsets = step * tf.reshape(tf.eye(size, dtype=value.dtype), [size, 1, *value.shape[1:]])
+    higher, lower = (
+        tf.reshape(function(value[tf.newaxis] + sign * offsets, **kwargs), [size, -1, size]) for sign in (1.0, -1.0)
+    )
+    return tf.transpose((higher - lower) / (2.0 * step), [1, 2, 0]).numpy()
+
+
+# Networks: dense layers over the flattened event, so that every output depends on every input.
+
+
+def dense(inputs, outputs, seed, dtype, name):
+    """A built Keras 3 layer with large random weights."""
+    layer = keras.layers.Dense(
+        outputs,
+        kernel_initializer=keras.initializers.RandomNormal(stddev=1.0 / np.sqrt(inputs), seed=seed),
+        bias_initializer=keras.initializers.RandomNormal(stddev=0.5, seed=seed + 1),
+        dtype=dtype,
+        name=name,
+    )
+    layer.build((None, inputs))
+    return layer
+
+
+class Mixer(keras.Layer):
+    """Keras 3 network `x -> parameters` from events of one shape to another."""
+
+    def __init__(self, in_shape, out_shape, seed=0, dtype="float64", prefix=""):
+        super().__init__(dtype=dtype)
+        self.in_size, self.out_shape = int(np.prod(in_shape)), tuple(out_shape)
+        self.hidden = dense(self.in_size, 6, 10 * seed + 1, dtype, f"{prefix}hidden")
+        self.out = dense(6, int(np.prod(out_shape)), 10 * seed + 3, dtype, "out")
+        self.built = True
+
+    def call(self, x):
+        """The parameters."""
+        return self.finish(self.hidden(keras.ops.reshape(x, (-1, self.in_size))))
+
+    def finish(self, h):
+        """The parameters, from the hidden layer."""
+        return keras.ops.reshape(self.out(keras.ops.tanh(h)), (-1, *self.out_shape))
+
+
+class ConditionalMixer(Mixer):
+    """Keras 3 network `(x, condition) -> parameters`."""
+
+    def __init__(self, in_shape, out_shape, condition_shape, seed=0, dtype="float64"):
+        super().__init__(in_shape, out_shape, seed, dtype)
+        self.condition_size = int(np.prod(condition_shape))
+        self.conditioning = dense(self.condition_size, 6, 10 * seed + 5, dtype, "conditioning")
+
+    def call(self, x, condition=None):
+        """The parameters."""
+        h = self.hidden(keras.ops.reshape(x, (-1, self.in_size)))
+        if condition is not None:
+            h = h + self.conditioning(keras.ops.reshape(condition, (-1, self.condition_size)))
+        return self.finish(h)
+
+
+def mixer_for(mask, event_shape, params_per_dim, seed=0, dtype="float64", condition_shape=None):
+    """A network that fits a coupling."""
+    conditioning, transformed = (p.shape[1:] for p in mask.split(tf.zeros([1, *event_shape])))
+    out_shape = [*transformed[:-1], transformed[-1] * params_per_dim]
+    if condition_shape is None:
+        return Mixer(conditioning, out_shape, seed, dtype)
+    return ConditionalMixer(conditioning, out_shape, condition_shape, seed, dtype)
+
+
+class ModuleNetwork(tf.Module):
+    """A `tf.Module` network on vectors."""
+
+    def __init__(self, inputs, outputs, seed, dtype):
+        super().__init__()
+        self.kernel = tf.Variable(normal([inputs, outputs], seed, dtype), name="kernel")
+
+    def __call__(self, x):
+        return tf.tanh(tf.matmul(tf.cast(x, self.kernel.dtype), self.kernel))
+
+
+def sequential(seed, dtype):
+    """A Keras 3 `Sequential` from 3 to 6 entries."""
+    return keras.Sequential([keras.Input([3], dtype=dtype), dense(3, 5, seed, dtype, "a"), dense(5, 6, seed + 2, dtype, "b")])
+
+
+def tf_keras_network(seed, dtype):
+    """A built tf_keras layer from 3 to 6 entries."""
+    kernel = tf_keras.initializers.Constant(normal([3, 6], seed).numpy())
+    network = tf_keras.layers.Dense(6, activation="tanh", kernel_initializer=kernel, dtype=dtype)
+    network.build([None, 3])
+    return network
+
+
+SPLINE_BINS = 3
+
+
+def _spline(params):
+    width, height, slope = tf.split(params, [SPLINE_BINS, SPLINE_BINS, SPLINE_BINS - 1], axis=-1)
+    return tfb.RationalQuadraticSpline(
+        bin_widths=8.0 * (0.1 / SPLINE_BINS + 0.9 * tf.nn.softmax(width)),
+        bin_heights=8.0 * (0.1 / SPLINE_BINS + 0.9 * tf.nn.softmax(height)),
+        knot_slopes=tf.nn.softplus(slope) + 0.1,
+        range_min=-4.0,
+    )
+
+
+def spline():
+    """TFP's spline as a transformer."""
+    return dfb.Transformer(_spline, params_per_dim=3 * SPLINE_BINS - 1)
+
+
+# Movements of dimensions, on numpy arrays.
+
+
+def squeezed(y, order="channel_major", factor=2):
+    """Space to depth of `[..., H, W, C]`, one output channel at a time (FACTS: RealNVP's and TensorFlow's orders)."""
+    f, channels = factor, y.shape[-1]
+    result = np.empty([*y.shape[:-3], y.shape[-3] // f, y.shape[-2] // f, f * f * channels], y.dtype)
+    for c in range(channels):
+        for fy in range(f):
+            for fx in range(f):
+                place = c * f * f + fy * f + fx if order == "channel_major" else (fy * f + fx) * channels + c
+                result[..., place] = y[..., fy::f, fx::f, c]
+    return result
+
+
+def shuffled(permutation):
+    """What `tfb.Permute(permutation).inverse` does: the entry at `permutation[j]` comes from j."""
+
+    def move(y):
+        result = np.empty_like(y)
+        for j, i in enumerate(permutation):
+            result[..., i] = y[..., j]
+        return result
+
+    return move
+
+
+def composed(*moves):
+    """One movement after the other."""
+
+    def move(y):
+        for m in moves:
+            y = m(y)
+        return y
+
+    return move
+
+
+def stay(y):
+    """No movement."""
+    return y
+
+
+# Formulas.
+
+
+def variable(bijector, name):
+    """The value of the one variable of that name."""
+    (found,) = [v for v in bijector.variables if v.name.split(":")[0].split("/")[-1] == name]
+    return found.numpy()
+
+
+def actnorm_reference(bijector, y, condition):
+    return np.broadcast_to(bijector.parameters["log_scale_factor"] * variable(bijector, "log_scale"), y.shape)
+
+
+def affine_reference(bijector, y, condition):
+    log_scale = bijector.parameters["log_scale"]
+    return np.broadcast_to(0.0 if log_scale is None else np.asarray(log_scale), y.shape)
+
+
+def zero_reference(bijector, y, condition):
+    return np.zeros(y.shape)
+
+
+def logit_reference(bijector, y, condition):
+    n, a = bijector.parameters["levels"], bijector.parameters["alpha"]
+    p = a + (1 - 2 * a) * y.numpy() / n
+    x = np.log(p) - np.log(1 - p)
+    return np.log1p(np.exp(x)) + np.log1p(np.exp(-x)) + np.log(1 - 2 * a) - np.log(n)
+
+
+def conv_reference(direction):
+    """Each attribution from the matrix of the direction (FACTS 3.4)."""
+
+    def reference(bijector, value, condition):
+        channels = value.shape[-1]
+        matrix = getattr(bijector, direction)(tf.eye(channels, dtype=value.dtype)[:, tf.newaxis]).numpy()[:, 0].T
+        log_singular = np.log(np.linalg.svd(matrix)[1])
+        eigenvalues, vectors = np.linalg.eigh(matrix.T @ matrix)
+        initial = bijector.copy()
+        permutation = scipy_lu(initial.inverse(tf.eye(channels, dtype=value.dtype)[:, tf.newaxis]).numpy()[:, 0].T)
+        log_scale = variable(bijector, "log_scale")
+        contributions = {
+            "polar": np.square(vectors) @ (0.5 * np.log(eigenvalues)),
+            "svd_sorted": np.sort(log_singular)[::-1],
+            "lu": log_scale if direction == "inverse" else -permutation @ log_scale,
+            "uniform": np.full([channels], log_singular.sum() / channels),
+        }
+        return np.broadcast_to(contributions[bijector.parameters["attribution"]], value.shape)
+
+    return reference
+
+
+def scipy_lu(matrix):
+    """The permutation of the LU decomposition."""
+    return scipy.linalg.lu(matrix)[0]
+
+
+def conditions(mask, shape):
+    """Booleans of the event's shape: where a mask conditions (FACTS 1.2, 5.2)."""
+    where = np.zeros(shape, bool)
+    if isinstance(mask, dfb.masks.Checkerboard):
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                where[i, j] = (i + j) % 2 == mask.parity
+    elif isinstance(mask, dfb.masks.Columns):
+        where[:, mask.parity :: 2] = True
+    elif isinstance(mask, dfb.masks.Index):
+        where[list(INDEX)] = True
+    else:
+        count = mask.num_conditioning or shape[-1] // 2
+        where[..., slice(-count, None) if mask.flip else slice(0, count)] = True
+    return where
+
+
+def coupling_reference(log_scale):
+    """`(1 - b) s`, with s from the network's output (FACTS 1.1)."""
+
+    def reference(bijector, y, condition):
+        mask, network = bijector.mask, bijector.parameters["network"]
+        where = conditions(mask, tuple(y.shape[1:]))
+        if isinstance(mask, dfb.masks.Checkerboard):
+            given = np.where(where, y.numpy(), 0.0)
+        elif isinstance(mask, dfb.masks.Columns):
+            given = y.numpy()[:, :, mask.parity :: 2]
+        else:
+            channels = where.reshape(-1, where.shape[-1])[0]
+            given = y.numpy()[..., channels]
+        kwargs = {} if condition is None else {"condition": condition}
+        params = np.asarray(network(tf.constant(given), **kwargs))
+        raw = params.reshape(*params.shape[:-1], -1, 2)[..., 1]
+        s = log_scale(bijector, raw)
+        result = np.zeros(y.shape)
+        if isinstance(mask, dfb.masks.Checkerboard):
+            return np.where(where, 0.0, s)
+        result[:, ~where] = s.reshape(len(s), -1)
+        return result
+
+    return reference
+
+
+tanh_reference = coupling_reference(lambda bijector, raw: variable(bijector, "gain") * np.tanh(raw))
+sigmoid_reference = coupling_reference(lambda bijector, raw: -np.log1p(np.exp(-(raw + 2.0))))
+exp_reference = coupling_reference(lambda bijector, raw: raw)
+
+
+def conditional_affine_reference(bijector, y, condition):
+    params = np.asarray(bijector.parameters["network"](condition))
+    return params.reshape(*y.shape, 2)[..., 1]
+
+
+def chain_reference(moves):
+    """What every part contributes, added up in the frame of the data; `moves[k]` is the movement of the k-th part."""
+
+    def reference(bijector, y, condition):
+        shape, size = y.shape, int(np.prod(y.shape[1:]))
+        ids = np.arange(size).reshape(y.shape[1:])
+        total = np.zeros([y.shape[0], size])
+        for part, move in zip(bijector.bijectors, moves):
+            kwargs = {"condition": condition} if condition is not None and getattr(part, "_uses_condition", False) else {}
+            contribution = dimflows.inverse_log_det_per_dim(part, y, **kwargs).numpy()
+            total[:, ids.ravel()] += contribution.reshape(len(total), -1)
+            y, ids = fresh(part.inverse(y, **kwargs)), move(ids[np.newaxis])[0]
+        return total.reshape(shape)
+
+    return reference
+
+
+def multiscale_walk(bijector, y, moves, condition=None):
+    """The walk through the levels, by flat indices alone.
+
+    Returns the latent parts (deepest first), the cumulative per-dimension log-dets after each level, and the total.
+    """
+    levels, factorization = bijector.levels, bijector.factorization
+    exits = list(bijector.parameters.get("exits") or [])
+    exits += [None] * (len(levels) - len(exits))
+    shape, batch = y.shape[1:], y.shape[0]
+    ids = np.arange(np.prod(shape)).reshape(shape)
+    h, totals, total, parts = y, [], np.zeros([batch, ids.size]), []
+    for k, (level, move) in enumerate(zip(levels, moves)):
+        uses = condition is not None and getattr(level, "_uses_condition", False)
+        kwargs = {"condition": condition} if uses else {}
+        contribution = dimflows.inverse_log_det_per_dim(level, h, **kwargs).numpy()
+        total[:, ids.ravel()] += contribution.reshape(batch, -1)
+        totals.append(total.reshape(-1, *shape).copy())
+        h, ids = fresh(level.inverse(h, **kwargs)), move(ids[np.newaxis])[0]
+        if k == len(levels) - 1:
+            leave, stays, given = ids, None, tf.zeros_like(h)
+        elif factorization is None:
+            continue
+        else:
+            leave, stays = factorization.left[k], factorization.kept[k]
+        by_id = np.zeros([batch, np.prod(shape)])
+        by_id[:, ids.ravel()] = h.numpy().reshape(batch, -1)
+        left = tf.constant(by_id[:, leave.ravel()].reshape(batch, *leave.shape))
+        if stays is not None:
+            given = h = tf.constant(by_id[:, stays.ravel()].reshape(batch, *stays.shape))
+            ids = stays
+        if exits[k] is not None:
+            contribution = exits[k].inverse_log_det_per_dim(left, condition=given).numpy()
+            total[:, leave.ravel()] += contribution.reshape(batch, -1)
+            left = exits[k].inverse(left, condition=given)
+        parts.insert(0, left.numpy().reshape(batch, -1))
+    return parts, totals, total.reshape(-1, *shape)
+
+
+def multiscale_reference(*moves):
+    """`multiscale_walk`'s total."""
+
+    def reference(bijector, y, condition):
+        return multiscale_walk(bijector, y, moves, condition)[2]
+
+    return reference
+
+
+def multiscale_move(factorization, *moves):
+    """The movement of a `Multiscale`: the deepest part first."""
+
+    def move(y):
+        ids = np.arange(np.prod(y.shape[1:])).reshape(y.shape[1:])
+        order = []
+        for k, m in enumerate(moves):
+            ids = m(ids[np.newaxis])[0]
+            if factorization is not None and k < len(moves) - 1:
+                order = [*factorization.left[k].ravel(), *order]
+                ids = factorization.kept[k]
+        return y.reshape(len(y), -1)[:, [*ids.ravel(), *order]]
+
+    return move
+
+
+# The entries.
+
+IMAGE, GRID, VECTOR = (2, 4, 2), (4, 4, 1), (4,)
+INDEX = (4, 1, 2)
+
+TRANSFORMERS = {
+    "tanh": (lambda dtype: dfb.transformers.Affine("tanh", 0.7, dtype), 2, tanh_reference),
+    "sigmoid": (lambda dtype: dfb.transformers.Affine("sigmoid"), 2, sigmoid_reference),
+    "exp": (lambda dtype: dfb.transformers.Affine("exp"), 2, exp_reference),
+    "additive": (lambda dtype: dfb.transformers.Additive(), 1, zero_reference),
+    "spline": (lambda dtype: spline(), 3 * SPLINE_BINS - 1, None),
+}
+
+MASKS = {
+    "checkerboard": (lambda: dfb.masks.Checkerboard(), IMAGE, "tanh"),
+    "checkerboard_odd": (lambda: dfb.masks.Checkerboard(1), IMAGE, "sigmoid"),
+    "channel": (lambda: dfb.masks.Channel(), IMAGE, "exp"),
+    "channel_flip": (lambda: dfb.masks.Channel(flip=True), IMAGE, "tanh"),
+    "channel_vector": (lambda: dfb.masks.Channel(event_ndims=1), (6,), "sigmoid"),
+    "channel_vector_flip": (lambda: dfb.masks.Channel(flip=True, event_ndims=1), (6,), "exp"),
+    "channel_some": (lambda: dfb.masks.Channel(event_ndims=1, num_conditioning=2), (5,), "tanh"),
+    "channel_some_flip": (lambda: dfb.masks.Channel(flip=True, num_conditioning=1), (2, 2, 3), "sigmoid"),
+    "columns": (lambda: dfb.masks.Columns(), IMAGE, "exp"),
+    "columns_odd": (lambda: dfb.masks.Columns(1), IMAGE, "tanh"),
+    "index": (lambda: dfb.masks.Index(INDEX, 5), (5,), "sigmoid"),
+}
+
+
+def make_coupling(mask, shape, transformer, condition_shape=None):
+    """Constructor of a `Coupling`."""
+    make_transformer, params_per_dim, _ = TRANSFORMERS[transformer]
+
+    def make(seed, dtype):
+        network = mixer_for(mask(), shape, params_per_dim, seed, dtype, condition_shape)
+        return dfb.Coupling(network, mask(), make_transformer(dtype))
+
+    return make
+
+
+def _couplings():
+    for name, (mask, shape, transformer) in MASKS.items():
+        others = set(TRANSFORMERS) if name in ("checkerboard", "index") else {transformer, "spline"}
+        for kind in sorted(others):
+            yield Entry(
+                f"coupling_{name}_{kind}",
+                make_coupling(mask, shape, kind),
+                shape,
+                reference=TRANSFORMERS[kind][2],
+                triangular=True,
+                xla=name in ("checkerboard", "columns", "index") and kind in (transformer, "spline"),
+                half=kind != "spline",
+            )
+    for name, shape in (("checkerboard", IMAGE), ("index", (5,))):
+        yield Entry(
+            f"coupling_{name}_conditional",
+            make_coupling(MASKS[name][0], shape, "tanh", (3,)),
+            shape,
+            condition_shape=(3,),
+            reference=tanh_reference,
+            triangular=True,
+            xla=name == "index",
+        )
+
+
+def affine_coupling(mask, shape, seed, dtype, log_scale="tanh", condition_shape=None):
+    """A small `AffineCoupling`."""
+    network = mixer_for(mask, shape, 2, seed, dtype, condition_shape)
+    return dfb.AffineCoupling(network, mask, log_scale, dtype=tf.as_dtype(dtype))
+
+
+def vector_coupling(network, num_conditioning, dtype):
+    """A small `AffineCoupling` of six dimensions with a given network."""
+    mask = dfb.masks.Channel(event_ndims=1, num_conditioning=num_conditioning)
+    return dfb.AffineCoupling(network, mask, "tanh", dtype=tf.as_dtype(dtype))
+
+
+def pixels(levels):
+    """Data in the range of `LogitPreprocess`."""
+    return lambda generator, shape: levels * generator.uniform(0.001, 0.999, size=shape)
+
+
+def _elementwise():
+    yield Entry("actnorm", lambda s, t: dfb.ActNorm(2, dtype=t), IMAGE, reference=actnorm_reference, triangular=True, xla=True)
+    yield Entry(
+        "actnorm_factor",
+        lambda s, t: dfb.ActNorm(4, log_scale_factor=3.0 if t == "float32" else 0.5, dtype=t),
+        VECTOR,
+        reference=actnorm_reference,
+        triangular=True,
+    )
+    yield Entry(
+        "elementwise_affine",
+        lambda s, t: dfb.ElementwiseAffine(normal(VECTOR, s, t), normal(VECTOR, s + 1, t)),
+        VECTOR,
+        reference=affine_reference,
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "elementwise_affine_variables",
+        lambda s, t: dfb.ElementwiseAffine(tf.Variable(normal(VECTOR, s, t)), tf.Variable(normal(VECTOR, s + 1, t))),
+        VECTOR,
+        reference=affine_reference,
+        triangular=True,
+    )
+    yield Entry(
+        "elementwise_shift",
+        lambda s, t: dfb.ElementwiseAffine(normal(VECTOR, s, t)),
+        VECTOR,
+        reference=zero_reference,
+        triangular=True,
+    )
+    for levels, alpha in ((256, 0.05), (8, 0.2)):
+        yield Entry(
+            f"logit_{levels}",
+            functools.partial(lambda s, t, levels, alpha: dfb.LogitPreprocess(levels, alpha), levels=levels, alpha=alpha),
+            VECTOR,
+            draw=pixels(levels),
+            reference=logit_reference,
+            triangular=True,
+            xla=levels == 8,
+        )
+    for kind in ("exp", "spline"):
+        make_transformer, params_per_dim, _ = TRANSFORMERS[kind]
+
+        def make(seed, dtype, make_transformer=make_transformer, params_per_dim=params_per_dim):
+            network = Mixer(IMAGE, [2, 4, 2 * params_per_dim], seed, dtype)
+            return dfb.ConditionalTransform(network, make_transformer(dtype))
+
+        yield Entry(
+            f"conditional_transform_{kind}",
+            make,
+            IMAGE,
+            condition_shape=IMAGE,
+            reference=conditional_affine_reference if kind == "exp" else None,
+            triangular=True,
+            xla=kind == "exp",
+            half=kind == "exp",
+        )
+    yield Entry(
+        "conditional_transform_vector",
+        lambda s, t: dfb.ConditionalTransform(Mixer([3], [8], s, t), dfb.transformers.Affine("exp"), event_ndims=1),
+        VECTOR,
+        condition_shape=(3,),
+        reference=conditional_affine_reference,
+        triangular=True,
+    )
+
+
+def _moves_and_maps():
+    for order in ("channel_major", "position_major"):
+        yield Entry(
+            f"squeeze_{order}",
+            functools.partial(lambda s, t, order: dfb.Squeeze(order=order), order=order),
+            (2, 4, 2),
+            (1, 2, 8),
+            reference=zero_reference,
+            move=functools.partial(squeezed, order=order),
+            triangular=True,
+            xla=True,
+        )
+    yield Entry(
+        "squeeze_3",
+        lambda s, t: dfb.Squeeze(3, "position_major"),
+        (3, 3, 2),
+        (1, 1, 18),
+        reference=zero_reference,
+        move=functools.partial(squeezed, order="position_major", factor=3),
+        triangular=True,
+    )
+    for attribution in ("polar", "svd_sorted", "lu", "uniform"):
+        yield Entry(
+            f"conv_{attribution}",
+            functools.partial(lambda s, t, attribution: dfb.InvertibleConv1x1(4, attribution, s, t), attribution=attribution),
+            (2, 1, 4),
+            reference=conv_reference("inverse"),
+            forward_reference=conv_reference("forward"),
+            in_place=False,
+            xla=attribution == "polar",
+        )
+    yield Entry(
+        "affine_coupling_tanh",
+        lambda s, t: affine_coupling(dfb.masks.Checkerboard(), IMAGE, s, t),
+        IMAGE,
+        reference=tanh_reference,
+        triangular=True,
+    )
+    yield Entry(
+        "affine_coupling_sigmoid",
+        lambda s, t: affine_coupling(dfb.masks.Channel(flip=True), IMAGE, s, t, "sigmoid"),
+        IMAGE,
+        reference=sigmoid_reference,
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "affine_coupling_conditional",
+        lambda s, t: affine_coupling(dfb.masks.Channel(), IMAGE, s, t, "exp", IMAGE),
+        IMAGE,
+        condition_shape=IMAGE,
+        reference=exp_reference,
+        triangular=True,
+    )
+    for name, network in (("sequential", sequential), ("tf_keras", tf_keras_network)):
+        yield Entry(
+            f"affine_coupling_{name}",
+            functools.partial(lambda s, t, network: vector_coupling(network(s, t), 3, t), network=network),
+            (6,),
+            reference=tanh_reference,
+            triangular=True,
+        )
+    yield Entry(
+        "affine_coupling_module",
+        lambda s, t: vector_coupling(ModuleNetwork(2, 8, s, t), 2, t),
+        (6,),
+        reference=tanh_reference,
+        triangular=True,
+    )
+    yield Entry(
+        "additive_coupling",
+        lambda s, t: dfb.AdditiveCoupling(mixer_for(dfb.masks.Columns(), IMAGE, 1, s, t), dfb.masks.Columns()),
+        IMAGE,
+        reference=zero_reference,
+        triangular=True,
+    )
+
+
+def glow_step(channels, shape, seed, dtype, condition_shape=None):
+    """Actnorm, 1x1 convolution, affine coupling, from data to latent."""
+    mask = dfb.masks.Channel(event_ndims=len(shape))
+    return dfb.Chain(
+        [
+            dfb.ActNorm(channels, dtype=dtype),
+            dfb.InvertibleConv1x1(channels, seed=seed, dtype=dtype),
+            affine_coupling(mask, shape, seed, dtype, "sigmoid", condition_shape),
+        ]
+    )
+
+
+PERMUTATION = [2, 0, 3, 1]
+
+
+def _chains():
+    yield Entry(
+        "chain_vector",
+        lambda s, t: dfb.Chain(
+            [
+                affine_coupling(dfb.masks.Channel(event_ndims=1), VECTOR, s, t),
+                tfb.Permute(PERMUTATION),
+                tfb.Scale(tf.Variable(normal(VECTOR, s + 4, t))),
+                dfb.ActNorm(4, dtype=t),
+            ]
+        ),
+        VECTOR,
+        reference=chain_reference([stay, shuffled(PERMUTATION), stay, stay]),
+        move=shuffled(PERMUTATION),
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "chain_squeeze",
+        lambda s, t: dfb.Chain(
+            [
+                dfb.LogitPreprocess(8),
+                affine_coupling(dfb.masks.Checkerboard(), GRID, s, t),
+                dfb.Squeeze(),
+                dfb.ActNorm(4, dtype=t),
+                tfb.Permute(PERMUTATION),
+                affine_coupling(dfb.masks.Channel(), (2, 2, 4), s + 1, t),
+            ]
+        ),
+        GRID,
+        (2, 2, 4),
+        draw=pixels(8),
+        reference=chain_reference([stay, stay, squeezed, stay, shuffled(PERMUTATION), stay]),
+        move=composed(squeezed, shuffled(PERMUTATION)),
+        xla=True,
+    )
+    yield Entry(
+        "chain_elementwise_after_moves",
+        lambda s, t: dfb.Chain(
+            [
+                dfb.ElementwiseAffine(normal(GRID, s, t), normal(GRID, s + 1, t)),
+                dfb.Squeeze(order="position_major"),
+                tfb.Chain(
+                    [
+                        tfb.Permute(PERMUTATION),
+                        dfb.ElementwiseAffine(normal([2, 2, 4], s, t), normal([2, 2, 4], s + 2, t)),
+                    ]
+                ),
+                tfb.Invert(tfb.Sinh()),
+                tfb.Reshape([2, 2, 4], [16]),
+                tfb.SinhArcsinh(skewness=tf.constant(0.3, t)),
+            ]
+        ),
+        GRID,
+        (16,),
+        move=composed(
+            functools.partial(squeezed, order="position_major"), shuffled(PERMUTATION), lambda y: y.reshape(len(y), 16)
+        ),
+        triangular=True,
+    )
+    yield Entry(
+        "chain_nested_conditional",
+        lambda s, t: dfb.Chain(
+            [
+                dfb.Chain([dfb.ActNorm(4, dtype=t), affine_coupling(dfb.masks.Channel(event_ndims=1), VECTOR, s, t)]),
+                tfb.Invert(make_coupling(lambda: dfb.masks.Index([0, 3], 4), VECTOR, "exp", (3,))(s, t)),
+                tfb.Chain([tfb.Shift(tf.Variable(normal(VECTOR, s, t))), tfb.Chain([glow_step(4, VECTOR, s + 3, t, (3,))])]),
+            ]
+        ),
+        VECTOR,
+        condition_shape=(3,),
+        in_place=False,
+        xla=True,
+    )
+
+
+def exit_for(shape, left_shape, seed, dtype, prefix=""):
+    """Glow's split prior."""
+    network = Mixer(shape, [*left_shape[:-1], 2 * left_shape[-1]], seed, dtype, prefix)
+    return dfb.ConditionalTransform(network, dfb.transformers.Affine("exp"), event_ndims=len(shape))
+
+
+def squeezing_levels(seed, dtype, condition_shape=None):
+    """Three levels of a 4x4x1 image, the first two of which squeeze."""
+    return [
+        dfb.Chain(
+            [
+                affine_coupling(dfb.masks.Checkerboard(), GRID, seed, dtype),
+                dfb.Squeeze(),
+                glow_step(4, (2, 2, 4), seed + 1, dtype, condition_shape),
+            ]
+        ),
+        dfb.Chain(
+            [
+                dfb.Squeeze(),
+                dfb.ActNorm(8, dtype=dtype),
+                affine_coupling(dfb.masks.Channel(), (1, 1, 8), seed + 2, dtype),
+            ]
+        ),
+        dfb.Chain([dfb.ActNorm(4, dtype=dtype), affine_coupling(dfb.masks.Channel(flip=True), (1, 1, 4), seed + 3, dtype)]),
+    ]
+
+
+def plain_levels(shapes, seed, dtype):
+    """Levels that leave every dimension in its place: actnorm and a coupling."""
+    levels = []
+    for k, shape in enumerate(shapes):
+        if len(shape) == 1:
+            mask = dfb.masks.Channel(event_ndims=1, num_conditioning=1)
+        else:
+            mask = dfb.masks.Channel() if shape[0] == 1 else dfb.masks.Checkerboard(k % 2)
+        levels.append(dfb.Chain([dfb.ActNorm(shape[-1], dtype=dtype), affine_coupling(mask, shape, seed + k, dtype)]))
+    return levels
+
+
+def contributions_of(shape, num, seed=5):
+    """Random statistics."""
+    generator = np.random.default_rng(seed)
+    return [generator.normal(size=shape) for _ in range(num)]
+
+
+CHANNELS = dfb.DimensionFactorization.channels(GRID, 3)
+CHECKERBOARD = dfb.DimensionFactorization.checkerboard(GRID, 2)
+RANDOM = dfb.DimensionFactorization.random(GRID, 3, seed=1)
+VECTOR_HALVES = dfb.DimensionFactorization.channels([5], 3)
+VECTOR_RANDOM = dfb.DimensionFactorization.random([6], 2, seed=2)
+GRIDS = [GRID, (2, 2, 2), (1, 1, 4)]
+
+
+def _multiscales():
+    yield Entry(
+        "multiscale_nms_image",
+        lambda s, t: dfb.Multiscale(
+            [
+                affine_coupling(dfb.masks.Checkerboard(), GRID, s, t),
+                dfb.Chain([dfb.Squeeze(), dfb.ActNorm(4, dtype=t), affine_coupling(dfb.masks.Channel(), (2, 2, 4), s + 1, t)]),
+            ],
+            event_shape=GRID,
+        ),
+        GRID,
+        (16,),
+        reference=multiscale_reference(stay, squeezed),
+        move=multiscale_move(None, stay, squeezed),
+    )
+    yield Entry(
+        "multiscale_nms_vector",
+        lambda s, t: dfb.Multiscale(plain_levels([VECTOR, VECTOR], s, t)),
+        VECTOR,
+        reference=multiscale_reference(stay, stay),
+    )
+    yield Entry(
+        "multiscale_channels_squeezed",
+        lambda s, t: dfb.Multiscale(squeezing_levels(s, t), CHANNELS),
+        GRID,
+        (16,),
+        reference=multiscale_reference(squeezed, squeezed, stay),
+        move=multiscale_move(CHANNELS, squeezed, squeezed, stay),
+        in_place=False,
+    )
+    yield Entry(
+        "multiscale_exits",
+        lambda s, t: dfb.Multiscale(
+            squeezing_levels(s, t),
+            CHANNELS,
+            exits=[
+                exit_for((2, 2, 2), (2, 2, 2), s + 7, t),
+                exit_for((1, 1, 4), (1, 1, 4), s + 8, t),
+                exit_for((1, 1, 4), (1, 1, 4), s + 9, t, "deepest_"),
+            ],
+        ),
+        GRID,
+        (16,),
+        reference=multiscale_reference(squeezed, squeezed, stay),
+        move=multiscale_move(CHANNELS, squeezed, squeezed, stay),
+        in_place=False,
+        xla=True,
+        silent=("deepest_hidden/kernel",),
+    )
+    yield Entry(
+        "multiscale_conditional",
+        lambda s, t: dfb.Multiscale(squeezing_levels(s, t, (3,)), CHANNELS),
+        GRID,
+        (16,),
+        condition_shape=(3,),
+        reference=multiscale_reference(squeezed, squeezed, stay),
+        move=multiscale_move(CHANNELS, squeezed, squeezed, stay),
+        in_place=False,
+    )
+    yield Entry(
+        "multiscale_checkerboard",
+        lambda s, t: dfb.Multiscale(plain_levels(GRIDS[:2], s, t), CHECKERBOARD),
+        GRID,
+        (16,),
+        reference=multiscale_reference(stay, stay),
+        move=multiscale_move(CHECKERBOARD, stay, stay),
+        xla=True,
+    )
+    yield Entry(
+        "multiscale_random",
+        lambda s, t: dfb.Multiscale(plain_levels(GRIDS, s, t), RANDOM, exits=[None, exit_for((1, 1, 4), (1, 1, 4), s, t)]),
+        GRID,
+        (16,),
+        reference=multiscale_reference(stay, stay, stay),
+        move=multiscale_move(RANDOM, stay, stay, stay),
+    )
+    yield Entry(
+        "multiscale_elementwise",
+        lambda s, t: dfb.Multiscale(
+            [
+                dfb.Chain(
+                    [
+                        dfb.ElementwiseAffine(normal(GRID, s, t), normal(GRID, s + 1, t)),
+                        dfb.Squeeze(),
+                        tfb.Permute(PERMUTATION),
+                    ]
+                ),
+                dfb.Chain([tfb.Sinh(), dfb.Squeeze(order="position_major")]),
+                tfb.SinhArcsinh(tailweight=tf.constant(0.8, t)),
+            ],
+            RANDOM,
+        ),
+        GRID,
+        (16,),
+        move=multiscale_move(
+            RANDOM, composed(squeezed, shuffled(PERMUTATION)), functools.partial(squeezed, order="position_major"), stay
+        ),
+        triangular=True,
+    )
+    yield Entry(
+        "multiscale_vector",
+        lambda s, t: dfb.Multiscale(
+            plain_levels([(5,), (3,), (2,)], s, t),
+            VECTOR_HALVES,
+            exits=[exit_for((3,), (2,), s, t), exit_for((2,), (1,), s + 1, t)],
+        ),
+        (5,),
+        reference=multiscale_reference(stay, stay, stay),
+        move=multiscale_move(VECTOR_HALVES, stay, stay, stay),
+        xla=True,
+    )
+    yield Entry(
+        "multiscale_vector_random",
+        lambda s, t: dfb.Multiscale(plain_levels([(6,), (3,)], s, t), VECTOR_RANDOM),
+        (6,),
+        reference=multiscale_reference(stay, stay),
+        move=multiscale_move(VECTOR_RANDOM, stay, stay),
+    )
+    for granularity in ("block", "channel"):
+        factorization = dfb.DimensionFactorization.from_contributions(contributions_of(GRID, 2), "high", granularity)
+        yield Entry(
+            f"lcma_{granularity}",
+            functools.partial(
+                lambda s, t, granularity: dfb.LCMA(
+                    plain_levels(GRIDS, s, t), contributions_of(GRID, 2), granularity=granularity
+                ),
+                granularity=granularity,
+            ),
+            GRID,
+            (16,),
+            reference=multiscale_reference(stay, stay, stay),
+            move=multiscale_move(factorization, stay, stay, stay),
+            xla=granularity == "block",
+        )
+    free = dfb.DimensionFactorization.from_contributions(contributions_of([5], 2), ["low", "high"])
+    yield Entry(
+        "lcma_free",
+        lambda s, t: dfb.LCMA(plain_levels([(5,), (3,), (2,)], s, t), contributions_of([5], 2), keep=["low", "high"]),
+        (5,),
+        reference=multiscale_reference(stay, stay, stay),
+        move=multiscale_move(free, stay, stay, stay),
+    )
+
+
+ENTRIES = {
+    entry.name: entry for family in (_elementwise, _moves_and_maps, _couplings, _chains, _multiscales) for entry in family()
+}

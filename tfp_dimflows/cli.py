@@ -1,0 +1,217 @@
+"""The `dimflows` command."""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+
+from tfp_dimflows import data, recipes, training
+from tfp_dimflows.training import pictures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dimflows: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="dimflows", description="Train and use normalizing flows.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("train", help="train a recipe on a TFDS dataset into a run directory")
+    command.set_defaults(command=_train)
+    command.add_argument("recipe", metavar="RECIPE", help="a name that `dimflows recipes` lists")
+    command.add_argument("--data", required=True, metavar="NAME", help="digits, photo_patches, or any TFDS image dataset")
+    command.add_argument("--epochs", type=_positive, required=True)
+    command.add_argument("--batch-size", type=_positive, default=64)
+    command.add_argument("--out", required=True, metavar="DIR", help="the run directory")
+    command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the recipe")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--learning-rate", type=float, default=1e-3)
+    command.add_argument("--steps-per-epoch", type=_positive, help="default: the whole training split")
+    command.add_argument("--image-size", type=_positive, help="resize images to this height and width")
+    command.add_argument("--levels", type=_positive, help="number of grey levels; default: the dataset's")
+    command.add_argument("--flips", action="store_true", help="random horizontal flips in training")
+    command.add_argument("--test-split", default="test", help="split of the test metrics")
+    command.add_argument("--pretrain-epochs", type=_positive, help="lcma recipes: epochs of phase 1; default: half of --epochs")
+    command.add_argument("--no-baseline", action="store_true", help="lcma recipes: do not train the conventional one beside")
+    command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    _add_data_dir(command)
+
+    command = commands.add_parser("evaluate", help="bits per dimension of a run's model")
+    command.set_defaults(command=_evaluate)
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--split", help="default: the run's test split")
+    command.add_argument("--num-samples", type=_positive, default=1, help="importance samples of the dequantisation noise")
+    command.add_argument("--batch-size", type=_positive)
+    command.add_argument("--seed", type=int, default=0)
+    _add_data_dir(command)
+
+    command = commands.add_parser("sample", help="a PNG grid of samples")
+    command.set_defaults(command=_sample)
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--num", type=_positive, default=64)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--out", metavar="PNG", help="default: RUN/samples-SEED.png")
+
+    command = commands.add_parser("interpolate", help="a PNG grid of walks between pairs of images in latent space")
+    command.set_defaults(command=_interpolate)
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--num", type=_positive, default=8, help="number of pairs")
+    command.add_argument("--steps", type=_positive, default=8)
+    command.add_argument("--seed", type=int, default=0, help="chooses the pairs from the test split")
+    command.add_argument("--out", metavar="PNG", help="default: RUN/interpolation-SEED.png")
+    _add_data_dir(command)
+
+    command = commands.add_parser("recipes", help="the recipes and their arguments")
+    command.set_defaults(command=_recipes)
+    return parser
+
+
+def _add_data_dir(command):
+    command.add_argument("--data-dir", help="where TFDS datasets are; default: TFDS_DATA_DIR, else TFDS's own")
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _train(arguments):
+    options = {"image_size": arguments.image_size, "levels": arguments.levels}
+    info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
+    batch_size = arguments.batch_size
+    train_data = data.load(
+        arguments.data,
+        "train",
+        batch_size=batch_size,
+        flips=arguments.flips,
+        seed=arguments.seed,
+        data_dir=arguments.data_dir,
+        **options,
+    )
+    test_data = data.load(arguments.data, arguments.test_split, batch_size=batch_size, data_dir=arguments.data_dir, **options)
+    training.train(
+        arguments.recipe,
+        arguments.out,
+        train_data,
+        test_data,
+        event_shape=info.event_shape,
+        levels=info.levels,
+        epochs=arguments.epochs,
+        steps_per_epoch=arguments.steps_per_epoch,
+        pretrain_epochs=arguments.pretrain_epochs,
+        baseline=not arguments.no_baseline,
+        arguments=_settings(arguments.set),
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        notes={
+            "data": {"name": arguments.data, "test_split": arguments.test_split, "batch_size": batch_size, **options},
+            "flips": arguments.flips,
+        },
+    )
+    _report(arguments.out, arguments.recipe)
+
+
+def _settings(pairs):
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--set: got {pair!r}, needs KEY=VALUE")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def _report(directory, recipe):
+    titles = {".": recipe, "conventional": f"{recipes.base_of(recipe)}, conventional factorization"}
+    print("\ntest bits/dim   parameters   model")
+    for part, metrics in training.read_metrics(directory).items():
+        if part in titles:
+            print(f"{metrics['bits_per_dim']:13.4f}   {metrics['parameters']:10,d}   {titles[part]}")
+    print(f"\n{directory}: " + ", ".join(sorted(p.name for p in pathlib.Path(directory).iterdir())))
+
+
+def _run_data(arguments, split=None, batch_size=None):
+    options = dict(training.read_config(arguments.run)["data"])
+    name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
+    return data.load(
+        name,
+        split or test_split,
+        batch_size=batch_size or trained_batch,
+        shuffle=False,
+        drop_remainder=False,
+        data_dir=arguments.data_dir,
+        **options,
+    )
+
+
+def _evaluate(arguments):
+    model = training.load_run(arguments.run)
+    total, count = 0.0, 0
+    for step, batch in enumerate(_run_data(arguments, arguments.split, arguments.batch_size)):
+        log_prob = model.log_prob(batch, num_samples=arguments.num_samples, seed=arguments.seed + step)
+        total += float(tf.reduce_sum(tf.cast(log_prob, tf.float64)))
+        count += int(batch.shape[0])
+    nll = -total / count
+    bits = nll / (model.event_shape.num_elements() * math.log(2.0))
+    print(json.dumps({"nll": nll, "bits_per_dim": bits, "num_events": count, "num_samples": arguments.num_samples}))
+
+
+def _sample(arguments):
+    config = training.read_config(arguments.run)
+    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"samples-{arguments.seed}.png")
+    samples = training.load_run(arguments.run).sample(arguments.num, seed=arguments.seed).numpy()
+    columns = math.ceil(math.sqrt(arguments.num))
+    blanks = np.zeros([-len(samples) % columns, *samples.shape[1:]], samples.dtype)
+    grid = np.concatenate([samples, blanks]).reshape(-1, columns, *samples.shape[1:])
+    pictures.save_grid(path, grid, config["levels"])
+    print(path)
+
+
+def _interpolate(arguments):
+    config = training.read_config(arguments.run)
+    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"interpolation-{arguments.seed}.png")
+    model = training.load_run(arguments.run)
+    images = _run_data(arguments).unbatch().shuffle(10_000, seed=arguments.seed).batch(2 * arguments.num)
+    images = next(iter(images))
+    pairs = len(images) // 2
+    walks = model.interpolate(images[:pairs], images[pairs : 2 * pairs], arguments.steps).numpy()
+    pictures.save_grid(path, walks.swapaxes(0, 1), config["levels"])
+    print(path)
+
+
+def _new_file(path):
+    if pathlib.Path(path).exists():
+        raise ValueError(f"{path} already exists; name another file with --out")
+    return path
+
+
+def _recipes(arguments):
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        print(f"{name}: {recipe.__doc__.strip().splitlines()[0]}")
+        for parameter in inspect.signature(recipe).parameters.values():
+            if parameter.name not in ("event_shape", "levels"):
+                print(f"    {parameter.name}={parameter.default!r}")

@@ -1,0 +1,261 @@
+"""Run directories: a recipe trained from start to end, resumable at every epoch."""
+
+import csv
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfp_dimflows import recipes
+from tfp_dimflows.bijectors.lcma import likelihood_contributions
+from tfp_dimflows.training import pictures
+from tfp_dimflows.training.model import FlowModel, load
+
+CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
+    "config.json",
+    "model.keras",
+    "history.csv",
+    "metrics.json",
+    "contributions.npz",
+)
+
+
+def train(
+    recipe: str,
+    directory: str | os.PathLike,
+    train_data: tf.data.Dataset,
+    test_data: tf.data.Dataset,
+    *,
+    event_shape: Sequence[int],
+    levels: int,
+    epochs: int,
+    steps_per_epoch: int | None = None,
+    pretrain_epochs: int | None = None,
+    baseline: bool = True,
+    arguments: dict | None = None,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    resume: bool = False,
+    notes: dict | None = None,
+) -> FlowModel:
+    """Trains a recipe on integer images into a run directory.
+
+    The directory gets `config.json`, the model (`model.keras`), per-epoch `history.csv`, TensorBoard `logs/`, `metrics.json`
+    with the test metrics, and `samples.png`. An LCMA recipe goes through its three phases: a non-multi-scale model trained into
+    `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the base recipe
+    with its conventional factorization is trained with the same budget into `conventional/`, and `factorization.png` shows
+    which dimensions stayed.
+
+    A killed run goes on from its last full epoch with `resume=True`.
+
+    Args:
+      recipe: a recipe's name.
+      directory: the run directory.
+      train_data: batches of integer images; repeated if `steps_per_epoch` is given.
+      test_data: batches of integer images.
+      event_shape: shape of one image.
+      levels: number of grey levels.
+      epochs: epochs of training.
+      steps_per_epoch: optimisation steps per epoch; default: one pass over the data.
+      pretrain_epochs: epochs of LCMA's first phase; default: half of `epochs`, rounded up.
+      baseline: whether an LCMA recipe also trains the conventional factorization.
+      arguments: further arguments of the recipe.
+      learning_rate: Adam's.
+      seed: integer seed of initial weights, noise and samples.
+      resume: whether to go on with an existing run of the same configuration.
+      notes: further entries of the configuration, such as the dataset's name.
+
+    Returns:
+      The trained model.
+
+    Raises:
+      ValueError: if the directory cannot be written, holds a run and `resume` is False, or holds one of another
+        configuration; if the recipe does not exist or does not take the arguments.
+    """
+    pictures.require_matplotlib()  # now rather than after hours of training
+    arguments = {"seed": seed} | (arguments or {})
+    pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
+    recipes.get(recipe)(event_shape, levels=levels, **arguments)  # bad arguments fail before anything is written
+    budget = {
+        "epochs": epochs,
+        "steps_per_epoch": steps_per_epoch,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    config = {"recipe": recipe, "event_shape": list(event_shape), "levels": levels, "arguments": arguments, **budget}
+    config |= {"pretrain_epochs": pretrain_epochs, "baseline": baseline} if recipes.base_of(recipe) else {}
+    directory = _open_directory(directory, config | (notes or {}), resume)
+
+    def fit(name, where, epochs, **more):
+        build = recipes.get(name)
+        return _fit(
+            where,
+            lambda: FlowModel(build(event_shape, levels=levels, **{**arguments, **more}), seed=seed),
+            train_data,
+            test_data,
+            **{**budget, "epochs": epochs},
+        )
+
+    base = recipes.base_of(recipe)
+    if base is None:
+        model = fit(recipe, directory, epochs)
+        _finish(directory, model, levels, seed)
+        return model
+
+    pretrained = fit(recipe, directory / "pretraining", pretrain_epochs)
+    contributions = _contributions(directory / CONTRIBUTIONS, pretrained, train_data, steps_per_epoch)
+    del pretrained
+    model = fit(recipe, directory, epochs, contributions=contributions)
+    factorizations = {recipe: _multiscale(model).factorization}
+    if baseline:
+        own = {key: value for key, value in arguments.items() if key not in ("keep", "granularity")}
+        conventional = _fit(
+            directory / "conventional",
+            lambda: FlowModel(recipes.get(base)(event_shape, levels=levels, **own), seed=seed),
+            train_data,
+            test_data,
+            **budget,
+        )
+        factorizations[f"{base} (conventional)"] = _multiscale(conventional).factorization
+    pictures.save_factorizations(directory / "factorization.png", factorizations, contributions)
+    _finish(directory, model, levels, seed)
+    return model
+
+
+def read_metrics(directory: str | os.PathLike) -> dict[str, dict]:
+    """The metrics of a run and of the runs inside it, by relative path (`"."` for the run itself)."""
+    directory = pathlib.Path(directory)
+    return {str(path.parent.relative_to(directory)): json.loads(path.read_text()) for path in sorted(directory.rglob(METRICS))}
+
+
+def read_config(directory: str | os.PathLike) -> dict:
+    """The configuration of a run.
+
+    Raises:
+      ValueError: if the directory holds no run.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    if not path.is_file():
+        raise ValueError(f"run: {directory} holds no run (no {CONFIG})")
+    return json.loads(path.read_text())
+
+
+def load_run(directory: str | os.PathLike) -> FlowModel:
+    """The trained model of a run.
+
+    Raises:
+      ValueError: if the directory holds no finished run.
+    """
+    read_config(directory)
+    path = pathlib.Path(directory) / MODEL
+    if not path.is_file():
+        raise ValueError(f"run: {directory} holds no finished run (no {MODEL}); go on with it by --resume")
+    return load(str(path))
+
+
+def _open_directory(directory, config, resume):
+    directory = pathlib.Path(directory)
+    config = json.loads(json.dumps(config))
+    try:
+        if (directory / CONFIG).is_file():
+            if not resume:
+                raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
+            stored = json.loads((directory / CONFIG).read_text())
+            changed = sorted(key for key in stored | config if stored.get(key) != config.get(key))
+            if changed:
+                differences = ", ".join(f"{key}={config.get(key)!r} (was {stored.get(key)!r})" for key in changed)
+                raise ValueError(f"train: {directory} holds a run of another configuration: {differences}")
+            return directory
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ValueError(f"train: {directory} is not empty and holds no run; choose another directory")
+        directory.mkdir(parents=True, exist_ok=True)
+        _write_json(directory / CONFIG, config)
+    except OSError as error:
+        raise ValueError(f"train: cannot write to the run directory {directory}: {error.strerror or error}") from error
+    return directory
+
+
+def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, learning_rate, seed):
+    """Trains into `directory`, goes on with what is there, or loads what is finished."""
+    if (directory / METRICS).is_file():
+        return load(str(directory / MODEL))
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / MODEL).is_file():
+        model = load(str(directory / MODEL))
+    else:
+        keras.utils.set_random_seed(seed)
+        model = build()
+        backup = directory / "backup"
+        finished_epochs = _finished_epochs(backup)
+        if not finished_epochs:
+            model.adapt(train_data, steps=4)
+        _keep_rows(directory / HISTORY, finished_epochs)
+        model.compile(keras.optimizers.Adam(learning_rate, global_clipnorm=100.0))
+        model.fit(
+            train_data.repeat() if steps_per_epoch else train_data,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validation_data=test_data,
+            callbacks=[
+                keras.callbacks.TerminateOnNaN(),
+                keras.callbacks.CSVLogger(str(directory / HISTORY), append=True),
+                keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
+                keras.callbacks.BackupAndRestore(str(backup), double_checkpoint=True, delete_checkpoint=False),
+            ],
+        )
+        if not all(np.isfinite(w).all() for w in model.get_weights() if w.dtype.kind == "f"):
+            raise ValueError(f"train: the weights in {directory} are no longer finite; try a smaller learning rate")
+        unfinished = directory / f"unfinished.{MODEL}"
+        model.save(unfinished)
+        os.replace(unfinished, directory / MODEL)
+        shutil.rmtree(backup, ignore_errors=True)
+    metrics = model.evaluate(test_data, return_dict=True, verbose=0)
+    metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": model.count_params()}
+    _write_json(directory / METRICS, metrics)
+    return model
+
+
+def _finished_epochs(backup):
+    path = backup / "training_metadata.json"
+    return json.loads(path.read_text())["epoch"] if path.is_file() else 0
+
+
+def _keep_rows(path, epochs):
+    """Drops rows of epochs that were logged but not backed up, since they will be trained again."""
+    if path.is_file():
+        with path.open(newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) < epochs)])
+
+
+def _contributions(path, pretrained, train_data, steps_per_epoch):
+    if path.is_file():
+        with np.load(path) as stored:
+            return [stored[key] for key in stored.files]
+    data = train_data.take(steps_per_epoch) if steps_per_epoch else train_data
+    contributions = likelihood_contributions(pretrained.distribution.distribution.bijector, data)
+    with open(f"{path}.unfinished", "wb") as file:
+        np.savez(file, **{f"factor_out_{k}": c for k, c in enumerate(contributions)})
+    os.replace(f"{path}.unfinished", path)
+    return contributions
+
+
+def _multiscale(model):
+    return model.distribution.distribution.bijector.bijectors[-1]
+
+
+def _finish(directory, model, levels, seed):
+    samples = model.sample(64, seed=seed).numpy()
+    pictures.save_grid(directory / "samples.png", samples.reshape(8, 8, *samples.shape[1:]), levels)
+
+
+def _write_json(path, value):
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(unfinished, path)
