@@ -64,14 +64,14 @@ class InvertibleConv1x1(base.FlowBijector):
             raise ValueError(f"InvertibleConv1x1: got attribution={attribution!r}, needs one of {ATTRIBUTIONS}")
         orthogonal = np.linalg.qr(np.random.default_rng(seed).normal(size=[channels, channels]))[0]
         permutation, lower, upper = scipy.linalg.lu(orthogonal)
-        diagonal = np.diag(upper)
+        sign, log_scale = np.sign(np.diag(upper)), np.log(np.abs(np.diag(upper)))
         self._attribution = attribution
         self._channels = channels
         self._permutation = permutation
-        self._sign = np.sign(diagonal)
-        self._lower = tf.Variable(np.tril(lower, -1), dtype=dtype, name="lower")
-        self._upper = tf.Variable(np.triu(upper, 1), dtype=dtype, name="upper")
-        self._log_scale = tf.Variable(np.log(np.abs(diagonal)), dtype=dtype, name="log_scale")
+        self._sign = sign
+        # C * C numbers: below the diagonal those of L, above it those of U, on it log_s.
+        packed = np.tril(lower, -1) + np.triu(upper, 1) + np.diag(log_scale)
+        self._packed = tf.Variable(packed, dtype=dtype, name="lower_log_scale_upper")
         super().__init__(
             forward_min_event_ndims=1,
             is_constant_jacobian=True,
@@ -82,11 +82,14 @@ class InvertibleConv1x1(base.FlowBijector):
 
     def _factors(self, dtype):
         """P, L and U (with its diagonal) of W = P L U."""
-        lower = tf.linalg.band_part(tf.cast(self._lower, dtype), -1, 0)
-        upper = tf.linalg.band_part(tf.cast(self._upper, dtype), 0, -1)
-        diagonal = tf.constant(self._sign, dtype) * tf.exp(tf.cast(self._log_scale, dtype))
-        permutation = tf.constant(self._permutation, dtype)
-        return permutation, tf.linalg.set_diag(lower, tf.ones_like(diagonal)), tf.linalg.set_diag(upper, diagonal)
+        packed = tf.cast(self._packed, dtype)
+        lower = tf.linalg.set_diag(tf.linalg.band_part(packed, -1, 0), tf.ones(self._channels, dtype))
+        diagonal = tf.constant(self._sign, dtype) * tf.exp(tf.linalg.diag_part(packed))
+        upper = tf.linalg.set_diag(tf.linalg.band_part(packed, 0, -1), diagonal)
+        return tf.constant(self._permutation, dtype), lower, upper
+
+    def _log_scale(self, dtype):
+        return tf.cast(tf.linalg.diag_part(self._packed), dtype)
 
     def _matrix(self, dtype):
         permutation, lower, upper = self._factors(dtype)
@@ -119,11 +122,11 @@ class InvertibleConv1x1(base.FlowBijector):
         return result
 
     def _total(self, value, event_ndims):
-        log_scale = tf.cast(self._log_scale, base.log_det_dtype(value.dtype))
+        log_scale = self._log_scale(base.log_det_dtype(value.dtype))
         return base.sum_event(tf.reduce_mean(log_scale), value, event_ndims)
 
     def _attribute(self, jacobian, direction_sign):
-        log_scale = direction_sign * tf.cast(self._log_scale, jacobian.dtype)
+        log_scale = direction_sign * self._log_scale(jacobian.dtype)
         if self._attribution == "polar":
             return dense.polar(jacobian)
         if self._attribution == "svd_sorted":

@@ -81,7 +81,7 @@ def grid_shapes(event_shape: tuple[int, ...], num_scales: int, nothing_leaves: b
             height, width = space
             if height % 2 or width % 2:
                 raise ValueError(
-                    f"num_scales: got {num_scales}, but the {height} x {width} grid of level {len(shapes)} is not divisible by 2"
+                    f"num_scales: got {num_scales}, but level {len(shapes)} of {height} x {width} is not divisible by 2"
                 )
             shapes.append((height // 2, width // 2, size * (4 if nothing_leaves else 2)))
         else:
