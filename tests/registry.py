@@ -146,15 +146,11 @@ def numerical_jacobian(function, value, condition=None, step=1e-6):
 
 
 def dense(inputs, outputs, seed, dtype, name):
-    """A built Keras 3 layer with large random weights."""
-    layer = keras.layers.Dense(
-        outputs,
-        kernel_initializer=keras.initializers.RandomNormal(stddev=1.0 / np.sqrt(inputs), seed=seed),
-        bias_initializer=keras.initializers.RandomNormal(stddev=0.5, seed=seed + 1),
-        dtype=dtype,
-        name=name,
-    )
+    """A built Keras 3 layer with large random weights, the same in every dtype."""
+    layer = keras.layers.Dense(outputs, dtype=dtype, name=name)
     layer.build((None, inputs))
+    layer.kernel.assign(normal([inputs, outputs], seed, dtype) / np.sqrt(inputs))
+    layer.bias.assign(0.5 * normal([outputs], seed + 1, dtype))
     return layer
 
 
@@ -734,6 +730,7 @@ def _chains():
         move=shuffled(PERMUTATION),
         triangular=True,
         xla=True,
+        half=False,
     )
     yield Entry(
         "chain_squeeze",
@@ -777,6 +774,7 @@ def _chains():
             functools.partial(squeezed, order="position_major"), shuffled(PERMUTATION), lambda y: y.reshape(len(y), 16)
         ),
         triangular=True,
+        half=False,
     )
     yield Entry(
         "chain_nested_conditional",
@@ -791,6 +789,7 @@ def _chains():
         condition_shape=(3,),
         in_place=False,
         xla=True,
+        half=False,
     )
 
 
@@ -945,6 +944,7 @@ def _multiscales():
             RANDOM, composed(squeezed, shuffled(PERMUTATION)), functools.partial(squeezed, order="position_major"), stay
         ),
         triangular=True,
+        half=False,
     )
     yield Entry(
         "multiscale_vector",

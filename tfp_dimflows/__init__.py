@@ -1,6 +1,6 @@
 """Normalizing flows for TensorFlow Probability whose dimensions are first-class."""
 
-from tfp_dimflows import bijectors, data, distributions, networks, recipes
+from tfp_dimflows import bijectors, data, distributions, networks, recipes, training
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.bijectors.per_dimension import (
     forward_log_det_per_dim,
@@ -23,4 +23,5 @@ __all__ = [
     "networks",
     "recipes",
     "register_log_det_per_dim",
+    "training",
 ]

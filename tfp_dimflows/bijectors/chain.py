@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tfp_dimflows.bijectors import base, per_dimension
@@ -98,6 +99,8 @@ class Chain(base.FlowBijector):
             value, log_det = fused(bijector, value, event_ndims, **kwargs)
             log_dets.append(log_det)
             event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
+        if not log_dets:
+            log_dets = [base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)]
         return value, sum(log_dets)
 
     def _transport_forward(self, per_dim):

@@ -84,7 +84,9 @@ class Coupling(base.FlowBijector):
         params = self._network(conditioning, condition, event_ndims=self._mask.event_ndims)
         params = _unpack(params, transformed, self._transformer.params_per_dim, self.name)
         bijector = self._transformer(self._mask.select(params))
+        shape = transformed.shape
         transformed, log_det = direction(bijector, transformed)
+        transformed.set_shape(shape)  # TFP's spline loses it
         log_det = base._fill(log_det, transformed)
         zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
         return self._mask.join(conditioning, transformed), self._mask.join(zeros, log_det)

@@ -1,7 +1,6 @@
 """Invertible 1x1 convolution."""
 
 import numpy as np
-import scipy.linalg
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base, dense
@@ -63,14 +62,14 @@ class InvertibleConv1x1(base.FlowBijector):
         if attribution not in ATTRIBUTIONS:
             raise ValueError(f"InvertibleConv1x1: got attribution={attribution!r}, needs one of {ATTRIBUTIONS}")
         orthogonal = np.linalg.qr(np.random.default_rng(seed).normal(size=[channels, channels]))[0]
-        permutation, lower, upper = scipy.linalg.lu(orthogonal)
-        sign, log_scale = np.sign(np.diag(upper)), np.log(np.abs(np.diag(upper)))
+        with tf.init_scope():
+            packed, order = (t.numpy() for t in tf.linalg.lu(orthogonal))
         self._attribution = attribution
         self._channels = channels
-        self._permutation = permutation
-        self._sign = sign
+        self._permutation = np.eye(channels)[np.argsort(order)]
+        self._sign = np.sign(np.diag(packed))
         # C * C numbers: below the diagonal those of L, above it those of U, on it log_s.
-        packed = np.tril(lower, -1) + np.triu(upper, 1) + np.diag(log_scale)
+        np.fill_diagonal(packed, np.log(np.abs(np.diag(packed))))
         self._packed = tf.Variable(packed, dtype=dtype, name="lower_log_scale_upper")
         super().__init__(
             forward_min_event_ndims=1,

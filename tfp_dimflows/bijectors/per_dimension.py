@@ -156,7 +156,7 @@ def inverse_and_log_det(bijector: tfb.Bijector, y: Any, event_ndims: Any, **kwar
         return bijector._inverse_and_log_det(y, bijector._route(kwargs.pop("condition", None), kwargs), event_ndims)
     y = _fresh(y)
     x = bijector.inverse(y, **kwargs)
-    return x, bijector.inverse_log_det_jacobian(y, event_ndims, **kwargs)
+    return x, _at_least_float32(bijector.inverse_log_det_jacobian(y, event_ndims, **kwargs))
 
 
 def forward_and_log_det(bijector: tfb.Bijector, x: Any, event_ndims: Any, **kwargs) -> tuple[Any, tf.Tensor]:
@@ -165,7 +165,7 @@ def forward_and_log_det(bijector: tfb.Bijector, x: Any, event_ndims: Any, **kwar
         return bijector._forward_and_log_det(x, bijector._route(kwargs.pop("condition", None), kwargs), event_ndims)
     x = _fresh(x)
     y = bijector.forward(x, **kwargs)
-    return y, bijector.forward_log_det_jacobian(x, event_ndims, **kwargs)
+    return y, _at_least_float32(bijector.forward_log_det_jacobian(x, event_ndims, **kwargs))
 
 
 def transport_forward(bijector: tfb.Bijector, per_dim: Any) -> Any:
@@ -204,6 +204,10 @@ def _to_tensors(value, dtype):
 def _fresh(value):
     # A new tensor misses TFP's cache, which would return what it computed before a variable was updated.
     return tf.nest.map_structure(tf.identity, value)
+
+
+def _at_least_float32(log_det):
+    return tf.cast(log_det, base.log_det_dtype(log_det.dtype))
 
 
 def _negate(per_dim):
