@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-import scipy.linalg
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
@@ -170,7 +169,7 @@ class Mixer(keras.Layer):
 
     def finish(self, h):
         """The parameters, from the hidden layer."""
-        return keras.ops.reshape(self.out(keras.ops.tanh(h)), (-1, *self.out_shape))
+        return keras.ops.reshape(self.out(keras.ops.softsign(h)), (-1, *self.out_shape))
 
 
 class ConditionalMixer(Mixer):
@@ -312,21 +311,29 @@ def logit_reference(bijector, y, condition):
     return np.log1p(np.exp(x)) + np.log1p(np.exp(-x)) + np.log(1 - 2 * a) - np.log(n)
 
 
+def conv_matrix(bijector, direction, channels):
+    """The matrix of a 1x1 convolution."""
+    return getattr(bijector, direction)(tf.eye(channels, dtype="float64")[:, tf.newaxis]).numpy()[:, 0].T
+
+
 def conv_reference(direction):
     """Each attribution from the matrix of the direction (FACTS 3.4)."""
 
     def reference(bijector, value, condition):
         channels = value.shape[-1]
-        matrix = getattr(bijector, direction)(tf.eye(channels, dtype=value.dtype)[:, tf.newaxis]).numpy()[:, 0].T
+        matrix = conv_matrix(bijector, direction, channels)
         log_singular = np.log(np.linalg.svd(matrix)[1])
         eigenvalues, vectors = np.linalg.eigh(matrix.T @ matrix)
-        initial = bijector.copy()
-        permutation = scipy_lu(initial.inverse(tf.eye(channels, dtype=value.dtype)[:, tf.newaxis]).numpy()[:, 0].T)
-        log_scale = variable(bijector, "log_scale")
+        # P is that of the initial matrix, and stays; the diagonal of U is that of the present one.
+        order = pivots(conv_matrix(bijector.copy(), "inverse", channels))
+        rows = conv_matrix(bijector, "inverse", channels)[order]
+        minors = [np.linalg.slogdet(rows[:k, :k])[1] for k in range(channels + 1)]
+        log_scale, log_scale_of_latent = np.diff(minors), np.empty(channels)
+        log_scale_of_latent[order] = -log_scale
         contributions = {
             "polar": np.square(vectors) @ (0.5 * np.log(eigenvalues)),
             "svd_sorted": np.sort(log_singular)[::-1],
-            "lu": log_scale if direction == "inverse" else -permutation @ log_scale,
+            "lu": log_scale if direction == "inverse" else log_scale_of_latent,
             "uniform": np.full([channels], log_singular.sum() / channels),
         }
         return np.broadcast_to(contributions[bijector.parameters["attribution"]], value.shape)
@@ -334,9 +341,14 @@ def conv_reference(direction):
     return reference
 
 
-def scipy_lu(matrix):
-    """The permutation of the LU decomposition."""
-    return scipy.linalg.lu(matrix)[0]
+def pivots(matrix):
+    """Order of the rows in Gaussian elimination with partial pivoting."""
+    rest, order = matrix.copy(), np.arange(len(matrix))
+    for k in range(len(rest)):
+        best = k + np.argmax(np.abs(rest[k:, k]))
+        rest[[k, best]], order[[k, best]] = rest[[best, k]], order[[best, k]]
+        rest[k + 1 :] -= np.outer(rest[k + 1 :, k] / rest[k, k], rest[k])
+    return order
 
 
 def conditions(mask, shape):

@@ -393,11 +393,11 @@ def test_log_dets_of_low_precision_values_are_float32(entry, dtype):
 
 def test_low_precision_values_pass_levels_of_tfp():
     factorization = dfb.DimensionFactorization.channels([4], 2)
-    flow = dfb.Multiscale([dfb.ActNorm(4), tfb.Sinh()], factorization)
+    flow = dfb.Multiscale([dfb.ActNorm(4), tfb.Exp()], factorization)
     y = tf.constant([[0.5, 0.25, 1.0, 2.0]], "bfloat16")
     ildj, hook = flow.inverse_log_det_jacobian(y, 1), flow.inverse_log_det_per_dim(y)
     assert ildj.dtype == hook.dtype == tf.float32
-    expected = -0.5 * np.log1p(np.square([0.5, 0.25]))
+    expected = -np.log([0.5, 0.25])
     np.testing.assert_allclose(hook[0], [*expected, 0.0, 0.0], atol=0.02)
     np.testing.assert_allclose(ildj, [expected.sum()], atol=0.02)
 

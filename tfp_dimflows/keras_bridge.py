@@ -232,6 +232,7 @@ def _cell_contents(function):
 
 def adopt(variable: tf.Variable) -> keras.Variable:
     """A `keras.Variable` that *is* the given `tf.Variable` (same storage), so that Keras trains and saves it."""
-    adopted = keras.Variable(variable, trainable=variable.trainable, dtype=variable.dtype.name)
+    name = variable.name.split(":")[0].replace("/", "_")
+    adopted = keras.Variable(variable, trainable=variable.trainable, dtype=variable.dtype.name, name=name)
     assert adopted.value is variable
     return adopted

@@ -105,7 +105,7 @@ class Dequantized(VariationalDistribution):
         if not (x.dtype.is_integer or x.dtype.is_floating):
             raise ValueError(f"{self.name}: got values of dtype {x.dtype.name}, needs numbers 0 to {self._levels - 1}")
         values = tf.cast(x, tf.float32)
-        return tf.reduce_all((values >= 0.0) & (values <= self._levels - 1.0))
+        return tf.reduce_all((values >= 0.0) & (values <= self._levels - 1.0) & (values == tf.floor(values)))
 
     def _checked(self, x):
         if tf.executing_eagerly():

@@ -44,6 +44,8 @@ def _lcma(base, family):
         granularity: str | None = None,
         **arguments,
     ) -> tfd.Distribution:
+        if arguments["num_scales"] < 2:
+            raise ValueError(f"lcma: got num_scales={arguments['num_scales']}, needs at least 2: one level has no factor-out")
         factorization = None
         if contributions is not None:
             factorization = dfb.DimensionFactorization.from_contributions(contributions, keep, granularity)

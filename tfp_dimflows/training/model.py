@@ -1,5 +1,6 @@
 """`FlowModel`: a distribution as a Keras 3 model."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -49,8 +50,9 @@ class FlowModel(keras.Model):
         super().__init__(name=name, dtype=keras.config.floatx(), autocast=False)
         self._distribution = distribution
         self._seed_generator = keras.random.SeedGenerator(seed)
+        self._seed_state = self._seed_generator.state  # saved with the weights, unlike a SeedGenerator
         holdings = keras_bridge.collect(distribution)
-        if not all(layer.built for layer in holdings.layers):
+        if not all(layer.built for layer in [*holdings.layers, *holdings.tf_keras_layers]):
             self._build_networks()
             holdings = keras_bridge.collect(distribution)
         self._networks = holdings.layers
@@ -114,7 +116,11 @@ class FlowModel(keras.Model):
         self._check_first_batch(x)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
-        return super().fit(x, *args, **kwargs)
+        return super().fit(x, *args, **_with_labels(x, args, kwargs))
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """As `keras.Model.evaluate`."""
+        return super().evaluate(x, *args, **_with_labels(x, args, kwargs))
 
     def adapt(self, data: Any, steps: int = 1) -> None:
         """Data-dependent initialisation: one eager pass in which every ActNorm normalises what it sees.
@@ -134,9 +140,10 @@ class FlowModel(keras.Model):
                 raise ValueError("FlowModel.adapt: the dataset is empty")
             batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
         else:
-            batch = tf.nest.map_structure(tf.convert_to_tensor, _events(data))
+            batch = _events(data)
+        batch = self._tensors(batch)
         self._check(batch)
-        with keras_bridge.adaptation():
+        with _unchanged_on_error(self.variables), keras_bridge.adaptation():
             self._log_prob(batch, seed=self._next_seed())
 
     def call(self, x, training=None):
@@ -177,7 +184,7 @@ class FlowModel(keras.Model):
         Raises:
           ValueError: if x does not fit the distribution.
         """
-        x = tf.nest.map_structure(tf.convert_to_tensor, x)
+        x = self._tensors(x)
         self._check(x)
         return self._compiled_log_prob(x, self._seed(seed), num_samples)
 
@@ -208,9 +215,11 @@ class FlowModel(keras.Model):
         """
         if num_steps < 2:
             raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
-        start, end = tf.convert_to_tensor(start), tf.convert_to_tensor(end)
+        start, end = self._tensors(start), self._tensors(end)
         self._check(start)
         self._check(end)
+        if start.shape != end.shape:
+            raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
         z_start, z_end = self._encode(start), self._encode(end)
         weights = tf.reshape(tf.linspace(0.0, 1.0, num_steps), [num_steps] + [1] * z_start.shape.rank)
         weights = tf.cast(weights, z_start.dtype)
@@ -252,25 +261,55 @@ class FlowModel(keras.Model):
         if isinstance(x, tf.data.Dataset):
             for batch in x.take(1):
                 self._check(_events(batch))
-        elif isinstance(x, (np.ndarray, tf.Tensor)):
-            self._check(tf.convert_to_tensor(x[:1]))
-            if np.issubdtype(np.asarray(x).dtype, np.floating) and not np.isfinite(x).all():
-                raise ValueError(f"FlowModel: {self._distribution.name} got values that are not finite")
+        elif isinstance(x, (np.ndarray, tf.Tensor, dict)):
+            self._check(self._tensors(x))
+
+    def _tensors(self, batch):
+        """Arrays, nested lists and dicts of them as tensors, floats in the distribution's precision."""
+        if isinstance(batch, dict):
+            return {key: self._tensors(value) for key, value in batch.items()}
+        batch = tf.convert_to_tensor(batch)
+        dtype = self._distribution.dtype if self._distribution.dtype.is_floating else tf.as_dtype(keras.config.floatx())
+        return tf.cast(batch, dtype) if batch.dtype.is_floating else batch
 
     def _check(self, batch):
         """Raises unless the batch's events have the right shape and finite values within the distribution's levels."""
-        x = batch["x"] if isinstance(batch, dict) else batch
+        x = batch
+        if isinstance(batch, dict):
+            if set(batch) != {"x", "condition"}:
+                raise ValueError(f"FlowModel: got a batch with {sorted(batch)}, needs 'x' and 'condition'")
+            x = batch["x"]
         rank = len(self.event_shape)
         if x.shape.rank < rank or not self.event_shape.is_compatible_with(x.shape[x.shape.rank - rank :]):
             raise ValueError(
                 f"FlowModel: got data of shape {x.shape}, {self._distribution.name} needs events of shape {self.event_shape}"
             )
-        if x.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(x))):
-            raise ValueError(f"FlowModel: {self._distribution.name} got values that are not finite")
+        for value in tf.nest.flatten(batch):
+            if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
+                raise ValueError(f"FlowModel: {self._distribution.name} got values that are not finite")
         if hasattr(self._distribution, "check_values"):
             self._distribution.check_values(x)
 
     # Saving.
+
+    def save(self, filepath, *args, **kwargs):
+        """As `keras.Model.save`.
+
+        Raises:
+          ValueError: if no recipe made the distribution; then nothing is written.
+        """
+        self.get_config()
+        return super().save(filepath, *args, **kwargs)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """As `keras.Model.load_weights`.
+
+        Raises:
+          ValueError: if the weights do not fit, or belong to another dimension factorization; then nothing has changed.
+        """
+        variables = [*self.variables, *getattr(getattr(self, "optimizer", None), "variables", ())]
+        with _unchanged_on_error(variables):
+            return super().load_weights(filepath, *args, **kwargs)
 
     def get_config(self) -> dict:
         """The recipe and its arguments.
@@ -299,11 +338,31 @@ class FlowModel(keras.Model):
         """
         own = self._trainable_variables + self._non_trainable_variables
         for index, variable in enumerate(own):
-            if "dimension_order" in variable.name and not np.array_equal(store[str(index)], variable.numpy()):
+            is_constant = "dimension_order" in variable.name and str(index) in store
+            if is_constant and not np.array_equal(store[str(index)], variable.numpy()):
                 raise ValueError(
                     f"FlowModel: the weights were trained with another dimension factorization than that of {self.name}"
                 )
         super().load_own_variables(store)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(variables):
+    """Gives the variables their values back if what runs inside fails."""
+    before = [v.numpy() for v in variables]
+    try:
+        yield
+    except Exception:
+        for variable, value in zip(variables, before):
+            variable.assign(value)
+        raise
+
+
+def _with_labels(x, args, kwargs):
+    """Adds labels that are not used, without which Keras ignores sample weights."""
+    if kwargs.get("sample_weight") is not None and not args and kwargs.get("y") is None:
+        return kwargs | {"y": np.zeros(len(tf.nest.flatten(x)[0]))}
+    return kwargs
 
 
 def _events(batch):

@@ -61,10 +61,11 @@ def train(
       event_shape: shape of one image.
       levels: number of grey levels.
       epochs: epochs of training.
-      steps_per_epoch: optimisation steps per epoch; default: one pass over the data.
+      steps_per_epoch: optimisation steps per epoch, and at most as many batches of validation after it; default: one pass
+        over the data.
       pretrain_epochs: epochs of LCMA's first phase; default: half of `epochs`, rounded up.
       baseline: whether an LCMA recipe also trains the conventional factorization.
-      arguments: further arguments of the recipe.
+      arguments: further arguments of the recipe; with `contributions` among them there is no first phase and no baseline.
       learning_rate: Adam's.
       seed: integer seed of initial weights, noise and samples.
       resume: whether to go on with an existing run of the same configuration.
@@ -102,9 +103,9 @@ def train(
         )
 
     base = recipes.base_of(recipe)
-    if base is None:
+    if base is None or arguments.get("contributions") is not None:
         model = fit(recipe, directory, epochs)
-        _finish(directory, model, levels, seed)
+        _save_samples(directory / "samples.png", model, levels, seed)
         return model
 
     pretrained = fit(recipe, directory / "pretraining", pretrain_epochs)
@@ -122,8 +123,9 @@ def train(
             **budget,
         )
         factorizations[f"{base} (conventional)"] = _multiscale(conventional).factorization
-    pictures.save_factorizations(directory / "factorization.png", factorizations, contributions)
-    _finish(directory, model, levels, seed)
+    if not (directory / "factorization.png").is_file():
+        pictures.save_factorizations(directory / "factorization.png", factorizations, contributions)
+    _save_samples(directory / "samples.png", model, levels, seed)
     return model
 
 
@@ -200,7 +202,7 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
             train_data.repeat() if steps_per_epoch else train_data,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
-            validation_data=test_data,
+            validation_data=test_data.take(steps_per_epoch) if steps_per_epoch else test_data,
             callbacks=[
                 keras.callbacks.TerminateOnNaN(),
                 keras.callbacks.CSVLogger(str(directory / HISTORY), append=True),
@@ -250,9 +252,10 @@ def _multiscale(model):
     return model.distribution.distribution.bijector.bijectors[-1]
 
 
-def _finish(directory, model, levels, seed):
-    samples = model.sample(64, seed=seed).numpy()
-    pictures.save_grid(directory / "samples.png", samples.reshape(8, 8, *samples.shape[1:]), levels)
+def _save_samples(path, model, levels, seed):
+    if not path.is_file():
+        samples = model.sample(64, seed=seed).numpy()
+        pictures.save_grid(path, samples.reshape(8, 8, *samples.shape[1:]), levels)
 
 
 def _write_json(path, value):

@@ -1,0 +1,388 @@
+"""The `dimflows` command, in this process: run directories, resuming, what it prints, what it refuses."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import pathlib
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tfp_dimflows import cli, recipes, training
+
+SMALL = ["width=4", "num_blocks=1", "num_couplings=1"]
+LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=2"]
+PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=1"]
+
+
+def arguments(command, out, data_dir, *more):
+    epochs = [] if "--epochs" in more else ["--epochs", "2"]
+    return [*command, "--data", "digits", "--data-dir", str(data_dir), "--out", str(out), *epochs, *more]
+
+
+def quietly(argv):
+    """(exit status, standard output) of the command, for fixtures, which cannot use `capsys`."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        status = cli.main(argv)
+    return status, out.getvalue()
+
+
+def contents(directory):
+    """Every file below a directory, by relative path."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in pathlib.Path(directory).rglob("*") if p.is_file()}
+
+
+def history(directory):
+    with open(pathlib.Path(directory) / "history.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_picture(path, min_height=32, min_width=32):
+    pixels = matplotlib.image.imread(path)
+    assert pathlib.Path(path).read_bytes().startswith(b"\x89PNG")
+    assert min_height <= pixels.shape[0] <= 4000 and min_width <= pixels.shape[1] <= 4000
+    assert np.ptp(pixels) > 0.0
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, data_dir):
+    """(run directory, arguments, printed text) of an LCMA run with all its phases."""
+    out = tmp_path_factory.mktemp("runs") / "lcma"
+    argv = arguments(LCMA, out, data_dir, "--seed", "3")
+    status, printed = quietly(argv)
+    assert status == 0
+    return out, argv, printed
+
+
+# A run.
+
+
+def test_a_run_holds_its_configuration(finished):
+    out, _, _ = finished
+    config = json.loads((out / "config.json").read_text())
+    assert config["recipe"] == "lcma-realnvp"
+    assert config["event_shape"] == [8, 8, 1] and config["levels"] == 17
+    assert config["arguments"] == {"seed": 3, "width": 4, "num_blocks": 1, "num_couplings": 1, "num_scales": 2}
+    assert (config["epochs"], config["pretrain_epochs"], config["seed"]) == (2, 1, 3)
+    assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
+
+
+@pytest.mark.parametrize(("part", "epochs"), [(".", 2), ("pretraining", 1), ("conventional", 2)])
+def test_every_phase_holds_model_history_logs_and_metrics(finished, part, epochs):
+    directory = finished[0] / part
+    rows = history(directory)
+    assert [row["epoch"] for row in rows] == [str(k) for k in range(epochs)]
+    for row in rows:
+        assert {"loss", "nll", "bits_per_dim", "val_loss", "val_nll", "val_bits_per_dim"} <= set(row)
+        assert all(math.isfinite(float(value)) for value in row.values())
+    assert any(path.stat().st_size > 0 for path in (directory / "logs").rglob("*tfevents*"))
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert {"loss", "nll", "bits_per_dim", "parameters"} <= set(metrics)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["bits_per_dim"] == pytest.approx(metrics["nll"] / (64 * math.log(2.0)), rel=1e-5)
+    assert metrics["bits_per_dim"] == pytest.approx(float(rows[-1]["val_bits_per_dim"]), abs=0.05)
+    assert (directory / "model.keras").stat().st_size > 0
+    assert not list(directory.glob("*unfinished*")) and not (directory / "backup").exists()
+
+
+def test_training_lowers_the_bits(finished):
+    rows = history(finished[0])
+    assert float(rows[-1]["bits_per_dim"]) < float(rows[0]["bits_per_dim"])
+
+
+def test_the_factorization_follows_the_contributions(finished):
+    out, _, _ = finished
+    with np.load(out / "contributions.npz") as stored:
+        contributions = [stored[key] for key in stored.files]
+    assert [c.shape for c in contributions] == [(8, 8, 1)] and np.ptp(contributions[0]) > 0.0
+    factorizations = {
+        part: training.load_run(out).distribution.distribution.bijector.bijectors[-1].factorization
+        if part == "."
+        else training.load(str(out / part / "model.keras")).distribution.distribution.bijector.bijectors[-1].factorization
+        for part in (".", "pretraining", "conventional")
+    }
+    expected = type(factorizations["."]).from_contributions(contributions)
+    assert factorizations["."] == expected
+    assert factorizations["pretraining"] is None
+    assert factorizations["conventional"] == type(expected).checkerboard([8, 8, 1], 2)
+
+
+def test_a_run_leaves_pictures(finished):
+    out, _, _ = finished
+    assert_picture(out / "samples.png", 8 * 8, 8 * 8)
+    assert_picture(out / "factorization.png", 100, 300)
+
+
+def test_train_prints_the_comparison(finished):
+    out, _, printed = finished
+    rows = {
+        line.split(maxsplit=2)[2]: line.split()[:2]
+        for line in printed.splitlines()
+        if line.strip().endswith(("lcma-realnvp", "conventional factorization")) and "bits/dim" not in line
+    }
+    assert set(rows) == {"lcma-realnvp", "realnvp, conventional factorization"}
+    for title, part in (("lcma-realnvp", "."), ("realnvp, conventional factorization", "conventional")):
+        metrics = json.loads((out / part / "metrics.json").read_text())
+        bits, parameters = rows[title]
+        assert float(bits) == pytest.approx(metrics["bits_per_dim"], abs=1e-4)
+        assert int(parameters.replace(",", "")) == metrics["parameters"]
+    assert "samples.png" in printed and str(out) in printed
+
+
+def test_both_factorizations_have_as_many_parameters(finished):
+    metrics = training.read_metrics(finished[0])
+    assert metrics["."]["parameters"] == metrics["conventional"]["parameters"]
+
+
+# What one does with a run.
+
+
+def test_evaluate(finished, data_dir, capsys):
+    out, _, _ = finished
+
+    def evaluate(*more):
+        assert cli.main(["evaluate", str(out), "--data-dir", str(data_dir), *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    result = evaluate()
+    trained = json.loads((out / "metrics.json").read_text())
+    assert result["num_events"] == 360 and result["num_samples"] == 1
+    assert result["bits_per_dim"] == pytest.approx(trained["bits_per_dim"], abs=0.03)
+    assert result["bits_per_dim"] == pytest.approx(result["nll"] / (64 * math.log(2.0)))
+    assert evaluate() == result
+    tighter = evaluate("--num-samples", "8", "--seed", "1", "--batch-size", "90")
+    assert tighter["num_events"] == 360 and tighter["bits_per_dim"] < result["bits_per_dim"]
+    assert evaluate("--split", "train")["num_events"] == 1437
+
+
+def test_sample(finished, tmp_path, capsys):
+    out, _, _ = finished
+    paths = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for path, seed in zip(paths, (5, 5, 6)):
+        assert cli.main(["sample", str(out), "--num", "7", "--seed", str(seed), "--out", str(path)]) == 0
+        assert capsys.readouterr().out.strip() == str(path)
+        assert_picture(path)
+    assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
+    before = paths[0].read_bytes()
+    assert cli.main(["sample", str(out), "--num", "1", "--out", str(paths[0])]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert paths[0].read_bytes() == before
+
+
+def test_interpolate(finished, data_dir, tmp_path, capsys):
+    out, _, _ = finished
+    path = tmp_path / "walks.png"
+    argv = ["interpolate", str(out), "--num", "2", "--steps", "5", "--data-dir", str(data_dir), "--out", str(path)]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.strip() == str(path)
+    assert_picture(path)
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[1] / pixels.shape[0] == pytest.approx(5 / 2, rel=0.01)
+
+
+def test_recipes(capsys):
+    assert cli.main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in recipes.names():
+        assert f"\n{name}: " in f"\n{printed}"
+    assert "    width=32" in printed and "    contributions=None" in printed and "    depth=4" in printed
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "interpolate"])
+def test_commands_need_a_finished_run(command, tmp_path, capsys):
+    assert cli.main([command, str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert contents(tmp_path) == {}
+
+
+# Refusals.
+
+
+def test_an_existing_run_is_refused(finished, capsys):
+    out, argv, _ = finished
+    before = contents(out)
+    assert cli.main(argv) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys, monkeypatch):
+    out, argv, _ = finished
+    before = contents(out)
+    monkeypatch.setattr(training.FlowModel, "fit", lambda *args, **kwargs: pytest.fail("trained again"))
+    assert cli.main([*argv, "--resume"]) == 0
+    assert "conventional factorization" in capsys.readouterr().out
+    assert contents(out) == before
+
+
+def test_resuming_with_another_configuration_is_refused(finished, capsys):
+    out, argv, _ = finished
+    before = contents(out)
+    assert cli.main([*argv, "--resume", "--learning-rate", "0.01", "--set", "width=8"]) == 2
+    message = capsys.readouterr().err
+    assert "another configuration" in message
+    assert "learning_rate=0.01 (was 0.001)" in message and "'width': 8" in message and "'width': 4" in message
+    assert "epochs=" not in message
+    assert contents(out) == before
+
+
+def test_a_foreign_directory_is_refused(tmp_path, data_dir, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert cli.main(arguments(PLAIN, tmp_path, data_dir)) == 2
+    assert "not empty and holds no run" in capsys.readouterr().err
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_an_unwritable_directory_is_refused(tmp_path, data_dir, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "run"
+    assert cli.main(arguments(PLAIN, out, data_dir)) == 2
+    message = capsys.readouterr().err
+    assert "cannot write" in message and str(out) in message
+    assert contents(tmp_path) == {"file": b""}
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        (["train", "realnpv"], [], "got 'realnpv', needs one of .*realnvp"),
+        (PLAIN, ["--data", "no_such_dataset"], "Dataset 'no_such_dataset' is unknown"),
+        (PLAIN, ["--set", "depth=3"], "realnvp: .*'depth'.* arguments are .*width"),
+        (LCMA, ["--set", "factorization=random"], "lcma-realnvp: .*'factorization'"),
+        (PLAIN, ["--set", "width"], "got 'width', needs KEY=VALUE"),
+        (PLAIN, ["--set", "width=wide"], "width"),
+        (PLAIN, ["--set", "width=0"], "width"),
+        (PLAIN, ["--set", "levels=4"], "levels"),
+        (PLAIN, ["--set", "num_scales=5"], "num_scales: got 5.*not divisible by 2"),
+        (LCMA, ["--set", "num_scales=1"], "num_scales|factor-out"),
+        (LCMA, ["--set", "num_scales=2", "granularity=free"], "granularity='free'"),
+        (LCMA, ["--set", "num_scales=2", 'keep=["high","low"]'], "keep="),
+        (LCMA, ["--set", "num_scales=2", "keep=highest"], "keep='highest'"),
+        (PLAIN, ["--test-split", "validation"], "no split 'validation'"),
+        (PLAIN, ["--batch-size", "5000"], "less than one batch"),
+        (PLAIN, ["--levels", "5"], "levels=5"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_refused_before_anything_is_written(command, more, message, tmp_path, data_dir, capsys):
+    out = tmp_path / "run"
+    assert cli.main(arguments(command, out, data_dir, *more)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("dimflows: error: ")
+    assert np.array([line for line in printed.splitlines()]).size <= 4  # a message, no traceback
+    pytest.raises(ValueError, match=message).__class__  # the pattern is valid
+    import re
+
+    assert re.search(message, printed), printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("more", [["--epochs", "0"], ["--batch-size", "-1"], ["--steps-per-epoch", "some"]])
+def test_numbers_must_be_positive(more, tmp_path, data_dir, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(arguments(PLAIN, tmp_path / "run", data_dir, *more))
+    assert exit_info.value.code == 2
+    assert more[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Interrupted runs.
+
+
+@contextlib.contextmanager
+def killed(when):
+    """Ends training like Ctrl-C just before an epoch is backed up, or at the first batch (`when=None`)."""
+
+    def die_at_epoch_end(self, epoch, logs=None):
+        if epoch == when:
+            raise KeyboardInterrupt
+        return on_epoch_end(self, epoch, logs)
+
+    def die_at_batch(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+    callback = keras.callbacks.BackupAndRestore
+    on_epoch_end = callback.on_epoch_end
+    with pytest.MonkeyPatch.context() as patch:
+        if when is None:
+            patch.setattr(callback, "on_train_batch_end", die_at_batch)
+        else:
+            patch.setattr(callback, "on_epoch_end", die_at_epoch_end)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def test_a_killed_lcma_run_goes_on_from_its_last_full_epoch(tmp_path, data_dir, capsys, monkeypatch):
+    out = tmp_path / "run"
+    options = ["--epochs", "3", "--pretrain-epochs", "1", "--steps-per-epoch", "2", "--no-baseline"]
+    argv = arguments(LCMA, out, data_dir, *options)
+    with killed(when=1):  # the first phase has one epoch only
+        cli.main(argv)
+    rows = history(out)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert not (out / "model.keras").exists()
+    assert cli.main(["evaluate", str(out), "--data-dir", str(data_dir)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main(argv) == 2  # not without --resume
+    done = contents(out / "pretraining") | {"contributions.npz": (out / "contributions.npz").read_bytes()}
+
+    fits = []
+    original = training.FlowModel.fit
+    monkeypatch.setattr(training.FlowModel, "fit", lambda *a, **k: fits.append(original(*a, **k)) or fits[-1])
+    assert cli.main([*argv, "--resume"]) == 0
+    assert [fit.epoch for fit in fits] == [[1, 2]]
+    assert contents(out / "pretraining") | {"contributions.npz": (out / "contributions.npz").read_bytes()} == done
+    resumed = history(out)
+    assert [row["epoch"] for row in resumed] == ["0", "1", "2"] and resumed[0] == rows[0]
+    assert not (out / "backup").exists() and not (out / "conventional").exists()
+
+    loaded = training.load_run(out)
+    assert int(loaded.optimizer.iterations.numpy()) == 3 * 2
+    for mine, theirs in zip(loaded.get_weights(), fits[0].model.get_weights()):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("when", [None, 0], ids=["first_batch", "first_epoch_end"])
+def test_a_run_killed_in_its_first_epoch_starts_again(when, tmp_path, data_dir):
+    argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "1")
+    with killed(when):
+        cli.main(argv)
+    assert cli.main([*argv, "--resume"]) == 0
+    assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
+    assert math.isfinite(training.read_metrics(tmp_path / "run")["."]["bits_per_dim"])
+
+
+def test_more_steps_than_the_dataset_has(tmp_path, data_dir):
+    options = ["--steps-per-epoch", "4", "--epochs", "2", "--batch-size", "512"]  # 2 batches in the dataset
+    assert cli.main(arguments(PLAIN, tmp_path / "run", data_dir, *options)) == 0
+    assert len(history(tmp_path / "run")) == 2
+    model = training.load_run(tmp_path / "run")
+    assert int(model.optimizer.iterations.numpy()) == 8
+
+
+# Other datasets.
+
+
+@pytest.mark.parametrize(("name", "event_shape"), [("mnist", [28, 28, 1]), ("cifar10", [32, 32, 3])])
+def test_other_datasets(name, event_shape, tmp_path):
+    data_dir = os.environ.get("TFDS_DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))
+    if not tfds.builder(name, data_dir=data_dir).data_path.exists():
+        pytest.skip(f"{name} is not prepared")
+    options = ["--epochs", "1", "--steps-per-epoch", "1", "--test-split", "test[:64]", "--no-baseline"]
+    argv = [*LCMA, "--data", name, "--data-dir", data_dir, "--out", str(tmp_path / "run"), *options]
+    assert cli.main(argv) == 0
+    config = training.read_config(tmp_path / "run")
+    assert config["event_shape"] == event_shape and config["levels"] == 256
+    assert 0.0 < training.read_metrics(tmp_path / "run")["."]["bits_per_dim"] < 16.0
+    assert_picture(tmp_path / "run" / "samples.png", 8 * event_shape[0], 8 * event_shape[1])
