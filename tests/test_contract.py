@@ -10,11 +10,13 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 from registry import (
     ENTRIES,
+    MASKS,
     STATES,
     ConditionalMixer,
     Mixer,
     build,
     built,
+    conditions,
     dfb,
     dimflows,
     distribution,
@@ -193,6 +195,119 @@ def test_contributions_at_a_positive_scale_have_the_sign_of_the_data_to_latent_d
             forward = tf.reduce_sum(dimflows.forward_log_det_per_dim(flow, y), -1)
         close(tf.broadcast_to(inverse, [1]), [count], 1e-6)
         close(tf.broadcast_to(forward, [1]), [-count], 1e-6)
+
+
+# Masks and errors.
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_splits_an_event_in_two_and_joins_it(name):
+    mask, shape = MASKS[name][0](), MASKS[name][1]
+    ids = 1.0 + tf.reshape(tf.range(np.prod(shape), dtype="float64"), [1, *shape])
+    conditioning, transformed = mask.split(ids)
+    where = conditions(mask, shape)
+    expected = ids.numpy()[0][where].ravel(), ids.numpy()[0][~where].ravel()
+    for part, numbers in zip((conditioning, transformed), expected):
+        assert [i for i in part.numpy().ravel() if i] == numbers.tolist()
+    close(mask.join(conditioning, transformed), ids, 0.0)
+    if mask.event_ndims == 3 and isinstance(mask, dfb.masks.Checkerboard):
+        assert conditioning.shape == transformed.shape == ids.shape
+    assert mask.sizes(shape[-1]) == (conditioning.shape[-1], transformed.shape[-1])
+    if not getattr(mask, "num_conditioning", None):
+        swapped = mask.complement().split(ids)
+        close(swapped[0], transformed, 0.0)
+        close(swapped[1], conditioning, 0.0)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_network_sees_only_the_conditioning_part(name):
+    mask, shape = MASKS[name][0](), MASKS[name][1]
+    seen = []
+
+    def network(x):
+        seen.append(x.numpy())
+        return tf.zeros([*x.shape[:-1], mask.sizes(shape[-1])[1]], x.dtype)
+
+    coupling = dfb.AdditiveCoupling(network, mask)
+    y, where = normal([2, *shape], 1), conditions(mask, shape)
+    coupling.inverse(y)
+    coupling.inverse(tf.where(where, y, y + 1.0))
+    close(seen[0], seen[1], 0.0)
+    assert np.count_nonzero(seen[0]) == 2 * where.sum()
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: dfb.ActNorm(3).inverse(tf.ones([1, 2])), ValueError, "actnorm: got 2 channels, has parameters for 3"),
+        (lambda: dfb.ActNorm(3).forward(tf.ones([1, 2])), ValueError, "actnorm: got 2 channels, has parameters for 3"),
+        (lambda: dfb.InvertibleConv1x1(3).inverse(tf.ones([1, 2])), ValueError, "got 2 channels, is for 3"),
+        (lambda: dfb.InvertibleConv1x1(3, attribution="qr"), ValueError, "got attribution='qr', needs one of"),
+        (lambda: dfb.LogitPreprocess(1), ValueError, "got levels=1, alpha=0.05, needs levels >= 2"),
+        (lambda: dfb.LogitPreprocess(256, alpha=0.5), ValueError, "alpha=0.5, needs levels >= 2 and 0 <= alpha < 0.5"),
+        (lambda: dfb.Squeeze(order="rows"), ValueError, "Squeeze: got order='rows'"),
+        (lambda: dfb.Squeeze(factor=0), ValueError, "Squeeze: got factor=0, needs a positive integer"),
+        (lambda: dfb.Squeeze().inverse(tf.ones([7, 4, 1])), ValueError, "height 7 is not divisible by factor 2"),
+        (lambda: dfb.Squeeze(3).inverse(tf.ones([6, 4, 1])), ValueError, "width 4 is not divisible by factor 3"),
+        (lambda: dfb.Squeeze().forward(tf.ones([2, 2, 6])), ValueError, "6 channels are not divisible by .* 4"),
+        (lambda: dfb.masks.Checkerboard(2), ValueError, "Checkerboard: got parity=2, needs 0 or 1"),
+        (lambda: dfb.masks.Columns(-1), ValueError, "Columns: got parity=-1, needs 0 or 1"),
+        (lambda: dfb.masks.Columns().split(tf.ones([1, 2, 3, 1])), ValueError, "width 3 is not divisible by 2"),
+        (lambda: dfb.masks.Channel(event_ndims=2), ValueError, "Channel: got event_ndims=2, needs 1"),
+        (lambda: dfb.masks.Channel().split(tf.ones([1, 2, 2, 3])), ValueError, "3 channels are not divisible into"),
+        (lambda: dfb.masks.Channel(num_conditioning=3).sizes(3), ValueError, "num_conditioning=3 of 3 channels"),
+        (lambda: dfb.masks.Channel(num_conditioning=1).complement(), ValueError, "is not unique"),
+        (lambda: dfb.masks.Index([0, 0], 3), ValueError, r"got indices \[0, 0\], needs distinct numbers below 3"),
+        (lambda: dfb.masks.Index([0, 3], 3), ValueError, r"got indices \[0, 3\], needs distinct numbers below 3"),
+        (lambda: dfb.masks.Index([0, 1], 3).split(tf.ones([1, 4])), ValueError, "got a vector of 4 .* is for 3"),
+        (lambda: dfb.transformers.Affine("cube"), ValueError, "Affine: got log_scale='cube', needs one of"),
+        (lambda: dfb.AdditiveCoupling("network", dfb.masks.Channel()), TypeError, "got 'network', needs a callable"),
+        (
+            lambda: dfb.AdditiveCoupling(lambda x: x[..., :1], dfb.masks.Channel(event_ndims=1)).inverse(tf.ones([1, 4])),
+            ValueError,
+            r"additive_coupling: the network returned parameters of shape \(1, 1\) .* needs 1 per entry: a last axis of 2",
+        ),
+    ],
+)
+def test_errors_name_the_object_and_what_it_got(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+# Data-dependent initialisation.
+
+
+@pytest.mark.parametrize("direction", ["inverse", "forward"])
+def test_adaptation_normalises_what_a_pass_returns(direction):
+    flow = dfb.Chain(
+        [dfb.ActNorm(2, 3.0, "float64"), dfb.InvertibleConv1x1(2, dtype="float64"), dfb.ActNorm(2, dtype="float64")]
+    )
+    data = 5.0 + 3.0 * normal([50, 2, 2, 2], 1)
+    before = getattr(flow, direction)(data)
+    with dimflows.adaptation():
+        adapted = getattr(flow, direction)(data)
+    for result in (adapted, getattr(flow, direction)(data), getattr(flow, direction)(fresh(data))):
+        close(np.mean(result, axis=(0, 1, 2)), [0.0, 0.0])
+        close(np.std(result, axis=(0, 1, 2)), [1.0, 1.0])
+    assert np.abs(before - adapted).max() > 1.0
+
+
+def test_only_adaptation_initialises_and_a_constant_channel_keeps_its_scale():
+    actnorm = dfb.ActNorm(2, dtype="float64")
+    data = tf.stack([tf.fill([4], tf.constant(7.0, tf.float64)), normal([4], 1)], axis=-1)
+    close(actnorm.inverse(data), data)
+    with dimflows.adaptation():
+        adapted = actnorm.inverse(data)
+    close(adapted[:, 0], np.zeros(4))
+    close(actnorm.inverse_log_det_per_dim(data)[0, 0], 0.0)
+    with pytest.raises(RuntimeError, match="must run eagerly"):
+
+        @tf.function(autograph=False)
+        def traced():
+            with dimflows.adaptation():
+                return actnorm.inverse(data)
+
+        traced()
 
 
 # Variables.

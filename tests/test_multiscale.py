@@ -719,6 +719,21 @@ def test_an_exit_that_moves_dimensions_is_transported():
     close(flow.inverse_log_det_per_dim(data), expected)
 
 
+def test_an_exit_may_change_the_shape():
+    factorization = Factorization.checkerboard(GRID, 2)
+    left, kept = dfb.Chain([dfb.Squeeze(), Scaling(np.arange(8.0))]), dfb.Squeeze(order="position_major")
+    flow = dfb.Multiscale(identities(2), factorization, exits=[left, kept])
+    y = flat_indices(GRID)
+    latent = flow.inverse(y)
+    expected = squeezed(factorization.kept[0], "position_major"), squeezed(factorization.left[0]) * np.exp(np.arange(8.0))
+    close(latent[0], np.concatenate([part.ravel() for part in expected]))
+    close(flow.forward(fresh(latent)), y)
+    close(flow.forward_log_det_per_dim(latent)[0], [*np.zeros(8), *-np.arange(8.0)])
+    contributions = np.zeros(16)
+    contributions[squeezed(factorization.left[0]).ravel()] = np.arange(8.0)
+    close(flow.inverse_log_det_per_dim(y).numpy().ravel(), contributions)
+
+
 def test_an_exit_of_the_deepest_part_works_without_a_factorization():
     scale = tfb.Scale(tf.constant(2.0, tf.float64))
     for flow in (

@@ -8,6 +8,8 @@ from tensorflow.python.eager import record
 from tensorflow_probability.python.internal import cache_util, nest_util
 from tensorflow_probability.python.internal import prefer_static as ps
 
+from tfp_dimflows.keras_bridge import adapting
+
 tfb = tfp.bijectors
 
 
@@ -27,7 +29,7 @@ class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):
         return edge
 
     def _is_current(self, edge):
-        if "origin" not in edge.attributes:
+        if adapting() or "origin" not in edge.attributes:
             return False
         output = tf.nest.flatten(edge.output_ref()) if edge.output_ref else []
         return edge.attributes["origin"].is_current([*output, edge.attributes["ildj"]])

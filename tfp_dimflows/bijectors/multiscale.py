@@ -69,7 +69,7 @@ class Multiscale(base.FlowBijector):
         self._factorization = factorization
         self._event_shape = _static_event_shape(self._levels, factorization, event_shape)
         self._exits = _checked_exits(exits, len(self._levels), factorization)
-        self._splits = self._deepest_shape = None
+        self._splits = self._deepest_shape = self._part_shapes = None
         if self._event_shape is not None:
             self._lay_out()
         super().__init__(
@@ -85,17 +85,23 @@ class Multiscale(base.FlowBijector):
         splits, parts = [], []
         ids = np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
         for k, level in enumerate(self._levels):
-            ids = _transport_ids(level, ids)
+            moved = _transport_ids(level, ids)
+            if not np.array_equal(np.sort(moved.ravel()), np.sort(ids.ravel())):
+                raise ValueError(
+                    f"Multiscale: level {k} ({level.name}) moves {ids.size} dimensions to {moved.shape}, but must keep every one"
+                )
+            ids = moved
             if self._factorization is not None and k < len(self._levels) - 1:
                 left = self._factorization.left[k]
                 splits.append(_Split(ids, self._factorization.kept[k], left))
                 ids = self._factorization.kept[k]
                 parts.append(_transport_ids(self._exits[k], left))
         parts.append(_transport_ids(self._exits[-1], ids))
-        order = np.concatenate([part.ravel() for part in reversed(parts)])
+        parts.reverse()
+        order = np.concatenate([part.ravel() for part in parts])
         self._splits = self._no_dependency(splits)
         self._deepest_shape = tuple(ids.shape)
-        self._sizes = tuple(int(part.size) for part in reversed(parts))
+        self._part_shapes = tuple(part.shape for part in parts)
         # Saved with the weights, so that weights trained with another factorization are noticed.
         self._dimension_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="dimension_order")
         self._latent_order = self._no_dependency(order)
@@ -121,10 +127,12 @@ class Multiscale(base.FlowBijector):
     def likelihood_contributions(self, y: tf.Tensor, condition: Any = None) -> list[tf.Tensor]:
         """Cumulative inverse log-det of every dimension at each factor-out: `num_levels - 1` tensors of the shape of `y`.
 
-        The k-th sums what levels 0 to k contribute to a dimension (fewer if it left before), in the data's frame.
+        The k-th sums what levels 0 to k contribute to a dimension (fewer if it left before), in the data's frame; exits do not
+        count.
         """
         y = self._checked_event(tf.convert_to_tensor(y))
         _, steps = self._walk_inverse(y, self._route(condition, {}), len(self._levels) - 1)
+        steps = [(log_det, kept, None if left is None else tf.zeros_like(left)) for log_det, kept, left in steps]
         return [self._carry_to_data([*steps[:k], (log_det, None, None)]) for k, (log_det, _, _) in enumerate(steps)]
 
     @property
@@ -240,11 +248,11 @@ class Multiscale(base.FlowBijector):
 
     def _recall(self, k, h, parts):
         """(what left at level k in its own shape or None, what its exit was given)."""
-        part = parts[len(self._levels) - 1 - k] if self._factorization is not None or h is None else None
-        if h is None:
-            deepest = self._to_grid(part, self._deepest_shape)
-            return deepest, tf.zeros_like(deepest)
-        return (None, None) if part is None else (self._to_grid(part, self._splits[k].left_shape), h)
+        if h is not None and self._factorization is None:
+            return None, None
+        index = len(self._levels) - 1 - k
+        part = parts[index] if self._part_shapes is None else self._to_grid(parts[index], self._part_shapes[index])
+        return part, tf.zeros_like(self._to_grid(parts[0], self._deepest_shape)) if h is None else h
 
     def _rejoin(self, k, h, left):
         if h is None:
@@ -282,7 +290,7 @@ class Multiscale(base.FlowBijector):
     # Shapes.
 
     def _part_sizes(self, x):
-        return [x.shape[-1]] if self._event_shape is None else list(self._sizes)
+        return [x.shape[-1]] if self._event_shape is None else [int(np.prod(shape)) for shape in self._part_shapes]
 
     def _checked_event(self, y):
         if self._event_shape is not None and tuple(y.shape[-len(self._event_shape) :]) != self._event_shape:

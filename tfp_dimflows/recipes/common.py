@@ -29,6 +29,13 @@ def checked_event_shape(event_shape: Sequence[int], recipe: str, ranks: tuple[in
     return shape
 
 
+def check_sizes(recipe: str, **sizes: int) -> None:
+    """Raises a ValueError unless every size is a positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{recipe}: got {name}={size!r}, needs a positive integer")
+
+
 def resolve_factorization(
     factorization: Any, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
 ) -> dfb.DimensionFactorization | None:

@@ -62,6 +62,7 @@ def glow(
     TensorShape([2, 8, 8, 1])
     """
     shape = common.checked_event_shape(event_shape, "glow", ranks=(3,))
+    common.check_sizes("glow", num_scales=num_scales, depth=depth, width=width)
     if coupling not in COUPLINGS:
         raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")
     split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)

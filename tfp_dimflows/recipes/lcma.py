@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_probability as tfp
 
 from tfp_dimflows import bijectors as dfb
@@ -44,12 +45,13 @@ def _lcma(base, family):
         granularity: str | None = None,
         **arguments,
     ) -> tfd.Distribution:
-        if arguments["num_scales"] < 2:
-            raise ValueError(f"lcma: got num_scales={arguments['num_scales']}, needs at least 2: one level has no factor-out")
-        factorization = None
-        if contributions is not None:
-            factorization = dfb.DimensionFactorization.from_contributions(contributions, keep, granularity)
-        return base(event_shape, factorization=factorization, **arguments)
+        num_scales = arguments["num_scales"]
+        if num_scales < 2:
+            raise ValueError(f"lcma: got num_scales={num_scales}, needs at least 2: one level has no factor-out")
+        # Made in the first phase too, so that bad options fail before it has been trained.
+        statistics = np.zeros([num_scales - 1, *event_shape]) if contributions is None else contributions
+        factorization = dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
+        return base(event_shape, factorization=None if contributions is None else factorization, **arguments)
 
     own = [p for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
     others = [p for name, p in inspect.signature(base).parameters.items() if name not in ("event_shape", "factorization")]

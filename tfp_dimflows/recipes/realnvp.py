@@ -71,6 +71,7 @@ def realnvp(
     (TensorShape([2, 8, 8, 1]), TensorShape([8, 8, 1]))
     """
     shape = common.checked_event_shape(event_shape, "realnvp")
+    common.check_sizes("realnvp", num_scales=num_scales, num_couplings=num_couplings, width=width, num_blocks=num_blocks)
     conventional = "checkerboard" if len(shape) == 3 else "channels"
     split = common.resolve_factorization(factorization, shape, num_scales, conventional, seed)
     grids = common.grid_shapes(shape, num_scales, split is None)

@@ -65,7 +65,7 @@ def train(
         over the data.
       pretrain_epochs: epochs of LCMA's first phase; default: half of `epochs`, rounded up.
       baseline: whether an LCMA recipe also trains the conventional factorization.
-      arguments: further arguments of the recipe; with `contributions` among them there is no first phase and no baseline.
+      arguments: further arguments of the recipe.
       learning_rate: Adam's.
       seed: integer seed of initial weights, noise and samples.
       resume: whether to go on with an existing run of the same configuration.
@@ -78,6 +78,8 @@ def train(
       ValueError: if the directory cannot be written, holds a run and `resume` is False, or holds one of another
         configuration; if the recipe does not exist or does not take the arguments.
     """
+    if reserved := {"event_shape", "levels", "contributions"} & set(arguments or {}):
+        raise ValueError(f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide")
     pictures.require_matplotlib()  # now rather than after hours of training
     arguments = {"seed": seed} | (arguments or {})
     pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
@@ -103,7 +105,7 @@ def train(
         )
 
     base = recipes.base_of(recipe)
-    if base is None or arguments.get("contributions") is not None:
+    if base is None:
         model = fit(recipe, directory, epochs)
         _save_samples(directory / "samples.png", model, levels, seed)
         return model
@@ -231,9 +233,10 @@ def _keep_rows(path, epochs):
     """Drops rows of epochs that were logged but not backed up, since they will be trained again."""
     if path.is_file():
         with path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [[]]
+            header, *rows = list(csv.reader(file)) or [None]
         with path.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) < epochs)])
+            if header and epochs:
+                csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) < epochs)])
 
 
 def _contributions(path, pretrained, train_data, steps_per_epoch):
