@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import scipy.linalg
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
@@ -697,8 +696,7 @@ def test_block_triangular_operator_is_polar_within_its_blocks(direction):
     bijector = tfb.ScaleMatvecLinearOperatorBlock(tf.linalg.LinearOperatorBlockLowerTriangular([[a], [b, c]]))
     value = [normal(2), normal(3)]
     matrix = jacobian(bijector, direction, value)
-    blocks = scipy.linalg.block_diag(matrix[:2, :2], matrix[2:, 2:])
-    expected = log_of_polar_factor(blocks)
+    expected = np.concatenate([log_of_polar_factor(matrix[:2, :2]), log_of_polar_factor(matrix[2:, 2:])])
     np.testing.assert_allclose(flat(HOOK[direction](bijector, value)), expected, rtol=1e-7)
 
 
@@ -1087,11 +1085,10 @@ def test_dense_maps_and_glow_agree_under_xla(direction):
 # The polar attribution.
 
 
-@pytest.mark.filterwarnings("ignore:logm result")
 @pytest.mark.parametrize("n", [1, 2, 7, 24])
 def test_polar(n):
     matrix = normal(3, n, n)
-    expected = [np.diag(0.5 * scipy.linalg.logm(m.T @ m)) for m in matrix.numpy()]
+    expected = [log_of_polar_factor(m) for m in matrix.numpy()]
     log_det = dense.polar(matrix)
     np.testing.assert_allclose(log_det, expected, rtol=1e-7, atol=1e-10)
     np.testing.assert_allclose(np.sum(log_det, -1), np.linalg.slogdet(matrix)[1], rtol=1e-10)

@@ -88,7 +88,7 @@ class Multiscale(base.FlowBijector):
             moved = _transport_ids(level, ids)
             if not np.array_equal(np.sort(moved.ravel()), np.sort(ids.ravel())):
                 raise ValueError(
-                    f"Multiscale: level {k} ({level.name}) moves {ids.size} dimensions to {moved.shape}, but must keep every one"
+                    f"Multiscale: level {k} ({level.name}) moves {ids.size} dimensions to {moved.shape}, must keep all"
                 )
             ids = moved
             if self._factorization is not None and k < len(self._levels) - 1:
