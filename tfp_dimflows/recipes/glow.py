@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tfp_dimflows import bijectors as dfb
@@ -72,7 +73,10 @@ def glow(
     left_channels = [2 * grid[-1] for grid in grids[:-1]]
     exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
     flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
-    preprocess = None if levels is None else tfb.Chain([tfb.Scale(float(levels)), tfb.Shift(0.5)])
+    preprocess = None
+    if levels is not None:
+        scale, shift = tf.constant([levels, 0.5], common.floatx())
+        preprocess = tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)])
     return common.as_distribution(flow, shape, levels, preprocess)
 
 
