@@ -127,15 +127,17 @@ def _condition_convention(network) -> str:
             return "list"
         if getattr(network, "condition_channels", None) == 0:
             return "none"
-        return "keyword" if "condition" in inspect.signature(network.call).parameters else "none"
+        return "keyword" if "condition" in list(inspect.signature(network.call).parameters)[1:] else "none"
     try:
         parameters = inspect.signature(network).parameters
     except (TypeError, ValueError):
         return "none"
-    if "condition" in parameters:
+    _, *others = parameters.values() or [None]
+    if any(p.name == "condition" for p in others):
         return "keyword"
-    positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return "positional" if len(positional) > 1 else "none"
+    # A default, as in `lambda x, net=net: net(x)`, is no place for a condition.
+    positional = [p for p in others if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return "positional" if positional and positional[0].default in (inspect.Parameter.empty, None) else "none"
 
 
 def _broadcast_batch(condition, batch, batch_rank):

@@ -1,5 +1,6 @@
 """Integer images under a continuous distribution."""
 
+import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
@@ -48,6 +49,8 @@ class Dequantized(VariationalDistribution):
         parameters = dict(locals())
         if not distribution.event_shape.is_fully_defined():
             raise ValueError(f"Dequantized: got a distribution with event shape {distribution.event_shape}, needs a static one")
+        if distribution.batch_shape.rank != 0:
+            raise ValueError(f"Dequantized: got a distribution with batch shape {distribution.batch_shape}, needs a single one")
         if levels < 2:
             raise ValueError(f"Dequantized: got levels={levels}, needs at least 2")
         self._distribution = distribution
@@ -85,9 +88,15 @@ class Dequantized(VariationalDistribution):
         x = tf.cast(self._checked(x), self._distribution.dtype)
         shape = ps.concat([[num_samples], ps.shape(x)], axis=0)
         noise = samplers.uniform(shape, dtype=x.dtype, seed=seed)
+        # Rounding must not carry n - 1 + u to n, where the continuous distribution has ended.
+        y = tf.minimum(x + noise, np.nextafter(self._levels, 0, dtype=x.dtype.as_numpy_dtype))
         if num_samples == 1:  # spares the networks the folding of a second batch axis
-            return self._distribution.log_prob(x + noise[0], **kwargs)[tf.newaxis]
-        return self._distribution.log_prob(x + noise, **kwargs)
+            return self._distribution.log_prob(y[0], **kwargs)[tf.newaxis]
+        return self._distribution.log_prob(y, **_with_sample_axis(kwargs))
+
+    def _call_log_prob(self, value, name, **kwargs):
+        # TFP would silently round floats, and take booleans, to the integer dtype of the samples.
+        return super()._call_log_prob(tf.convert_to_tensor(value), name, **kwargs)
 
     def _sample_n(self, n, seed=None, **kwargs):
         return self._quantize(self._distribution.sample(n, seed=seed, **kwargs))
@@ -114,3 +123,14 @@ class Dequantized(VariationalDistribution):
         message = f"{self.name}: got values that are not numbers 0 to {self._levels - 1}"
         with tf.control_dependencies([tf.debugging.Assert(self._inside(x), [message])]):
             return tf.identity(x)
+
+
+def _with_sample_axis(kwargs):
+    """Conditions with an axis for the noise samples in front."""
+
+    def change(key, value):
+        if key == "condition":
+            return tf.nest.map_structure(lambda c: tf.convert_to_tensor(c)[tf.newaxis], value)
+        return _with_sample_axis(value) if isinstance(value, dict) else value
+
+    return {key: change(key, value) for key, value in kwargs.items()}

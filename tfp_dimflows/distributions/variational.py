@@ -41,7 +41,7 @@ class VariationalDistribution(tfd.Distribution):
         name: str = "VariationalDistribution",
     ):
         self._static_event_shape = tf.TensorShape(event_shape)
-        self._num_samples = num_samples
+        self._num_samples = _checked_num_samples(num_samples, name)
         super().__init__(
             dtype=dtype,
             reparameterization_type=tfd.NOT_REPARAMETERIZED,
@@ -63,8 +63,14 @@ class VariationalDistribution(tfd.Distribution):
         Returns:
           `[num_samples] + batch`.
         """
-        num_samples = self._num_samples if num_samples is None else num_samples
-        return self._log_weights(tf.convert_to_tensor(x), num_samples, seed, **kwargs)
+        num_samples = self._num_samples if num_samples is None else _checked_num_samples(num_samples, self.name)
+        x = tf.convert_to_tensor(x)
+        rank = self.event_shape.rank
+        if x.shape.rank is not None and not (
+            x.shape.rank >= rank and self.event_shape.is_compatible_with(x.shape[x.shape.rank - rank :])
+        ):
+            raise ValueError(f"{self.name}: got values of shape {x.shape}, needs events of shape {self.event_shape}")
+        return self._log_weights(x, num_samples, seed, **kwargs)
 
     def elbo(self, x, num_samples: int | None = None, seed: Any = None, **kwargs) -> tf.Tensor:
         """Evidence lower bound, the mean of the log-weights; arguments as in `log_weights`. Shape: batch."""
@@ -101,3 +107,9 @@ class VariationalDistribution(tfd.Distribution):
     @classmethod
     def _parameter_properties(cls, dtype, num_classes=None):
         return {}
+
+
+def _checked_num_samples(num_samples, name):
+    if num_samples < 1:
+        raise ValueError(f"{name}: got num_samples={num_samples}, needs at least 1")
+    return num_samples
