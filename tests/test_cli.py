@@ -372,9 +372,7 @@ def test_more_steps_than_the_dataset_has_and_other_options_of_the_data(tmp_path,
 # Other datasets.
 
 
-@pytest.mark.parametrize(
-    ("command", "name", "event_shape"), [(PLAIN, "mnist", [28, 28, 1]), (LCMA, "cifar10", [32, 32, 3])]
-)
+@pytest.mark.parametrize(("command", "name", "event_shape"), [(PLAIN, "mnist", [28, 28, 1]), (LCMA, "cifar10", [32, 32, 3])])
 def test_other_datasets(command, name, event_shape, tmp_path):
     data_dir = os.environ.get("TFDS_DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))
     if not tfds.builder(name, data_dir=data_dir).data_path.exists():

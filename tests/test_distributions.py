@@ -450,3 +450,17 @@ def test_conditions(batch, num_samples):
         z = distribution.encode(x, condition=condition)
         np.testing.assert_allclose(z, x + 0.5 - condition, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(distribution.decode(z, condition=condition), x)
+
+
+def test_importance_samples_of_a_conditional_coupling():
+    coupling = dfb.AffineCoupling(
+        lambda x, condition: 0.1 * tf.tile(x * condition, [1, 4]), dfb.masks.Index([1], 3), log_scale="exp"
+    )
+    base = tfd.Sample(tfd.Normal(0.0, 1.0), [3])
+    flow = tfd.TransformedDistribution(base, coupling)
+    condition = {"condition": np.float32([[1.0], [-1.0], [0.5]])}
+    weights = dfd.Dequantized(flow, levels=8).log_weights(X, 4, SEED, bijector_kwargs=condition)
+    recorder = Recorder(base)
+    dfd.Dequantized(recorder, levels=8).log_weights(X, 4, SEED)
+    one_by_one = [flow.log_prob(y, bijector_kwargs=condition) for y in recorder.seen[0]]
+    np.testing.assert_allclose(weights, one_by_one, rtol=1e-5)

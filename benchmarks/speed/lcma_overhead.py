@@ -46,7 +46,7 @@ def main():
             times[name].append(time.perf_counter() - start)
     rows = {
         name: {
-            "parameters": models[name].count_params(),
+            "parameters": sum(int(np.prod(v.shape)) for v in models[name].trainable_variables),
             "step_ms_median": round(1e3 * statistics.median(seconds), 1),
             "ratio_to_conventional": round(statistics.median(t / c for t, c in zip(seconds, times["conventional"])), 3),
             "first_step_s": round(first[name], 1),

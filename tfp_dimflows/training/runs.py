@@ -219,7 +219,8 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
         os.replace(unfinished, directory / MODEL)
         shutil.rmtree(backup, ignore_errors=True)
     metrics = model.evaluate(test_data, return_dict=True, verbose=0)
-    metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": model.count_params()}
+    parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
+    metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": parameters}
     _write_json(directory / METRICS, metrics)
     return model
 

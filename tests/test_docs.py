@@ -1,0 +1,106 @@
+"""The documentation runs: examples of all docstrings, and the README's code."""
+
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+import tfp_dimflows as dimflows
+from tfp_dimflows import bijectors, data, distributions, networks, recipes, training
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+PACKAGES = [dimflows, bijectors, bijectors.masks, bijectors.transformers, distributions, networks, recipes, training, data]
+NAMES = {  # what every example may use without an import
+    "np": np,
+    "tf": tf,
+    "tfp": tfp,
+    "tfb": tfp.bijectors,
+    "tfd": tfp.distributions,
+    "keras": keras,
+    "dimflows": dimflows,
+    "dfb": bijectors,
+    "dfd": distributions,
+    "data": data,
+}
+
+
+def public(package):
+    """The public classes and functions of a package or module, by name."""
+    names = getattr(package, "__all__", None) or [name for name in vars(package) if not name.startswith("_")]
+    objects = {name: getattr(package, name) for name in names}
+    return {
+        name: value
+        for name, value in objects.items()
+        if callable(value) and getattr(value, "__module__", "").startswith("tfp_dimflows")
+    }
+
+
+def examples(docstring):
+    return doctest.DocTestParser().get_examples(inspect.cleandoc(docstring or ""))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(autouse=True)
+def datasets_and_working_directory(data_dir, tmp_path, monkeypatch):
+    """Whatever documentation writes goes to temporary directories."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "module", [dimflows.__name__, *(m.name for m in pkgutil.walk_packages(dimflows.__path__, f"{dimflows.__name__}."))]
+)
+def test_examples_of_docstrings(module):
+    report, failed = [], 0
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE, verbose=False)
+    for test in doctest.DocTestFinder().find(importlib.import_module(module), globs=dict(NAMES)):
+        failed += runner.run(test, out=report.append).failed
+    assert failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
+def test_public_names_have_docstrings(package):
+    exported = public(package)
+    assert exported
+    assert [name for name, value in exported.items() if not inspect.getdoc(value)] == []
+
+
+@pytest.mark.parametrize(
+    "package",
+    [bijectors, bijectors.masks, bijectors.transformers, distributions, training],
+    ids=lambda package: package.__name__,
+)
+def test_public_classes_have_examples(package):
+    classes = {name: value for name, value in public(package).items() if inspect.isclass(value)}
+    assert classes
+    assert [name for name, value in classes.items() if not examples(value.__doc__)] == []
+
+
+def test_code_of_the_readme():
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 0
+    namespace = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)  # later blocks use what earlier ones define
+    models = [value for value in namespace.values() if isinstance(value, dimflows.FlowModel)]
+    assert models
+    assert all(np.isfinite(w).all() for model in models for w in model.get_weights())
+
+
+def test_the_readme_names_all_recipes_and_existing_files():
+    text = README.read_text()
+    assert [name for name in recipes.names() if f"`{name}`" not in text] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (README.parent / link).exists()] == []
