@@ -236,6 +236,19 @@ def test_the_network_sees_only_the_conditioning_part(name):
     assert np.count_nonzero(seen[0]) == 2 * where.sum()
 
 
+@pytest.mark.parametrize("name", ["checkerboard", "checkerboard_odd"])
+def test_what_the_network_says_of_pixels_that_are_not_transformed_does_no_harm(name):
+    mask, shape = MASKS[name][0](), MASKS[name][1]
+    where = np.repeat(conditions(mask, shape), 2, axis=-1)
+    weight = tf.Variable(tf.constant(0.5, tf.float64))
+    coupling = dfb.AffineCoupling(lambda x: weight * tf.where(where, 1e4, tf.repeat(x, 2, axis=-1)), mask, "exp")
+    y = normal([2, *shape], 1)
+    with tf.GradientTape() as tape:
+        log_prob = distribution(coupling, shape).log_prob(y)
+    assert np.isfinite(log_prob).all() and np.isfinite(tape.gradient(log_prob, weight))
+    close(coupling.forward(fresh(coupling.inverse(y))), y)
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [

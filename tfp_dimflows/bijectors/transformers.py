@@ -41,7 +41,13 @@ class Transformer(tf.Module):
 
 
 class Additive(Transformer):
-    """Elementwise shift, `z = x + t` from data to latent (NICE): one parameter, t; log-det 0."""
+    """Elementwise shift, `z = x + t` from data to latent (NICE): one parameter, t; log-det 0.
+
+    #### Example
+
+    >>> dfb.transformers.Additive()(tf.constant([[2.0]])).inverse([1.0]).numpy()
+    array([3.], dtype=float32)
+    """
 
     def __init__(self):
         super().__init__(lambda params: ElementwiseAffine(params[..., 0]), params_per_dim=1)
@@ -58,6 +64,11 @@ class Affine(Transformer):
       log_scale: `"tanh"`, `"sigmoid"` or `"exp"`.
       initial_gain: initial value of g (RealNVP: 0 in checkerboard couplings, 1 in channel couplings).
       dtype: dtype of g.
+
+    #### Example
+
+    >>> dfb.transformers.Affine("exp")(tf.constant([[1.0, 0.5]])).inverse_log_det_jacobian([0.0], event_ndims=0).numpy()
+    array([0.5], dtype=float32)
     """
 
     def __init__(self, log_scale: str = "tanh", initial_gain: float = 1.0, dtype: tf.DType = tf.float32):
