@@ -243,7 +243,7 @@ def spline():
 
 
 def squeezed(y, order="channel_major", factor=2):
-    """Space to depth of `[..., H, W, C]`, one output channel at a time (FACTS: RealNVP's and TensorFlow's orders)."""
+    """Space to depth of `[..., H, W, C]`, one output channel at a time, in the order of RealNVP and Glow or of TensorFlow."""
     f, channels = factor, y.shape[-1]
     result = np.empty([*y.shape[:-3], y.shape[-3] // f, y.shape[-2] // f, f * f * channels], y.dtype)
     for c in range(channels):
@@ -317,7 +317,7 @@ def conv_matrix(bijector, direction, channels):
 
 
 def conv_reference(direction):
-    """Each attribution from the matrix of the direction (FACTS 3.4)."""
+    """Each attribution from the matrix of the direction."""
 
     def reference(bijector, value, condition):
         channels = value.shape[-1]
@@ -352,7 +352,7 @@ def pivots(matrix):
 
 
 def conditions(mask, shape):
-    """Booleans of the event's shape: where a mask conditions (FACTS 1.2, 5.2)."""
+    """Booleans of the event's shape: where a mask conditions."""
     where = np.zeros(shape, bool)
     if isinstance(mask, dfb.masks.Checkerboard):
         for i in range(shape[0]):
@@ -369,7 +369,7 @@ def conditions(mask, shape):
 
 
 def coupling_reference(log_scale):
-    """`(1 - b) s`, with s from the network's output (FACTS 1.1)."""
+    """`(1 - b) s`, with s from the network's output."""
 
     def reference(bijector, y, condition):
         mask, network = bijector.mask, bijector.parameters["network"]

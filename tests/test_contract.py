@@ -168,7 +168,7 @@ def test_a_pure_movement_moves_values_as_it_moves_contributions(entry):
 
 
 def test_squeeze_orders_on_colour_channels():
-    # Both orders, from FACTS' table, for two colours of a single 2x2 block: colour * 10 + position.
+    # Both orders, written out for two colours of a single 2x2 block: colour * 10 + position.
     block = tf.constant([[[0.0, 10.0], [1.0, 11.0]], [[2.0, 12.0], [3.0, 13.0]]])
     close(dfb.Squeeze().inverse(block).numpy().ravel(), [0, 1, 2, 3, 10, 11, 12, 13])
     close(dfb.Squeeze(order="position_major").inverse(block).numpy().ravel(), [0, 10, 1, 11, 2, 12, 3, 13])
