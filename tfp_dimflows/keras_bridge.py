@@ -54,7 +54,7 @@ class Network(tf.Module):
     leading axes to them.
 
     How the condition reaches the network: by the keyword `condition` if its signature has that name; as second positional
-    argument of a function that has one; as second element of the input list of a Keras functional model with two inputs.
+    argument of a function that needs one; as second element of the input list of a Keras functional model with two inputs.
     A network with none of these, or whose `condition_channels` is 0, takes no condition.
 
     Args:
@@ -135,9 +135,9 @@ def _condition_convention(network) -> str:
     _, *others = parameters.values() or [None]
     if any(p.name == "condition" for p in others):
         return "keyword"
-    # A default, as in `lambda x, net=net: net(x)`, is no place for a condition.
+    # An optional one, as in `lambda x, net=net: net(x)` or tf.tanh's name, is no place for a condition.
     positional = [p for p in others if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return "positional" if positional and positional[0].default in (inspect.Parameter.empty, None) else "none"
+    return "positional" if positional and positional[0].default is inspect.Parameter.empty else "none"
 
 
 def _broadcast_batch(condition, batch, batch_rank):

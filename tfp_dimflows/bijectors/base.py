@@ -29,7 +29,7 @@ class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):
         return edge
 
     def _is_current(self, edge):
-        if adapting() or "origin" not in edge.attributes:
+        if "origin" not in edge.attributes:
             return False
         output = tf.nest.flatten(edge.output_ref()) if edge.output_ref else []
         return edge.attributes["origin"].is_current([*output, edge.attributes["ildj"]])
@@ -39,6 +39,7 @@ class _Origin:
     """Where and under which variable values a cached pass was made."""
 
     def __init__(self, bijector):
+        self._adapting = adapting()
         self._graph = None
         if tf.executing_eagerly():
             # Reading is O(1): the value shares the variable's buffer until the variable is assigned to.
@@ -48,6 +49,8 @@ class _Origin:
             self._num_operations = len(self._graph.get_operations())
 
     def is_current(self, tensors) -> bool:
+        if adapting() and not self._adapting:
+            return False
         if record.could_possibly_record() and not record.should_record_backprop(tensors):
             return False
         if tf.executing_eagerly():

@@ -171,8 +171,9 @@ class Multiscale(base.FlowBijector):
             if left is not None:
                 left_log_det = tf.zeros_like(left, log_det.dtype)
                 if self._exits[k] is not None:
+                    argument = left
                     left, left_log_det = self._exit(per_dimension.inverse_and_log_det_per_dim, k, given, left)
-                    left_log_det = base._fill(left_log_det, left)
+                    left_log_det = base._fill(left_log_det, argument)
                 parts.append(self._to_vector(left))
             steps.append((log_det, h, left_log_det))
         return self.join_latent(parts[::-1]) if parts else None, steps
