@@ -416,3 +416,20 @@ def test_one_pass_adapts_all_layers_in_order(direction):
     getattr(flow, direction)(10.0 * x)  # another pass changes nothing
     for variable, value in zip(flow.trainable_variables, before):
         np.testing.assert_array_equal(variable, value)
+
+
+@pytest.mark.parametrize("seen_before", [False, True])
+def test_log_prob_adapts(seen_before):
+    """Whatever directions a log-density takes, and whatever was cached before, layers adapt once, to the data."""
+    actnorms = dfb.ActNorm(2), dfb.ActNorm(2)
+    flow = tfb.Chain([actnorms[0], tfb.Scale([3.0, 0.2]), actnorms[1]])
+    distribution = tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [2]), flow)
+    x = 5.0 + 2.0 * normal([64, 2])
+    if seen_before:
+        distribution.log_prob(x)
+    with dimflows.adaptation():
+        distribution.log_prob(x)
+    z = flow.inverse(tf.identity(x))
+    np.testing.assert_allclose(np.mean(z, axis=0), 0.0, atol=1e-5)
+    np.testing.assert_allclose(np.std(z, axis=0), 1.0, rtol=1e-4)
+    assert all(np.abs(v).max() > 0.1 for actnorm in actnorms[:1] for v in actnorm.trainable_variables)

@@ -212,6 +212,11 @@ def test_a_distribution_without_trainable_variables_is_refused():
         dimflows.FlowModel(frozen)
 
 
+def test_a_batch_of_distributions_is_refused():
+    with pytest.raises(ValueError, match=r"TwoNormals has batch shape \(2,\)"):
+        dimflows.FlowModel(tfd.Normal(tf.Variable([0.0, 1.0]), 1.0, name="TwoNormals"))
+
+
 def test_a_loss_is_refused():
     with pytest.raises(ValueError, match="negative log-probability"):
         dimflows.FlowModel(raw_variables()).compile("adam", loss="mse")
@@ -535,6 +540,16 @@ def test_log_prob_seeds(image_model):
     assert bound.shape == [4] and np.mean(bound) > np.mean(once)
 
 
+def test_log_prob_of_batches_of_any_shape(image_model):
+    x = blobs(6)
+    expected = [image_model.log_prob(x, seed=0, num_samples=n).numpy().mean() for n in (1, 64)]
+    for batch in ([6], [2, 3], [1, 6], [3, 2, 1]):
+        log_prob = image_model.log_prob(x.reshape([*batch, 8, 8, 1]), num_samples=64, seed=1)
+        assert log_prob.shape == batch
+        assert abs(np.mean(log_prob) - expected[1]) < 0.2 * abs(expected[1] - expected[0]) + 3.0
+    assert image_model.log_prob(x[0]).shape == []
+
+
 def test_sampling(image_model):
     samples = image_model.sample(6, seed=0)
     assert samples.shape == [6, 8, 8, 1] and samples.dtype.is_integer
@@ -639,6 +654,15 @@ def test_loading_what_is_no_model(tmp_path):
         dimflows.load(path)
 
 
+def test_export(trained, tmp_path):
+    kind, model, _, _, _ = trained
+    if kind not in ("keras_networks", "tfp_autoregressive"):
+        pytest.skip("two kinds are enough")
+    model.export(tmp_path / "exported", input_signature=[tf.TensorSpec([None, 2])], verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(pairs(8)), model.log_prob(pairs(8)), rtol=1e-5)
+
+
 class Interrupt(keras.callbacks.Callback):
     """Ends training like a kill, at the beginning of an epoch."""
 
@@ -678,9 +702,8 @@ def trained_colour_model():
     photos = load_sample_images().images
     corners = zip(generator.integers(2, size=96), generator.integers(390, size=96), generator.integers(600, size=96))
     patches = np.stack([photos[i][top : top + 32, left : left + 32] for i, top, left in corners])
-    model = dimflows.FlowModel(
-        dimflows.recipes.realnvp([32, 32, 3], num_scales=3, num_couplings=2, width=4, num_blocks=1, levels=256), seed=0
-    )
+    recipe = dimflows.recipes.realnvp([32, 32, 3], num_scales=2, num_couplings=2, width=4, num_blocks=1, levels=256)
+    model = dimflows.FlowModel(recipe, seed=0)
     model.adapt(patches)
     model.compile(keras.optimizers.Adam(5e-3))
     model.fit(patches, batch_size=16, epochs=4, verbose=0)
