@@ -542,11 +542,10 @@ def test_log_prob_seeds(image_model):
 
 def test_log_prob_of_batches_of_any_shape(image_model):
     x = blobs(6)
-    expected = [image_model.log_prob(x, seed=0, num_samples=n).numpy().mean() for n in (1, 64)]
+    expected = image_model.log_prob(x, num_samples=64, seed=0).numpy()
     for batch in ([6], [2, 3], [1, 6], [3, 2, 1]):
         log_prob = image_model.log_prob(x.reshape([*batch, 8, 8, 1]), num_samples=64, seed=1)
-        assert log_prob.shape == batch
-        assert abs(np.mean(log_prob) - expected[1]) < 0.2 * abs(expected[1] - expected[0]) + 3.0
+        np.testing.assert_allclose(log_prob, expected.reshape(batch), rtol=0.05)  # other noise
     assert image_model.log_prob(x[0]).shape == []
 
 
@@ -636,6 +635,7 @@ def test_weights_of_another_factorization_are_refused_and_change_nothing(image_m
     assert_equal(values(other.variables), before)
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
 @pytest.mark.parametrize("options", [{"width": 6}, {"num_couplings": 2}, {"num_scales": 1}])
 def test_weights_of_another_architecture_are_refused(image_model, tmp_path, options):
     path = tmp_path / "model.weights.h5"
@@ -654,10 +654,9 @@ def test_loading_what_is_no_model(tmp_path):
         dimflows.load(path)
 
 
-def test_export(trained, tmp_path):
-    kind, model, _, _, _ = trained
-    if kind not in ("keras_networks", "tfp_autoregressive"):
-        pytest.skip("two kinds are enough")
+@pytest.mark.parametrize("kind", ["keras_networks", "tfp_autoregressive"])
+def test_export(kind, tmp_path):
+    model = dimflows.FlowModel(KINDS[kind][0]())
     model.export(tmp_path / "exported", input_signature=[tf.TensorSpec([None, 2])], verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")
     np.testing.assert_allclose(exported.serve(pairs(8)), model.log_prob(pairs(8)), rtol=1e-5)

@@ -33,7 +33,7 @@ class FlowModel(keras.Model):
       name: the model's name.
 
     Raises:
-      ValueError: if the distribution has no trainable variable.
+      ValueError: if the distribution has no trainable variable, or a batch shape.
 
     #### Example
 
@@ -48,6 +48,8 @@ class FlowModel(keras.Model):
     def __init__(self, distribution: tfd.Distribution, seed: int | None = None, name: str | None = None):
         # No autocasting: a low-precision policy is for the networks, not for the data and the densities.
         super().__init__(name=name, dtype=keras.config.floatx(), autocast=False)
+        if isinstance(distribution.batch_shape, tf.TensorShape) and distribution.batch_shape.rank not in (None, 0):
+            raise ValueError(f"FlowModel: {distribution.name} has batch shape {distribution.batch_shape}, needs an empty one")
         self._distribution = distribution
         self._seed_generator = keras.random.SeedGenerator(seed)
         self._seed_state = self._seed_generator.state  # saved with the weights, unlike a SeedGenerator
@@ -63,7 +65,7 @@ class FlowModel(keras.Model):
         self._nll = keras.metrics.Mean(name="nll")
         self._bits_per_dim = keras.metrics.Mean(name="bits_per_dim") if len(self.event_shape) == 3 else None
         self._compiled_sample = tf.function(self._sample, autograph=False, reduce_retracing=True)
-        self._compiled_log_prob = tf.function(self._log_prob, autograph=False, reduce_retracing=True)
+        self._compiled_log_prob = tf.function(self._log_prob_by_rank, autograph=False, reduce_retracing=True)
         self.built = True
 
     def _build_networks(self):
@@ -186,7 +188,8 @@ class FlowModel(keras.Model):
         """
         x = self._tensors(x)
         self._check(x)
-        return self._compiled_log_prob(x, self._seed(seed), num_samples)
+        ranks = tuple(value.shape.rank for value in tf.nest.flatten(x))
+        return self._compiled_log_prob(ranks, x, self._seed(seed), num_samples)
 
     def sample(self, sample_shape: Any = (), seed: int | None = None, condition: Any = None) -> tf.Tensor:
         """Samples of the distribution, compiled.
@@ -244,6 +247,10 @@ class FlowModel(keras.Model):
         elif num_samples is not None:
             raise ValueError(f"FlowModel.log_prob: got num_samples, but the density of {self._distribution.name} is exact")
         return self._distribution.log_prob(x, **kwargs)
+
+    def _log_prob_by_rank(self, ranks, x, seed, num_samples):
+        # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
+        return self._log_prob(x, seed, num_samples)
 
     def _sample(self, sample_shape, seed, condition):
         kwargs = {} if condition is None else {"bijector_kwargs": {"condition": condition}}
