@@ -144,6 +144,11 @@ def _broadcast_batch(condition, batch, batch_rank):
     condition = tf.convert_to_tensor(condition)
     if batch_rank == 0:
         return condition
+    given, wanted = condition.shape[:batch_rank], tf.TensorShape(tf.get_static_value(batch))
+    if given.rank is not None and (
+        given.rank < batch_rank or any(g not in (1, w) for g, w in zip(given, wanted or ()) if None not in (g, w))
+    ):
+        raise ValueError(f"condition: got shape {condition.shape}, needs leading axes that broadcast to the batch {wanted}")
     shape = ps.concat([batch, ps.shape(condition)[batch_rank:]], axis=0)
     static = tf.get_static_value(shape)
     if static is not None and condition.shape.is_fully_defined() and tuple(static) == tuple(condition.shape):

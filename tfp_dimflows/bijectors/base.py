@@ -78,7 +78,8 @@ class FlowBijector(tfb.Bijector):
     The log-det may be any shape that broadcasts to its frame, and sums over the event to log abs det of the Jacobian of
     that direction. From the two, this class provides all of TFP's methods, so that a conditioner network runs once per
     direction and per `log_prob`, in eager mode, `tf.function` and XLA, and never returns a value from before a variable
-    was updated.
+    was updated. (Under a gradient tape that has nothing to record, as in a flow without trainable variables, `log_prob` takes
+    two passes; and a value that an outer tape recorded is not recorded again by an inner one: give it a new tensor.)
 
     `condition` is a tensor or a structure of tensors; a class that can use one says so by `_uses_condition`. A bijector
     that moves dimensions (its output's frame is not its input's) also writes `_transport_forward` and
@@ -214,12 +215,12 @@ class FlowBijector(tfb.Bijector):
     def _cached_forward(self, x, condition=None, **kwargs):
         condition = self._route(condition, kwargs)
         y, fldj = self._forward_and_log_det(x, condition, self.forward_min_event_ndims)
-        return y, {"fldj": fldj, "ildj": -fldj, "origin": _Origin(self)}
+        return y, {"ildj": -fldj, "origin": _Origin(self)}
 
     def _cached_inverse(self, y, condition=None, **kwargs):
         condition = self._route(condition, kwargs)
         x, ildj = self._inverse_and_log_det(y, condition, self.inverse_min_event_ndims)
-        return x, {"ildj": ildj, "fldj": -ildj, "origin": _Origin(self)}
+        return x, {"ildj": ildj, "origin": _Origin(self)}
 
     def _forward(self, x, **kwargs):
         return self._cached_forward(x, **kwargs)[0]
@@ -228,7 +229,7 @@ class FlowBijector(tfb.Bijector):
         return self._cached_inverse(y, **kwargs)[0]
 
     def _forward_log_det_jacobian(self, x, **kwargs):
-        return self._cached_forward(x, **kwargs)[1]["fldj"]
+        return -self._cached_forward(x, **kwargs)[1]["ildj"]
 
     def _inverse_log_det_jacobian(self, y, **kwargs):
         return self._cached_inverse(y, **kwargs)[1]["ildj"]
