@@ -22,6 +22,11 @@ tfb, tfd = tfp.bijectors, tfp.distributions
 STATES = ("initial", "large")
 
 
+def assert_close(actual, expected, tolerance=1e-9):
+    """Asserts that values agree, relatively or absolutely."""
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One bijector.

@@ -14,6 +14,7 @@ from registry import (
     STATES,
     ConditionalMixer,
     Mixer,
+    assert_close,
     build,
     built,
     conditions,
@@ -37,10 +38,6 @@ def entries(condition=lambda entry: True):
 
 states = pytest.mark.parametrize("state", STATES)
 every_entry = entries()
-
-
-def close(actual, expected, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
 
 
 def event_sum(per_dim, event_shape):
@@ -78,8 +75,8 @@ def test_the_registry_lists_every_bijector():
 def test_round_trip(entry, state):
     bijector, kwargs = built(entry.name, state), entry.kwargs()
     y, x = entry.data(), entry.latent()
-    close(bijector.forward(fresh(bijector.inverse(y, **kwargs)), **kwargs), y)
-    close(bijector.inverse(fresh(bijector.forward(x, **kwargs)), **kwargs), x)
+    assert_close(bijector.forward(fresh(bijector.inverse(y, **kwargs)), **kwargs), y)
+    assert_close(bijector.inverse(fresh(bijector.forward(x, **kwargs)), **kwargs), x)
 
 
 @every_entry
@@ -93,7 +90,7 @@ def test_log_det_is_that_of_the_jacobian(entry, state):
         scale = np.abs(matrix).max()
         np.testing.assert_allclose(numerical_jacobian(function, value, **kwargs), matrix, rtol=1e-5, atol=1e-7 * scale)
         assert actual.shape == value.shape[:1]
-        close(actual, np.linalg.slogdet(matrix)[1])
+        assert_close(actual, np.linalg.slogdet(matrix)[1])
 
 
 @every_entry
@@ -105,8 +102,8 @@ def test_contributions_sum_to_the_log_det(entry, state):
     ildj, fldj = log_dets(bijector, y, x, entry, **kwargs)
     inverse, forward = bijector.inverse_log_det_per_dim(y, **kwargs), bijector.forward_log_det_per_dim(x, **kwargs)
     assert inverse.shape == y.shape and forward.shape == x.shape
-    close(event_sum(inverse, data_shape), ildj)
-    close(event_sum(forward, latent_shape), fldj)
+    assert_close(event_sum(inverse, data_shape), ildj)
+    assert_close(event_sum(forward, latent_shape), fldj)
 
 
 @entries(lambda entry: entry.reference)
@@ -115,8 +112,8 @@ def test_contributions_equal_the_formula(entry, state):
     bijector, kwargs = built(entry.name, state), entry.kwargs()
     y = entry.data()
     expected = entry.reference(bijector, y, kwargs.get("condition"))
-    close(bijector.inverse_log_det_per_dim(y, **kwargs), expected)
-    close(dimflows.inverse_log_det_per_dim(bijector, y, **kwargs), expected)
+    assert_close(bijector.inverse_log_det_per_dim(y, **kwargs), expected)
+    assert_close(dimflows.inverse_log_det_per_dim(bijector, y, **kwargs), expected)
 
 
 @entries(lambda entry: entry.forward_reference or entry.in_place)
@@ -129,8 +126,8 @@ def test_forward_contributions_are_in_the_frame_of_the_latent(entry, state):
     else:
         y = fresh(bijector.forward(x, **kwargs))
         expected = -entry.move(bijector.inverse_log_det_per_dim(y, **kwargs).numpy())
-    close(bijector.forward_log_det_per_dim(x, **kwargs), expected)
-    close(dimflows.forward_log_det_per_dim(bijector, x, **kwargs), expected)
+    assert_close(bijector.forward_log_det_per_dim(x, **kwargs), expected)
+    assert_close(dimflows.forward_log_det_per_dim(bijector, x, **kwargs), expected)
 
 
 @entries(lambda entry: entry.triangular)
@@ -144,11 +141,11 @@ def test_contributions_are_the_logarithm_of_the_diagonal(entry, state):
     matrix = jacobian(bijector.inverse, y, **kwargs)
     expected = np.empty([len(matrix), size])
     expected[:, data] = np.log(np.abs(matrix[:, latent, data]))
-    close(bijector.inverse_log_det_per_dim(y, **kwargs).numpy().reshape(expected.shape), expected)
+    assert_close(bijector.inverse_log_det_per_dim(y, **kwargs).numpy().reshape(expected.shape), expected)
 
     matrix = jacobian(bijector.forward, x, **kwargs)
     expected = np.log(np.abs(matrix[:, data, latent]))
-    close(bijector.forward_log_det_per_dim(x, **kwargs).numpy().reshape(expected.shape), expected)
+    assert_close(bijector.forward_log_det_per_dim(x, **kwargs).numpy().reshape(expected.shape), expected)
 
 
 @every_entry
@@ -156,23 +153,23 @@ def test_transport_moves_numbers_as_the_bijector_moves_dimensions(entry):
     bijector = built(entry.name, "large")
     in_data = normal([3, *entry.data_shape], 7)
     in_latent = entry.move(in_data.numpy())
-    close(dimflows.bijectors.per_dimension.transport_inverse(bijector, in_data), in_latent, 0.0)
-    close(dimflows.bijectors.per_dimension.transport_forward(bijector, tf.constant(in_latent)), in_data, 0.0)
+    assert_close(dimflows.bijectors.per_dimension.transport_inverse(bijector, in_data), in_latent, 0.0)
+    assert_close(dimflows.bijectors.per_dimension.transport_forward(bijector, tf.constant(in_latent)), in_data, 0.0)
 
 
 @entries(lambda entry: entry.name.startswith("squeeze"))
 def test_a_pure_movement_moves_values_as_it_moves_contributions(entry):
     bijector, y = built(entry.name, "initial"), entry.data()
-    close(bijector.inverse(y), entry.move(y.numpy()), 0.0)
-    close(bijector.forward(tf.constant(entry.move(y.numpy()))), y, 0.0)
+    assert_close(bijector.inverse(y), entry.move(y.numpy()), 0.0)
+    assert_close(bijector.forward(tf.constant(entry.move(y.numpy()))), y, 0.0)
 
 
 def test_squeeze_orders_on_colour_channels():
     # Both orders, written out for two colours of a single 2x2 block: colour * 10 + position.
     block = tf.constant([[[0.0, 10.0], [1.0, 11.0]], [[2.0, 12.0], [3.0, 13.0]]])
-    close(dfb.Squeeze().inverse(block).numpy().ravel(), [0, 1, 2, 3, 10, 11, 12, 13])
-    close(dfb.Squeeze(order="position_major").inverse(block).numpy().ravel(), [0, 10, 1, 11, 2, 12, 3, 13])
-    close(dfb.Squeeze(order="position_major").inverse(block), tf.nn.space_to_depth(block[tf.newaxis], 2)[0])
+    assert_close(dfb.Squeeze().inverse(block).numpy().ravel(), [0, 1, 2, 3, 10, 11, 12, 13])
+    assert_close(dfb.Squeeze(order="position_major").inverse(block).numpy().ravel(), [0, 10, 1, 11, 2, 12, 3, 13])
+    assert_close(dfb.Squeeze(order="position_major").inverse(block), tf.nn.space_to_depth(block[tf.newaxis], 2)[0])
 
 
 @pytest.mark.parametrize("part", ["log_det", "hook"])
@@ -193,8 +190,8 @@ def test_contributions_at_a_positive_scale_have_the_sign_of_the_data_to_latent_d
         else:
             inverse = tf.reduce_sum(dimflows.inverse_log_det_per_dim(flow, y), -1)
             forward = tf.reduce_sum(dimflows.forward_log_det_per_dim(flow, y), -1)
-        close(tf.broadcast_to(inverse, [1]), [count], 1e-6)
-        close(tf.broadcast_to(forward, [1]), [-count], 1e-6)
+        assert_close(tf.broadcast_to(inverse, [1]), [count], 1e-6)
+        assert_close(tf.broadcast_to(forward, [1]), [-count], 1e-6)
 
 
 # Masks and errors.
@@ -209,14 +206,14 @@ def test_a_mask_splits_an_event_in_two_and_joins_it(name):
     expected = ids.numpy()[0][where].ravel(), ids.numpy()[0][~where].ravel()
     for part, numbers in zip((conditioning, transformed), expected):
         assert [i for i in part.numpy().ravel() if i] == numbers.tolist()
-    close(mask.join(conditioning, transformed), ids, 0.0)
+    assert_close(mask.join(conditioning, transformed), ids, 0.0)
     if mask.event_ndims == 3 and isinstance(mask, dfb.masks.Checkerboard):
         assert conditioning.shape == transformed.shape == ids.shape
     assert mask.sizes(shape[-1]) == (conditioning.shape[-1], transformed.shape[-1])
     if not getattr(mask, "num_conditioning", None):
         swapped = mask.complement().split(ids)
-        close(swapped[0], transformed, 0.0)
-        close(swapped[1], conditioning, 0.0)
+        assert_close(swapped[0], transformed, 0.0)
+        assert_close(swapped[1], conditioning, 0.0)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -232,7 +229,7 @@ def test_the_network_sees_only_the_conditioning_part(name):
     y, where = normal([2, *shape], 1), conditions(mask, shape)
     coupling.inverse(y)
     coupling.inverse(tf.where(where, y, y + 1.0))
-    close(seen[0], seen[1], 0.0)
+    assert_close(seen[0], seen[1], 0.0)
     assert np.count_nonzero(seen[0]) == 2 * where.sum()
 
 
@@ -246,7 +243,7 @@ def test_what_the_network_says_of_pixels_that_are_not_transformed_does_no_harm(n
     with tf.GradientTape() as tape:
         log_prob = distribution(coupling, shape).log_prob(y)
     assert np.isfinite(log_prob).all() and np.isfinite(tape.gradient(log_prob, weight))
-    close(coupling.forward(fresh(coupling.inverse(y))), y)
+    assert_close(coupling.forward(fresh(coupling.inverse(y))), y)
 
 
 @pytest.mark.parametrize(
@@ -300,19 +297,19 @@ def test_adaptation_normalises_what_a_pass_returns(direction):
     with dimflows.adaptation():
         adapted = getattr(flow, direction)(data)
     for result in (adapted, getattr(flow, direction)(data), getattr(flow, direction)(fresh(data))):
-        close(np.mean(result, axis=(0, 1, 2)), [0.0, 0.0])
-        close(np.std(result, axis=(0, 1, 2)), [1.0, 1.0])
+        assert_close(np.mean(result, axis=(0, 1, 2)), [0.0, 0.0])
+        assert_close(np.std(result, axis=(0, 1, 2)), [1.0, 1.0])
     assert np.abs(before - adapted).max() > 1.0
 
 
 def test_only_adaptation_initialises_and_a_constant_channel_keeps_its_scale():
     actnorm = dfb.ActNorm(2, dtype="float64")
     data = tf.stack([tf.fill([4], tf.constant(7.0, tf.float64)), normal([4], 1)], axis=-1)
-    close(actnorm.inverse(data), data)
+    assert_close(actnorm.inverse(data), data)
     with dimflows.adaptation():
         adapted = actnorm.inverse(data)
-    close(adapted[:, 0], np.zeros(4))
-    close(actnorm.inverse_log_det_per_dim(data)[0, 0], 0.0)
+    assert_close(adapted[:, 0], np.zeros(4))
+    assert_close(actnorm.inverse_log_det_per_dim(data)[0, 0], 0.0)
     with pytest.raises(RuntimeError, match="must run eagerly"):
 
         @tf.function(autograph=False)
@@ -391,7 +388,7 @@ def test_variables_behind_a_function_are_tracked_and_never_stale(holder):
     y = normal([2, 6], 1)
     before = coupling.inverse(y)
     randomize(variables)
-    close(coupling.inverse(y), coupling.inverse(fresh(y)))
+    assert_close(coupling.inverse(y), coupling.inverse(fresh(y)))
     assert np.abs(before - coupling.inverse(y)).max() > 1e-3
 
 
@@ -432,7 +429,7 @@ def test_traced_with_unknown_batch_size_equals_eager(entry):
     concrete = traced.get_concrete_function(**specs)
     assert seen == [[latent_shape, (), data_shape, (), data_shape, latent_shape]]
     for actual, expected in zip(concrete(**arguments), function(**arguments)):
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 @entries(lambda entry: entry.xla)
@@ -442,7 +439,7 @@ def test_xla_equals_eager(entry):
     function = both_directions(bijector, entry)
     compiled = tf.function(function, autograph=False, jit_compile=True)
     for actual, expected in zip(compiled(**arguments), function(**arguments)):
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 @every_entry
@@ -463,8 +460,8 @@ def test_batch_shapes_are_equivalent(entry):
             rows = function(value[i], **{k: c[i] for k, c in kwargs.items()})
             single = function(value[i, 2], **{k: c[i, 2] for k, c in kwargs.items()})
             assert rows.shape == whole.shape[1:] and single.shape == whole.shape[2:]
-            close(rows, whole[i])
-            close(single, whole[i, 2])
+            assert_close(rows, whole[i])
+            assert_close(single, whole[i, 2])
 
 
 @every_entry
@@ -488,7 +485,7 @@ def test_a_distribution_samples_and_scores_events(entry):
     latent = bijector.inverse(sample, **kwargs).numpy().reshape(5, -1)
     ildj = log_det("inverse", bijector, sample, entry, **kwargs)
     expected = -0.5 * np.square(latent).sum(-1) - 0.5 * latent.shape[-1] * np.log(2 * np.pi) + ildj.numpy()
-    close(flow.log_prob(fresh(sample), bijector_kwargs=kwargs), expected)
+    assert_close(flow.log_prob(fresh(sample), bijector_kwargs=kwargs), expected)
 
 
 @every_entry
@@ -500,8 +497,8 @@ def test_float32_agrees_with_float64(entry):
         result = getattr(single, direction)(tf.cast(value, "float32"), **cast)
         hook = getattr(single, f"{direction}_log_det_per_dim")(tf.cast(value, "float32"), **cast)
         assert result.dtype == hook.dtype == tf.float32
-        close(result, getattr(double, direction)(value, **kwargs), 2e-4)
-        close(hook, getattr(double, f"{direction}_log_det_per_dim")(value, **kwargs), 2e-4)
+        assert_close(result, getattr(double, direction)(value, **kwargs), 2e-4)
+        assert_close(hook, getattr(double, f"{direction}_log_det_per_dim")(value, **kwargs), 2e-4)
 
 
 @entries(lambda entry: entry.half)
@@ -540,11 +537,11 @@ def test_the_condition_changes_the_result_and_broadcasts(entry):
         function = getattr(bijector, direction)
         one, other = entry.kwargs([1, 3])["condition"], entry.kwargs([1, 3], seed=9)["condition"]
         full = tf.tile(one, [2] + [1] * (one.shape.rank - 1))
-        close(function(value, condition=one), function(fresh(value), condition=full))
+        assert_close(function(value, condition=one), function(fresh(value), condition=full))
         assert np.abs(function(value, condition=one) - function(value, condition=other)).max() > 1e-3
         ldj = getattr(bijector, f"{direction}_log_det_jacobian")
         ndims = len(shapes(entry)[direction == "forward"])
-        close(ldj(value, ndims, condition=other), ldj(fresh(value), ndims, condition=fresh(other)))
+        assert_close(ldj(value, ndims, condition=other), ldj(fresh(value), ndims, condition=fresh(other)))
 
 
 @entries(lambda entry: not entry.condition_shape)
@@ -581,7 +578,7 @@ def test_a_condition_reaches_every_part_of_nested_composites():
     y, condition = normal([2, 4], 1), normal([2, 3], 2)
     x = parts[1].forward(parts[0].inverse(y, condition=condition), condition=condition)
     x = parts[3].inverse(parts[2].inverse(fresh(x), condition=condition), condition=condition)
-    close(nested.inverse(y, condition=condition), x)
+    assert_close(nested.inverse(y, condition=condition), x)
     for part in range(4):
         changed = dfb.Chain([p if k != part else tfb.Identity() for k, p in enumerate(parts)])
         assert np.abs(changed.inverse(y, condition=condition) - x).max() > 1e-3
@@ -592,11 +589,15 @@ def test_chain_routes_other_keyword_arguments_by_name():
     flow = dfb.Chain([first, second])
     y, one, other = normal([2, 4], 1), normal([2, 3], 2), normal([2, 3], 3)
     expected = second.inverse(first.inverse(y, condition=one), condition=other)
-    close(flow.inverse(y, first={"condition": one}, second={"condition": other}), expected)
-    close(flow.inverse(y, condition=one, second={"condition": other}), expected)
+    assert_close(flow.inverse(y, first={"condition": one}, second={"condition": other}), expected)
+    assert_close(flow.inverse(y, condition=one, second={"condition": other}), expected)
     routed = {"first": {"condition": one}, "second": {"condition": other}}
-    close(flow.inverse_log_det_jacobian(y, 1, **routed), tfb.Chain([first, second]).inverse_log_det_jacobian(y, 1, **routed))
-    close(event_sum(flow.inverse_log_det_per_dim(y, **routed), [4]), flow.inverse_log_det_jacobian(fresh(y), 1, **routed))
+    assert_close(
+        flow.inverse_log_det_jacobian(y, 1, **routed), tfb.Chain([first, second]).inverse_log_det_jacobian(y, 1, **routed)
+    )
+    assert_close(
+        event_sum(flow.inverse_log_det_per_dim(y, **routed), [4]), flow.inverse_log_det_jacobian(fresh(y), 1, **routed)
+    )
 
 
 def test_a_condition_may_be_a_structure():
@@ -608,8 +609,8 @@ def test_a_condition_may_be_a_structure():
     condition = {"scale": normal([1, 2, 1], 2), "parts": [normal([5, 1, 4], 3)]}
     x = flow.inverse(y, condition=condition)
     params = np.repeat(y[..., :2], 2, axis=-1) * condition["scale"].numpy() + condition["parts"][0].numpy()
-    close(x[..., 2:], (y[..., 2:] + params[..., 0::2]) * np.exp(params[..., 1::2]))
-    close(flow.forward(fresh(x), condition=condition), y)
+    assert_close(x[..., 2:], (y[..., 2:] + params[..., 0::2]) * np.exp(params[..., 1::2]))
+    assert_close(flow.forward(fresh(x), condition=condition), y)
 
 
 def functional(seed):
@@ -636,7 +637,7 @@ def test_ways_in_which_a_network_takes_its_condition(convention):
         params = network([y[:, :2], condition]).numpy()
     else:
         params = np.repeat(y[:, :2], 2, axis=-1) + condition.numpy() @ kernel.numpy()
-    close(flow.inverse_log_det_per_dim(y, condition=condition)[:, 2:], params[:, 1::2])
+    assert_close(flow.inverse_log_det_per_dim(y, condition=condition)[:, 2:], params[:, 1::2])
 
 
 # Composition with TFP.
@@ -651,19 +652,19 @@ def test_nesting_in_tfp_composites_equals_direct_use(entry):
     ildj, fldj = log_dets(bijector, y, x, entry, **kwargs)
     direct = bijector.inverse(y, **kwargs), bijector.forward(x, **kwargs)
     data_shape, latent_shape = shapes(entry)
-    close(chained.inverse(fresh(y), **routed), direct[0])
-    close(chained.forward(fresh(x), **routed), direct[1])
-    close(inverted.forward(fresh(y), **kwargs), direct[0])
-    close(inverted.inverse(fresh(x), **kwargs), direct[1])
-    close(chained.inverse_log_det_jacobian(fresh(y), len(data_shape), **routed), ildj)
-    close(chained.forward_log_det_jacobian(fresh(x), len(latent_shape), **routed), fldj)
-    close(inverted.forward_log_det_jacobian(fresh(y), len(data_shape), **kwargs), ildj)
-    close(inverted.inverse_log_det_jacobian(fresh(x), len(latent_shape), **kwargs), fldj)
+    assert_close(chained.inverse(fresh(y), **routed), direct[0])
+    assert_close(chained.forward(fresh(x), **routed), direct[1])
+    assert_close(inverted.forward(fresh(y), **kwargs), direct[0])
+    assert_close(inverted.inverse(fresh(x), **kwargs), direct[1])
+    assert_close(chained.inverse_log_det_jacobian(fresh(y), len(data_shape), **routed), ildj)
+    assert_close(chained.forward_log_det_jacobian(fresh(x), len(latent_shape), **routed), fldj)
+    assert_close(inverted.forward_log_det_jacobian(fresh(y), len(data_shape), **kwargs), ildj)
+    assert_close(inverted.inverse_log_det_jacobian(fresh(x), len(latent_shape), **kwargs), fldj)
     hooks = bijector.inverse_log_det_per_dim(y, **kwargs), bijector.forward_log_det_per_dim(x, **kwargs)
-    close(dimflows.inverse_log_det_per_dim(chained, y, **routed), hooks[0])
-    close(dimflows.forward_log_det_per_dim(chained, x, **routed), hooks[1])
-    close(dimflows.inverse_log_det_per_dim(inverted, x, **kwargs), hooks[1])
-    close(dimflows.forward_log_det_per_dim(inverted, y, **kwargs), hooks[0])
+    assert_close(dimflows.inverse_log_det_per_dim(chained, y, **routed), hooks[0])
+    assert_close(dimflows.forward_log_det_per_dim(chained, x, **routed), hooks[1])
+    assert_close(dimflows.inverse_log_det_per_dim(inverted, x, **kwargs), hooks[1])
+    assert_close(dimflows.forward_log_det_per_dim(inverted, y, **kwargs), hooks[0])
 
 
 @every_entry
@@ -671,20 +672,20 @@ def test_our_chain_of_one_equals_its_part(entry):
     bijector, kwargs = built(entry.name, "large"), entry.kwargs()
     y, x = entry.data(), entry.latent()
     chain = dfb.Chain([bijector])
-    close(chain.inverse(y, **kwargs), bijector.inverse(y, **kwargs))
-    close(chain.forward(x, **kwargs), bijector.forward(x, **kwargs))
+    assert_close(chain.inverse(y, **kwargs), bijector.inverse(y, **kwargs))
+    assert_close(chain.forward(x, **kwargs), bijector.forward(x, **kwargs))
     for actual, expected in zip(log_dets(chain, y, x, entry, **kwargs), log_dets(bijector, y, x, entry, **kwargs)):
-        close(actual, expected)
-    close(chain.inverse_log_det_per_dim(y, **kwargs), bijector.inverse_log_det_per_dim(y, **kwargs))
-    close(chain.forward_log_det_per_dim(x, **kwargs), bijector.forward_log_det_per_dim(x, **kwargs))
+        assert_close(actual, expected)
+    assert_close(chain.inverse_log_det_per_dim(y, **kwargs), bijector.inverse_log_det_per_dim(y, **kwargs))
+    assert_close(chain.forward_log_det_per_dim(x, **kwargs), bijector.forward_log_det_per_dim(x, **kwargs))
 
 
 def test_a_chain_of_nothing_is_the_identity():
     chain, y = dfb.Chain([]), normal([2, 3], 1)
-    close(chain.forward(chain.inverse(y)), y)
-    close(chain.inverse_log_det_per_dim(y), np.zeros([2, 3]))
-    close(tf.broadcast_to(chain.inverse_log_det_jacobian(y, 1), [2]), np.zeros([2]))
-    close(tf.broadcast_to(chain.forward_log_det_jacobian(fresh(y), 1), [2]), np.zeros([2]))
+    assert_close(chain.forward(chain.inverse(y)), y)
+    assert_close(chain.inverse_log_det_per_dim(y), np.zeros([2, 3]))
+    assert_close(tf.broadcast_to(chain.inverse_log_det_jacobian(y, 1), [2]), np.zeros([2]))
+    assert_close(tf.broadcast_to(chain.forward_log_det_jacobian(fresh(y), 1), [2]), np.zeros([2]))
 
 
 @every_entry
@@ -693,8 +694,8 @@ def test_a_copy_is_another_bijector_of_the_same_kind(entry):
     y = entry.data()
     copy = bijector.copy(name="another")
     assert type(copy) is type(bijector) and copy.name == "another" and copy != bijector
-    close(copy.inverse(y, **kwargs), bijector.inverse(y, **kwargs))
-    close(copy.inverse_log_det_per_dim(y, **kwargs), bijector.inverse_log_det_per_dim(y, **kwargs))
+    assert_close(copy.inverse(y, **kwargs), bijector.inverse(y, **kwargs))
+    assert_close(copy.inverse_log_det_per_dim(y, **kwargs), bijector.inverse_log_det_per_dim(y, **kwargs))
 
 
 # One evaluation of the network, never a stale one.
@@ -769,7 +770,7 @@ def test_a_network_is_evaluated_once(kind, operation):
         results.append(tf.nest.flatten(function(normal([3, 4], 1))))
         assert [network.calls for network in networks] == [1] * len(networks), mode
     for eager, traced in zip(*results):
-        close(traced, eager)
+        assert_close(traced, eager)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.startswith("tfb") and k != "nested"])
@@ -818,7 +819,7 @@ def test_an_update_is_never_missed(kind, before, after, mode):
     function = tf.function(function, autograph=False) if mode == "traced" else function
     _, unchanged, updated = function(y, x)
     expected = after(bijector, fresh(y), fresh(x))
-    close(updated, expected)
+    assert_close(updated, expected)
     assert np.abs(unchanged - expected).max() > 1e-3
 
 
@@ -828,8 +829,8 @@ def test_an_update_is_not_missed_on_the_other_side_of_a_pass():
         x = bijector.inverse(y)
         bijector.inverse_log_det_jacobian(y, 1)
         randomize(created)
-        close(bijector.forward_log_det_jacobian(x, 1), bijector.forward_log_det_jacobian(fresh(x), 1))
-        close(bijector.forward(x), bijector.forward(fresh(x)))
+        assert_close(bijector.forward_log_det_jacobian(x, 1), bijector.forward_log_det_jacobian(fresh(x), 1))
+        assert_close(bijector.forward(x), bijector.forward(fresh(x)))
         assert np.abs(bijector.forward(x) - y).max() > 1e-3
 
 
@@ -862,8 +863,8 @@ def test_an_update_by_any_means_inside_a_function_is_not_missed(way):
         return before, bijector.inverse_log_det_jacobian(y, 1)
 
     before, after = function(normal([2, 3], 1))
-    close(tf.broadcast_to(before, [2]), [3.0, 3.0])
-    close(tf.broadcast_to(after, [2]), [6.0, 6.0])
+    assert_close(tf.broadcast_to(before, [2]), [3.0, 3.0])
+    assert_close(tf.broadcast_to(after, [2]), [6.0, 6.0])
 
 
 def test_full_batch_eager_training_descends_on_the_right_gradients():
@@ -877,7 +878,7 @@ def test_full_batch_eager_training_descends_on_the_right_gradients():
                 loss = -tf.reduce_mean(flow.log_prob(batch))
             gradients.append(tape.gradient(loss, created))
         for repeated, recomputed in zip(*gradients):
-            close(repeated, recomputed)
+            assert_close(repeated, recomputed)
         for v, gradient in zip(created, gradients[1]):
             v.assign_sub(0.05 * gradient)
 
@@ -901,7 +902,7 @@ def test_samples_drawn_outside_a_tape_have_gradients_inside(kind, mode):
     cached, recomputed = (tf.function(function, autograph=False) if mode == "traced" else function)()
     for actual, expected in zip(cached, recomputed):
         assert actual is not None
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 def test_instances_with_equal_arguments_share_nothing():
@@ -920,8 +921,8 @@ def test_the_cache_tells_conditions_apart():
     y, one, other = normal([2, 4], 1), normal([2, 3], 2), normal([2, 3], 3)
     for condition in (one, other, one):
         x, ildj = coupling.inverse(y, condition=condition), coupling.inverse_log_det_jacobian(y, condition=condition)
-        close(x, coupling.inverse(fresh(y), condition=condition))
-        close(ildj, coupling.inverse_log_det_jacobian(fresh(y), condition=condition))
+        assert_close(x, coupling.inverse(fresh(y), condition=condition))
+        assert_close(ildj, coupling.inverse_log_det_jacobian(fresh(y), condition=condition))
     assert np.abs(coupling.inverse(y, condition=one) - coupling.inverse(y, condition=other)).max() > 1e-3
 
 

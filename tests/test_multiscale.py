@@ -12,6 +12,7 @@ from registry import (
     ENTRIES,
     GRID,
     Mixer,
+    assert_close,
     build,
     composed,
     contributions_of,
@@ -33,10 +34,6 @@ Factorization = dfb.DimensionFactorization
 
 IMAGE = (4, 8, 3)
 STATISTICS = contributions_of(IMAGE, 2)
-
-
-def close(actual, expected, tolerance=1e-9):
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
 
 
 def flat_indices(shape, dtype="float64"):
@@ -301,9 +298,9 @@ def test_the_latent_is_ordered_deepest_level_first():
     flow = dfb.Multiscale(identities(3), CHANNELS)
     latent = flow.inverse(flat_indices(GRID))
     expected = [CHANNELS.kept[1], CHANNELS.left[1], CHANNELS.left[0]]
-    close(latent[0], np.concatenate([part.ravel() for part in expected]))
+    assert_close(latent[0], np.concatenate([part.ravel() for part in expected]))
     assert (CHANNELS.levels_reached().ravel()[latent.numpy()[0].astype(int)] == [3] * 4 + [2] * 4 + [1] * 8).all()
-    close(flow.forward(fresh(latent)), flat_indices(GRID))
+    assert_close(flow.forward(fresh(latent)), flat_indices(GRID))
 
 
 def test_split_latent_and_join_latent():
@@ -311,9 +308,9 @@ def test_split_latent_and_join_latent():
     latent = normal([2, 5, 16], 1)
     parts = flow.split_latent(latent)
     assert [part.shape for part in parts] == [(2, 5, 4), (2, 5, 4), (2, 5, 8)]
-    close(parts[0], latent[..., :4])
-    close(parts[2], latent[..., 8:])
-    close(flow.join_latent(parts), latent)
+    assert_close(parts[0], latent[..., :4])
+    assert_close(parts[2], latent[..., 8:])
+    assert_close(flow.join_latent(parts), latent)
     vector = dfb.Multiscale(identities(3), Factorization.channels([5], 3))
     assert [part.shape[-1] for part in vector.split_latent(normal([2, 5]))] == [2, 1, 2]
     undivided = dfb.Multiscale(identities(2))
@@ -331,9 +328,9 @@ def test_the_latent_parts_are_those_of_a_walk_by_flat_indices(name):
     moves = [squeezed if "squeeze" in n else stay for n in level_names(flow)]
     parts, _, _ = multiscale_walk(flow, y, moves)
     latent = flow.inverse(y)
-    close(latent, np.concatenate(parts, axis=-1))
+    assert_close(latent, np.concatenate(parts, axis=-1))
     for part, expected in zip(flow.split_latent(latent), parts):
-        close(part, expected)
+        assert_close(part, expected)
 
 
 def level_names(flow):
@@ -358,7 +355,7 @@ def test_the_deepest_part_alone_drives_the_deepest_level():
     spied = dfb.Multiscale([*flow.levels[:2], dfb.Chain([Spy(), flow.levels[2]])], CHANNELS)
     spied.forward(latent)
     spied.forward(changed)
-    close(kept[0], kept[1])
+    assert_close(kept[0], kept[1])
     assert kept[0].shape == (1, 1, 1, 4)
 
 
@@ -394,8 +391,8 @@ def test_the_same_dimensions_leave_with_and_without_squeezes(factorization, orde
         assert set(a.numpy().ravel()) == set(b.numpy().ravel())
         if deep:
             # What leaves has the order of the factorization, whatever the levels do.
-            close(a, b)
-    close(moving.forward(fresh(moving.inverse(y))), y)
+            assert_close(a, b)
+    assert_close(moving.forward(fresh(moving.inverse(y))), y)
 
 
 @every_factorization
@@ -407,14 +404,14 @@ def test_transport_agrees_with_the_movement_of_values(factorization):
         levels, moves = moving_levels("channel_major", True)
     flow = dfb.Multiscale(levels, factorization)
     expected = multiscale_move(factorization, *moves)(y.numpy())
-    close(flow.inverse(y), expected)
-    close(dfb.per_dimension.transport_inverse(flow, y), expected)
-    close(dfb.per_dimension.transport_forward(flow, tf.constant(expected)), y)
+    assert_close(flow.inverse(y), expected)
+    assert_close(dfb.per_dimension.transport_inverse(flow, y), expected)
+    assert_close(dfb.per_dimension.transport_forward(flow, tf.constant(expected)), y)
     chain = dfb.Chain([Scaling(1.0), flow, Scaling(np.arange(expected.size))])
     # In the frame of the data, what the last part contributes is the place of a dimension in the latent.
     places = chain.inverse_log_det_per_dim(y).numpy().ravel() - 1.0
-    close(expected.ravel()[places.astype(int)], np.arange(expected.size))
-    close(chain.forward_log_det_per_dim(tf.constant(expected)), [-1.0 - np.arange(expected.size)])
+    assert_close(expected.ravel()[places.astype(int)], np.arange(expected.size))
+    assert_close(chain.forward_log_det_per_dim(tf.constant(expected)), [-1.0 - np.arange(expected.size)])
 
 
 class Recorder(dfb.FlowBijector):
@@ -522,13 +519,13 @@ def test_contributions_are_cumulative_and_in_the_frame_of_the_data():
     y = normal([5, *GRID], 1)
     contributions = flow.likelihood_contributions(y)
     assert len(contributions) == 2
-    close(contributions[0], np.broadcast_to(first, [5, *GRID]))
-    close(contributions[1], np.broadcast_to(first + second, [5, *GRID]))
-    close(flow.inverse_log_det_per_dim(y), np.broadcast_to(first + second + third, [5, *GRID]))
+    assert_close(contributions[0], np.broadcast_to(first, [5, *GRID]))
+    assert_close(contributions[1], np.broadcast_to(first + second, [5, *GRID]))
+    assert_close(flow.inverse_log_det_per_dim(y), np.broadcast_to(first + second + third, [5, *GRID]))
     averaged = dimflows.likelihood_contributions(flow, [y[:2], y[2:]])
     assert [a.shape for a in averaged] == [GRID, GRID] and averaged[0].dtype == np.float64
-    close(averaged[0], first)
-    close(averaged[1], first + second)
+    assert_close(averaged[0], first)
+    assert_close(averaged[1], first + second)
 
 
 def test_contributions_are_averages_over_examples_not_over_batches():
@@ -536,16 +533,16 @@ def test_contributions_are_averages_over_examples_not_over_batches():
     flow = dfb.Multiscale([tfb.Exp(), tfb.Identity()])
     data = np.exp(np.random.default_rng(0).normal(size=[7, 3]))
     (contribution,) = dimflows.likelihood_contributions(flow, [data[:1], data[1:3], data[3:]])
-    close(contribution, -np.log(data).mean(axis=0))
+    assert_close(contribution, -np.log(data).mean(axis=0))
 
 
 def test_contributions_have_the_sign_of_the_data_to_latent_direction():
     stretch = np.array([3.0, -1.0, 2.0, -2.0])
     contributions = dimflows.likelihood_contributions(dfb.Multiscale([Scaling(stretch), tfb.Identity()]), [normal([6, 4])])
-    close(contributions[0], stretch)
+    assert_close(contributions[0], stretch)
     kept = dfb.LCMA(identities(2), contributions).inverse(flat_indices([4]))
     # The dimensions that are stretched from data to latent stay.
-    close(kept[0, :2], [0, 2])
+    assert_close(kept[0, :2], [0, 2])
 
 
 def test_contributions_of_a_flow_that_dimensions_leave_stop_there():
@@ -554,12 +551,12 @@ def test_contributions_of_a_flow_that_dimensions_leave_stop_there():
     flow = dfb.Multiscale([Scaling(s) for s in scales], factorization)
     contributions = dimflows.likelihood_contributions(flow, [normal([3, *GRID], 1)])
     expected = scales[0].copy()
-    close(contributions[0], expected)
+    assert_close(contributions[0], expected)
     for stays, scale in zip(factorization.kept, scales[1:]):
         expected.ravel()[stays.ravel()] += scale.ravel()
         if stays is factorization.kept[0]:
-            close(contributions[1], expected)
-    close(flow.inverse_log_det_per_dim(normal([1, *GRID]))[0], expected)
+            assert_close(contributions[1], expected)
+    assert_close(flow.inverse_log_det_per_dim(normal([1, *GRID]))[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -574,7 +571,7 @@ def test_contributions_equal_a_walk_by_flat_indices(name):
     contributions = flow.likelihood_contributions(y)
     assert len(contributions) == len(flow.levels) - 1
     for actual, expected in zip(contributions, totals):
-        close(actual, expected)
+        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("chain", [dfb.Chain, tfb.Chain])
@@ -587,14 +584,14 @@ def test_preprocessing_is_not_counted(chain):
         chain([chain([dfb.LogitPreprocess(8)]), chain([flow, tfb.Scale(tf.constant(2.0, tf.float64))])]),
     ):
         contributions = dimflows.likelihood_contributions(bijector, pixels)
-        close(contributions[0], first)
-        close(contributions[1], first + second)
-        close(contributions[0], alone[0])
+        assert_close(contributions[0], first)
+        assert_close(contributions[1], first + second)
+        assert_close(contributions[0], alone[0])
     # Preprocessing does transform the data that the flow sees.
     exp = dfb.Multiscale([tfb.Exp(), tfb.Identity()])
     data = tf.constant([[1.0, 2.0, 3.0]], tf.float64)
     (counted,) = dimflows.likelihood_contributions(chain([tfb.Scale(tf.constant(0.5, tf.float64)), exp]), [data])
-    close(counted, -np.log([2.0, 4.0, 6.0]))
+    assert_close(counted, -np.log([2.0, 4.0, 6.0]))
 
 
 def test_contributions_are_in_the_frame_of_the_data_also_outside_the_flow():
@@ -602,9 +599,9 @@ def test_contributions_are_in_the_frame_of_the_data_also_outside_the_flow():
     scale = np.array([0.1, 0.2, 0.4])
     flow = dfb.Chain([tfb.Permute(permutation), dfb.Multiscale([Scaling(scale), tfb.Identity()])])
     (contribution,) = dimflows.likelihood_contributions(flow, [normal([2, 3])])
-    close(contribution, flow.inverse_log_det_per_dim(normal([1, 3]))[0])
+    assert_close(contribution, flow.inverse_log_det_per_dim(normal([1, 3]))[0])
     # `Permute.forward` gathers, so data dimension j is latent dimension permutation[j].
-    close(contribution, scale[permutation])
+    assert_close(contribution, scale[permutation])
 
 
 def test_integer_data_gets_uniform_noise_that_the_seed_determines():
@@ -621,7 +618,7 @@ def test_integer_data_gets_uniform_noise_that_the_seed_determines():
     one_batch = dimflows.likelihood_contributions(flow, ones[:1], seed=1)[0]
     assert (one_batch != first).all()
     # Real-valued data gets none.
-    close(dimflows.likelihood_contributions(flow, [tf.ones([3, 2])])[0], np.zeros(2))
+    assert_close(dimflows.likelihood_contributions(flow, [tf.ones([3, 2])])[0], np.zeros(2))
 
 
 def test_contributions_do_not_change_the_variables():
@@ -682,7 +679,7 @@ def test_a_gaussian_exit_is_the_conditional_prior_of_glow():
     kept, left = second[..., :4], second[..., 4:]
     expected += gaussian(left, networks[1], tf.constant(kept))
     expected += gaussian(kept * np.exp(scale), networks[2], tf.zeros([3, 1, 1, 4], tf.float64)) + 4 * scale
-    close(distribution(flow, [16]).log_prob(y), expected)
+    assert_close(distribution(flow, [16]).log_prob(y), expected)
 
 
 def test_exits_may_be_none_unconditional_or_of_tfp():
@@ -693,11 +690,11 @@ def test_exits_may_be_none_unconditional_or_of_tfp():
     plain = dfb.Multiscale(identities(3), halves).inverse(y)
     for exits in ([gaussian, None], [gaussian, None, None], [tfb.Chain([gaussian]), None], [dfb.Chain([gaussian]), None]):
         flow = dfb.Multiscale(identities(3), halves, exits=exits)
-        close(flow.inverse(y)[:, :3], plain[:, :3])
-        close(flow.inverse(y)[:, 3:], gaussian.inverse(plain[:, 3:], condition=y[:, :3]))
+        assert_close(flow.inverse(y)[:, :3], plain[:, :3])
+        assert_close(flow.inverse(y)[:, 3:], gaussian.inverse(plain[:, 3:], condition=y[:, :3]))
     flow = dfb.Multiscale(identities(3), halves, exits=[None, scale, tfb.Chain([scale])])
-    close(flow.inverse(y), plain / [2.0, 2.0, 2.0, 1.0, 1.0])
-    close(flow.inverse_log_det_jacobian(y, 1), tf.broadcast_to(-3.0 * tf.math.log(tf.constant(2.0, tf.float64)), [2]))
+    assert_close(flow.inverse(y), plain / [2.0, 2.0, 2.0, 1.0, 1.0])
+    assert_close(flow.inverse_log_det_jacobian(y, 1), tf.broadcast_to(-3.0 * tf.math.log(tf.constant(2.0, tf.float64)), [2]))
 
 
 def test_an_exit_that_moves_dimensions_is_transported():
@@ -710,13 +707,13 @@ def test_an_exit_that_moves_dimensions_is_transported():
     y, x = normal([2, 6], 1), normal([2, 6], 2)
     plain = dfb.Multiscale([tfb.Identity(), tfb.Identity()], halves, exits=[tfb.Permute(permutation), tfb.Permute([1, 2, 0])])
     move = plain.inverse(flat_indices([6])).numpy()[0].astype(int)
-    close(dfb.per_dimension.transport_inverse(flow, y), y.numpy()[:, move])
-    close(dfb.per_dimension.transport_forward(flow, tf.constant(y.numpy()[:, move])), y)
+    assert_close(dfb.per_dimension.transport_inverse(flow, y), y.numpy()[:, move])
+    assert_close(dfb.per_dimension.transport_forward(flow, tf.constant(y.numpy()[:, move])), y)
     data = fresh(flow.forward(x))
-    close(flow.forward_log_det_per_dim(x), -flow.inverse_log_det_per_dim(data).numpy()[:, move])
+    assert_close(flow.forward_log_det_per_dim(x), -flow.inverse_log_det_per_dim(data).numpy()[:, move])
     kept = data[:, :3] * tf.exp(tf.range(3.0, dtype=tf.float64))
     expected = np.concatenate([np.zeros([2, 3]), network(kept).numpy()[:, 1::2]], axis=-1) + np.arange(6.0)
-    close(flow.inverse_log_det_per_dim(data), expected)
+    assert_close(flow.inverse_log_det_per_dim(data), expected)
 
 
 def test_an_exit_may_change_the_shape():
@@ -726,12 +723,12 @@ def test_an_exit_may_change_the_shape():
     y = flat_indices(GRID)
     latent = flow.inverse(y)
     expected = squeezed(factorization.kept[0], "position_major"), squeezed(factorization.left[0]) * np.exp(np.arange(8.0))
-    close(latent[0], np.concatenate([part.ravel() for part in expected]))
-    close(flow.forward(fresh(latent)), y)
-    close(flow.forward_log_det_per_dim(latent)[0], [*np.zeros(8), *-np.arange(8.0)])
+    assert_close(latent[0], np.concatenate([part.ravel() for part in expected]))
+    assert_close(flow.forward(fresh(latent)), y)
+    assert_close(flow.forward_log_det_per_dim(latent)[0], [*np.zeros(8), *-np.arange(8.0)])
     contributions = np.zeros(16)
     contributions[squeezed(factorization.left[0]).ravel()] = np.arange(8.0)
-    close(flow.inverse_log_det_per_dim(y).numpy().ravel(), contributions)
+    assert_close(flow.inverse_log_det_per_dim(y).numpy().ravel(), contributions)
 
 
 def test_an_exit_of_the_deepest_part_works_without_a_factorization():
@@ -741,10 +738,10 @@ def test_an_exit_of_the_deepest_part_works_without_a_factorization():
         dfb.Multiscale([tfb.Permute([1, 0, 3, 2]), tfb.Identity()], exits=[None, scale], event_shape=[4]),
     ):
         y = normal([2, 4], 1)
-        close(flow.inverse(y), y.numpy()[:, [1, 0, 3, 2]] / 2.0)
-        close(flow.inverse_log_det_per_dim(y), np.full([2, 4], -np.log(2.0)))
-        close(flow.forward_log_det_per_dim(y), np.full([2, 4], np.log(2.0)))
-        close(flow.forward(fresh(flow.inverse(y))), y)
+        assert_close(flow.inverse(y), y.numpy()[:, [1, 0, 3, 2]] / 2.0)
+        assert_close(flow.inverse_log_det_per_dim(y), np.full([2, 4], -np.log(2.0)))
+        assert_close(flow.forward_log_det_per_dim(y), np.full([2, 4], np.log(2.0)))
+        assert_close(flow.forward(fresh(flow.inverse(y))), y)
 
 
 # Errors.
@@ -811,7 +808,7 @@ def test_the_order_of_dimensions_is_saved_with_the_weights():
     first, second = (dfb.Multiscale(identities(2), Factorization.random(GRID, 2, seed=s)) for s in (0, 1))
     (saved,) = [v for v in first.variables if v.dtype.is_integer]
     (other,) = [v for v in second.variables if v.dtype.is_integer]
-    close(saved, first.inverse(flat_indices(GRID))[0])
+    assert_close(saved, first.inverse(flat_indices(GRID))[0])
     assert not saved.trainable and (saved.numpy() != other.numpy()).any()
 
 
@@ -828,4 +825,4 @@ def test_a_factorization_serialised_as_json_gives_the_same_flow():
     flow, _ = build(entry, "large")
     restored = Factorization.from_config(json.loads(json.dumps(flow.factorization.get_config())))
     y = entry.data()
-    close(dfb.Multiscale(flow.levels, restored).inverse(y), flow.inverse(y), 0.0)
+    assert_close(dfb.Multiscale(flow.levels, restored).inverse(y), flow.inverse(y), 0.0)
