@@ -45,6 +45,7 @@ class Entry:
       xla: whether the XLA test runs it.
       half: whether it takes float16 and bfloat16 values.
       silent: names of variables that legitimately have a zero gradient.
+      open_to_conditions: whether a part can use a condition, though the entry is tested without one.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Entry:
     xla: bool = False
     half: bool = True
     silent: tuple = ()
+    open_to_conditions: bool = False
 
     def data(self, batch=(2,), seed=1, dtype="float64"):
         """Data values."""
@@ -489,6 +491,83 @@ def multiscale_move(factorization, *moves):
     return move
 
 
+def halved(y, axis):
+    """The first and the second elements of all pairs of neighbours along an axis."""
+    first, second = [slice(None)] * y.ndim, [slice(None)] * y.ndim
+    first[axis], second[axis] = slice(0, None, 2), slice(1, None, 2)
+    return y[tuple(first)], y[tuple(second)]
+
+
+def pair_axis(num_details, k, rank):
+    """The axis along which detail k of a `PNF` grows its image: the height for the finest one, then in turns."""
+    if rank == 1:
+        return -1
+    return -2 if (num_details - k) % 2 else -3
+
+
+def haar_move(axis):
+    """The movement of a `HaarSplit`."""
+    return lambda y: np.concatenate(halved(y, axis), axis=axis)
+
+
+def haar_reference(bijector, y, condition):
+    return np.full(y.shape, 0.0 if bijector.parameters["orthonormal"] else -0.5 * np.log(2.0))
+
+
+def given_to_detail(low, condition):
+    """What a detail of a `PNF` is conditioned on, in numpy."""
+    if condition is None:
+        return low
+    spread = np.asarray(condition).reshape(len(low), *[1] * (low.ndim - 2), -1)
+    return np.concatenate([low, np.broadcast_to(spread, [*low.shape[:-1], spread.shape[-1]])], axis=-1)
+
+
+def pnf_walk(bijector, y, condition=None):
+    """The walk through the stages of a `PNF`, by strides of numpy and flat indices alone.
+
+    Returns what every stage models, what it is given, its flat latent values, and the total per-dimension log-det.
+    """
+    stages, divisor = bijector.stages, np.sqrt(2.0) if bijector.parameters["orthonormal"] else 2.0
+    h, rank, batch = y.numpy(), y.shape.rank - 1, y.shape[0]
+    ids = np.arange(h[0].size).reshape(h.shape[1:])
+    total, parts = np.zeros([batch, ids.size]), []
+    for k in reversed(range(1, len(stages))):
+        if not bijector.parameters["orthonormal"]:
+            total[:, ids.ravel()] -= 0.5 * np.log(2.0)
+        axis = pair_axis(len(stages) - 1, k, rank)
+        (first, second), (ids, detail_ids) = halved(h, axis), halved(ids, axis)
+        h = (first + second) / divisor
+        parts.insert(0, ((first - second) / divisor, given_to_detail(h, condition), detail_ids))
+    parts.insert(0, (h, condition, ids))
+    latent = []
+    for stage, (value, given, places) in zip(stages, parts):
+        uses = given is not None and getattr(stage, "_uses_condition", False)
+        kwargs = {"condition": tf.constant(np.asarray(given))} if uses else {}
+        contribution = dimflows.inverse_log_det_per_dim(stage, tf.constant(value), **kwargs).numpy()
+        total[:, places.ravel()] += contribution.reshape(batch, -1)
+        latent.append(stage.inverse(tf.constant(value), **kwargs).numpy().reshape(batch, -1))
+    values, given, _ = zip(*parts)
+    return values, given, latent, total.reshape(y.shape)
+
+
+def pnf_reference(bijector, y, condition):
+    """`pnf_walk`'s total."""
+    return pnf_walk(bijector, y, condition)[3]
+
+
+def pnf_move(*moves):
+    """The movement of a `PNF`: the base first, then the details from coarse to fine; `moves[k]` is that of stage k."""
+
+    def move(y):
+        parts, rank, num_details = [], y.ndim - 1, len(moves) - 1
+        for k in reversed(range(1, num_details + 1)):
+            y, detail = halved(y, pair_axis(num_details, k, rank))
+            parts.insert(0, detail)
+        return np.concatenate([m(part).reshape(len(part), -1) for m, part in zip(moves, [y, *parts])], axis=-1)
+
+    return move
+
+
 # The entries.
 
 IMAGE, GRID, VECTOR = (2, 4, 2), (4, 4, 1), (4,)
@@ -729,6 +808,7 @@ def glow_step(channels, shape, seed, dtype, condition_shape=None):
 
 
 PERMUTATION = [2, 0, 3, 1]
+SHUFFLE = np.random.default_rng(4).permutation(16).tolist()
 
 
 def _chains():
@@ -1008,6 +1088,260 @@ def _multiscales():
     )
 
 
+def _splits():
+    for name, axis, shape, orthonormal in (
+        ("signal", -1, (8,), False),
+        ("channel", -1, (2, 1, 4), True),
+        ("width", -2, (2, 4, 2), False),
+        ("height", -3, (4, 2, 2), False),
+        ("height_orthonormal", -3, (4, 1, 3), True),
+    ):
+        yield Entry(
+            f"haar_{name}",
+            functools.partial(
+                lambda s, t, axis, orthonormal: dfb.HaarSplit(axis, orthonormal), axis=axis, orthonormal=orthonormal
+            ),
+            shape,
+            reference=haar_reference,
+            move=haar_move(axis),
+            xla=name in ("signal", "height_orthonormal"),
+        )
+
+
+def embedded_vector_reference(bijector, y, condition):
+    return exp_reference(bijector.bijector, y, bijector.parameters["embedding"](condition))
+
+
+def embedded_image_reference(bijector, y, condition):
+    # `embedding` is the `inverse` of an ActNorm.
+    actnorm = bijector.parameters["embedding"].__self__
+    embedded = (condition.numpy() + variable(actnorm, "shift")) * np.exp(variable(actnorm, "log_scale"))
+    return chain_reference([stay, squeezed, stay])(bijector.bijector, y, tf.constant(embedded))
+
+
+def _embeddings():
+    yield Entry(
+        "embed_vector",
+        lambda s, t: dfb.EmbedCondition(
+            make_coupling(lambda: dfb.masks.Channel(event_ndims=1), VECTOR, "exp", (5,))(s, t),
+            Mixer([3], [5], s + 1, t, "embedding_"),
+            condition_ndims=1,
+        ),
+        VECTOR,
+        condition_shape=(3,),
+        reference=embedded_vector_reference,
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "embed_image",
+        lambda s, t: dfb.EmbedCondition(
+            dfb.Chain(
+                [
+                    affine_coupling(dfb.masks.Checkerboard(), IMAGE, s, t, "tanh", (2, 2, 3)),
+                    dfb.Squeeze(),
+                    affine_coupling(dfb.masks.Channel(), (1, 2, 8), s + 1, t, "sigmoid", (2, 2, 3)),
+                ]
+            ),
+            dfb.ActNorm(3, dtype=t).inverse,
+            condition_ndims=3,
+        ),
+        IMAGE,
+        (1, 2, 8),
+        condition_shape=(2, 2, 3),
+        reference=embedded_image_reference,
+        move=squeezed,
+    )
+
+
+def vector_stage(size, seed, dtype, condition_size=None, log_scale="tanh"):
+    """A coupling of a vector, conditional if a size is given."""
+    condition_shape = None if condition_size is None else (condition_size,)
+    return affine_coupling(dfb.masks.Channel(event_ndims=1), (size,), seed, dtype, log_scale, condition_shape)
+
+
+def image_stage(shape, seed, dtype, condition_shape=None, log_scale="tanh"):
+    """A coupling and an actnorm of an image, conditional if a shape is given."""
+    mask = dfb.masks.Channel() if shape[:2] == (1, 1) else dfb.masks.Checkerboard(seed % 2)
+    return dfb.Chain(
+        [affine_coupling(mask, shape, seed, dtype, log_scale, condition_shape), dfb.ActNorm(shape[-1], dtype=dtype)]
+    )
+
+
+def squeezing_stage(shape, seed, dtype, condition_shape=None):
+    """A coupling on either side of a squeeze."""
+    height, width, channels = shape
+    squeezed_shape = (height // 2, width // 2, 4 * channels)
+    return dfb.Chain(
+        [
+            affine_coupling(dfb.masks.Checkerboard(), shape, seed, dtype),
+            dfb.Squeeze(),
+            affine_coupling(dfb.masks.Channel(), squeezed_shape, seed + 1, dtype, "sigmoid", condition_shape),
+        ]
+    )
+
+
+STAGE = (2, 4, 1)
+STAGE_HALVES = dfb.DimensionFactorization.random(STAGE, 2, seed=3)
+
+
+def multiscale_stage(seed, dtype, condition_shape=None):
+    """A flow with a flat latent, of an image of shape `STAGE`."""
+    return dfb.Multiscale(
+        [
+            affine_coupling(dfb.masks.Checkerboard(), STAGE, seed, dtype, "exp", condition_shape),
+            dfb.Chain([dfb.ActNorm(2, dtype=dtype), affine_coupling(dfb.masks.Channel(), (1, 2, 2), seed + 1, dtype)]),
+        ],
+        STAGE_HALVES,
+    )
+
+
+def image_pnf(seed, dtype, condition_size=None, orthonormal=False):
+    """A base and two details of a 4x4 image: the image grows along the width, then along the height."""
+    extra = condition_size or 0
+    return dfb.PNF(
+        squeezing_stage((2, 2, 1), seed, dtype, None if condition_size is None else (condition_size,)),
+        [
+            image_stage((2, 2, 1), seed + 2, dtype, (2, 2, 1 + extra)),
+            dfb.Chain([tfb.Permute([0]), image_stage((2, 4, 1), seed + 3, dtype, (2, 4, 1 + extra))]),
+        ],
+        GRID,
+        orthonormal,
+    )
+
+
+def _progressive():
+    yield Entry(
+        "pnf_signal",
+        lambda s, t: dfb.PNF(
+            vector_stage(2, s, t), [vector_stage(2, s + 1, t, 2), vector_stage(4, s + 2, t, 4, "sigmoid")], [8]
+        ),
+        (8,),
+        reference=pnf_reference,
+        move=pnf_move(stay, stay, stay),
+        open_to_conditions=True,
+        xla=True,
+    )
+    yield Entry(
+        "pnf_signal_odd_orthonormal",
+        lambda s, t: dfb.PNF(
+            tfb.Chain([tfb.Shift(tf.Variable(normal([1], s, t))), tfb.Scale(tf.Variable(normal([1], s + 1, t)))]),
+            [
+                dfb.ConditionalTransform(Mixer([1], [2], s, t), dfb.transformers.Affine("exp"), event_ndims=1),
+                vector_stage(2, s + 1, t, 2),
+                dfb.Chain([tfb.Permute(PERMUTATION), vector_stage(4, s + 2, t), dfb.ActNorm(4, dtype=t)]),
+            ],
+            [8],
+            orthonormal=True,
+        ),
+        (8,),
+        reference=pnf_reference,
+        move=pnf_move(stay, stay, stay, shuffled(PERMUTATION)),
+        open_to_conditions=True,
+        half=False,
+    )
+    yield Entry(
+        "pnf_signal_conditional",
+        lambda s, t: dfb.PNF(
+            dfb.Chain([dfb.ActNorm(2, dtype=t), vector_stage(2, s, t)]),
+            [vector_stage(2, s + 1, t, 5), vector_stage(4, s + 2, t, 7)],
+            [8],
+        ),
+        (8,),
+        condition_shape=(3,),
+        reference=pnf_reference,
+        move=pnf_move(stay, stay, stay),
+    )
+    yield Entry(
+        "pnf_image",
+        image_pnf,
+        GRID,
+        (16,),
+        reference=pnf_reference,
+        move=pnf_move(squeezed, stay, stay),
+        open_to_conditions=True,
+        xla=True,
+    )
+    yield Entry(
+        "pnf_image_orthonormal",
+        functools.partial(image_pnf, orthonormal=True),
+        GRID,
+        (16,),
+        reference=pnf_reference,
+        move=pnf_move(squeezed, stay, stay),
+        open_to_conditions=True,
+    )
+    yield Entry(
+        "pnf_image_conditional",
+        functools.partial(image_pnf, condition_size=3),
+        GRID,
+        (16,),
+        condition_shape=(3,),
+        reference=pnf_reference,
+        move=pnf_move(squeezed, stay, stay),
+        xla=True,
+    )
+    yield Entry(
+        "pnf_image_odd",
+        lambda s, t: dfb.PNF(
+            dfb.ElementwiseAffine(normal([1, 1, 2], s, t), normal([1, 1, 2], s + 1, t)),
+            [
+                image_stage((1, 1, 2), s + 2, t),
+                dfb.EmbedCondition(
+                    image_stage((2, 1, 2), s + 3, t, (2, 1, 2)), dfb.ActNorm(2, dtype=t).inverse, condition_ndims=3
+                ),
+                squeezing_stage((2, 2, 2), s + 4, t, (2, 2, 2)),
+            ],
+            [4, 2, 2],
+        ),
+        (4, 2, 2),
+        (16,),
+        reference=pnf_reference,
+        move=pnf_move(stay, stay, stay, squeezed),
+        open_to_conditions=True,
+    )
+    yield Entry(
+        "pnf_unconditional_details",
+        lambda s, t: dfb.PNF(
+            dfb.ElementwiseAffine(normal([2], s, t), normal([2], s + 1, t)),
+            [vector_stage(2, s, t), dfb.Chain([tfb.Permute(PERMUTATION), dfb.ActNorm(4, dtype=t)])],
+            [8],
+        ),
+        (8,),
+        reference=pnf_reference,
+        move=pnf_move(stay, stay, shuffled(PERMUTATION)),
+    )
+    yield Entry(
+        "pnf_flat_stages",
+        lambda s, t: dfb.PNF(multiscale_stage(s, t), [multiscale_stage(s + 2, t, STAGE)], GRID),
+        GRID,
+        (16,),
+        reference=pnf_reference,
+        move=pnf_move(*[multiscale_move(STAGE_HALVES, stay, stay)] * 2),
+        open_to_conditions=True,
+    )
+    yield Entry(
+        "pnf_in_a_chain",
+        lambda s, t: dfb.Chain(
+            [
+                dfb.LogitPreprocess(8),
+                image_pnf(s, t, 3),
+                dfb.ElementwiseAffine(normal([16], s, t), normal([16], s + 1, t)),
+                tfb.Permute(SHUFFLE),
+            ]
+        ),
+        GRID,
+        (16,),
+        condition_shape=(3,),
+        draw=pixels(8),
+        reference=chain_reference([stay, pnf_move(squeezed, stay, stay), stay, shuffled(SHUFFLE)]),
+        move=composed(pnf_move(squeezed, stay, stay), shuffled(SHUFFLE)),
+        xla=True,
+    )
+
+
 ENTRIES = {
-    entry.name: entry for family in (_elementwise, _moves_and_maps, _couplings, _chains, _multiscales) for entry in family()
+    entry.name: entry
+    for family in (_elementwise, _moves_and_maps, _couplings, _chains, _multiscales, _splits, _embeddings, _progressive)
+    for entry in family()
 }

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from tfp_dimflows import bijectors, cli, recipes, training
+from tfp_dimflows import bijectors, cli, data, recipes, training
 
 SMALL = ["width=4", "num_blocks=1", "num_couplings=1"]
 LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=2"]
 PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=1"]
+PROGRESSIVE = ["train", "pnf", "--batch-size", "128", "--set", "network=dense", "width=8", "num_scales=1", "num_couplings=1"]
 
 
 def arguments(command, out, data_dir, *more):
@@ -190,6 +191,65 @@ def test_interpolate(finished, data_dir, tmp_path, capsys):
     assert pixels.shape[1] / pixels.shape[0] == pytest.approx(5 / 2, rel=0.01)
 
 
+def test_upscale(tmp_path, data_dir, capsys):
+    run = tmp_path / "run"
+    assert cli.main(arguments(PROGRESSIVE, run, data_dir, "--epochs", "1")) == 0
+    capsys.readouterr()
+
+    def upscale(name, *more):
+        path = tmp_path / name
+        assert cli.main(["upscale", str(run), "--data-dir", str(data_dir), "--num", "3", "--out", str(path), *more]) == 0
+        assert capsys.readouterr().out.strip() == str(path)
+        # One pixel of margin around each image, and every pixel repeated.
+        pixels = matplotlib.image.imread(path)[..., 0]
+        scale = len(pixels) // (3 * 10)
+        tiles = pixels[::scale, ::scale].reshape(3, 10, -1, 10).swapaxes(1, 2)[..., 1:-1, 1:-1]
+        return np.round(16 * tiles)
+
+    tiles = upscale("a.png", "--seed", "4")
+    stages = [tiles[:, k] for k in range(5)]
+    assert tiles.shape == (3, 6, 8, 8)
+    test_images = np.concatenate([*data.load("digits", "test", batch_size=360, data_dir=data_dir).as_numpy_iterator()])
+    for low, original in zip(stages[0], tiles[:, 5]):
+        assert any(np.array_equal(original, image[..., 0]) for image in test_images)
+        means = (original + 0.5).reshape(2, 4, 2, 4).mean(axis=(1, 3)).repeat(4, axis=0).repeat(4, axis=1)
+        assert np.abs(low - np.floor(means)).max() <= 1.0
+    for stage, (height, width) in zip(stages, [(4, 4), (4, 2), (2, 2), (2, 1), (1, 1)]):
+        blocks = stage.reshape(3, 8 // height, height, 8 // width, width)
+        assert (blocks == blocks[:, :, :1, :, :1]).all()
+    np.testing.assert_array_equal(upscale("b.png", "--seed", "4", "--data", "digits"), tiles)
+    cold = upscale("c.png", "--seed", "4", "--temperature", "0")
+    np.testing.assert_array_equal(cold[:, [0, 5]], tiles[:, [0, 5]])
+    assert (cold[:, 4] != tiles[:, 4]).any()
+    assert cli.main(["upscale", str(run), "--data", "photo_patches", "--data-dir", str(data_dir)]) == 2
+    assert "levels" in capsys.readouterr().err
+    assert cli.main(["upscale", str(run), "--data-dir", str(data_dir), "--temperature", "-1"]) == 2
+    assert "temperature" in capsys.readouterr().err
+    assert cli.main(["upscale", str(run), "--data-dir", str(data_dir), "--out", str(tmp_path / "a.png")]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert not list(run.glob("upscale*"))
+
+
+def test_upscale_of_other_data(tmp_path, data_dir, capsys):
+    run = tmp_path / "run"
+    argv = arguments(PROGRESSIVE, run, data_dir, "--epochs", "1", "--steps-per-epoch", "1", "--image-size", "4")
+    argv[argv.index("digits")] = "photo_patches"
+    assert cli.main(argv) == 0
+    cifar = os.environ.get("TFDS_DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))
+    if not tfds.builder("cifar10", data_dir=cifar).data_path.exists():
+        pytest.skip("cifar10 is not prepared")
+    path = tmp_path / "a.png"
+    assert cli.main(["upscale", str(run), "--data", "cifar10", "--data-dir", cifar, "--num", "2", "--out", str(path)]) == 0
+    assert_picture(path)
+    assert cli.main(["upscale", str(run), "--data", "mnist", "--data-dir", cifar]) == 2
+    assert "(4, 4, 1)" in capsys.readouterr().err
+
+
+def test_upscale_needs_a_progressive_flow(finished, capsys):
+    assert cli.main(["upscale", str(finished[0])]) == 2
+    assert "lcma-realnvp, needs one of a progressive flow" in capsys.readouterr().err
+
+
 def test_recipes(capsys):
     assert cli.main(["recipes"]) == 0
     printed = capsys.readouterr().out
@@ -198,7 +258,7 @@ def test_recipes(capsys):
     assert "    width=32" in printed and "    contributions=None" in printed and "    depth=4" in printed
 
 
-@pytest.mark.parametrize("command", ["evaluate", "sample", "interpolate"])
+@pytest.mark.parametrize("command", ["evaluate", "sample", "interpolate", "upscale"])
 def test_commands_need_a_finished_run(command, tmp_path, capsys):
     assert cli.main([command, str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
@@ -371,8 +431,14 @@ def test_more_steps_than_the_dataset_has_and_other_options_of_the_data(tmp_path,
 
 # Other datasets.
 
+OTHER_DATASETS = [
+    (PLAIN, "mnist", [28, 28, 1]),
+    (LCMA, "cifar10", [32, 32, 3]),
+    (["train", "pnf", "--batch-size", "64", "--set", *SMALL, "num_scales=1"], "mnist", [28, 28, 1]),
+]
 
-@pytest.mark.parametrize(("command", "name", "event_shape"), [(PLAIN, "mnist", [28, 28, 1]), (LCMA, "cifar10", [32, 32, 3])])
+
+@pytest.mark.parametrize(("command", "name", "event_shape"), OTHER_DATASETS)
 def test_other_datasets(command, name, event_shape, tmp_path):
     data_dir = os.environ.get("TFDS_DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))
     if not tfds.builder(name, data_dir=data_dir).data_path.exists():

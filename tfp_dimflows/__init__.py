@@ -8,7 +8,7 @@ from tfp_dimflows.bijectors.per_dimension import (
     register_log_det_per_dim,
 )
 from tfp_dimflows.keras_bridge import adaptation
-from tfp_dimflows.training import FlowModel, load
+from tfp_dimflows.training import FlowModel, fit_progressively, load
 
 __all__ = [
     "FlowModel",
@@ -16,6 +16,7 @@ __all__ = [
     "bijectors",
     "data",
     "distributions",
+    "fit_progressively",
     "forward_log_det_per_dim",
     "inverse_log_det_per_dim",
     "likelihood_contributions",

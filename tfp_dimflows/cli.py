@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows import data, recipes, training
+from tfp_dimflows.bijectors import PNF
 from tfp_dimflows.training import pictures
 
 
@@ -73,6 +74,16 @@ def _parser():
     command.add_argument("--steps", type=_positive, default=8)
     command.add_argument("--seed", type=int, default=0, help="chooses the pairs from the test split")
     command.add_argument("--out", metavar="PNG", help="default: RUN/interpolation-SEED.png")
+    _add_data_dir(command)
+
+    command = commands.add_parser("upscale", help="a PNG grid: low resolution, each stage of a progressive flow, original")
+    command.set_defaults(command=_upscale)
+    command.add_argument("run", metavar="RUN", help="a run of the recipe pnf")
+    command.add_argument("--data", metavar="NAME", help="where the images come from; default: the run's dataset")
+    command.add_argument("--num", type=_positive, default=8, help="number of images")
+    command.add_argument("--temperature", type=float, default=1.0, help="standard deviation of the latent details")
+    command.add_argument("--seed", type=int, default=0, help="chooses images from the test split, and the details")
+    command.add_argument("--out", metavar="PNG", help="default: RUN/upscale-SEED.png")
     _add_data_dir(command)
 
     command = commands.add_parser("recipes", help="the recipes and their arguments")
@@ -150,11 +161,14 @@ def _report(directory, recipe):
     print(f"\n{directory}: " + ", ".join(sorted(p.name for p in pathlib.Path(directory).iterdir())))
 
 
-def _run_data(arguments, split=None, batch_size=None):
-    options = dict(training.read_config(arguments.run)["data"])
-    name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
+def _run_data(arguments, split=None, batch_size=None, name=None):
+    config = training.read_config(arguments.run)
+    options = dict(config["data"])
+    trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
+    if name not in (None, trained_name):
+        options |= {"image_size": tuple(config["event_shape"][:2]), "levels": config["levels"]}
     return data.load(
-        name,
+        name or trained_name,
         split or test_split,
         batch_size=batch_size or trained_batch,
         shuffle=False,
@@ -191,12 +205,39 @@ def _interpolate(arguments):
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"interpolation-{arguments.seed}.png")
     model = training.load_run(arguments.run)
-    images = _run_data(arguments).unbatch().shuffle(10_000, seed=arguments.seed).batch(2 * arguments.num)
-    images = next(iter(images))
+    images = _some_images(_run_data(arguments), 2 * arguments.num, arguments.seed)
     pairs = len(images) // 2
     walks = model.interpolate(images[:pairs], images[pairs : 2 * pairs], arguments.steps).numpy()
     pictures.save_grid(path, walks.swapaxes(0, 1), config["levels"])
     print(path)
+
+
+def _upscale(arguments):
+    config = training.read_config(arguments.run)
+    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"upscale-{arguments.seed}.png")
+    model = training.load_run(arguments.run)
+    flow = model.distribution.distribution.bijector
+    if not isinstance(flow, PNF):
+        raise ValueError(f"upscale: {arguments.run} is a run of {config['recipe']}, needs one of a progressive flow (pnf)")
+    images = _some_images(_run_data(arguments, name=arguments.data), arguments.num, arguments.seed)
+    if images.shape[1:] != model.event_shape:
+        raise ValueError(f"upscale: got images of shape {images.shape[1:]}, {arguments.run} needs {model.event_shape}")
+    low_resolution = flow.encode(model.distribution.dequantize(images, seed=[0, arguments.seed]))
+    upscaled = flow.upscale(low_resolution, arguments.temperature, seed=[1, arguments.seed])
+    columns = [flow.encode(upscaled, stage) for stage in range(len(flow.stages))] + [images]
+    grid = np.stack([_enlarged(c, model.event_shape) for c in columns], axis=1)
+    pictures.save_grid(path, np.clip(np.floor(grid), 0, config["levels"] - 1), config["levels"])
+    print(path)
+
+
+def _some_images(batches, num, seed):
+    return next(iter(batches.unbatch().shuffle(10_000, seed=seed).batch(num)))
+
+
+def _enlarged(images, event_shape):
+    """Each pixel repeated to the size of an event."""
+    height, width = (full // small for full, small in zip(event_shape[:2], images.shape[1:3]))
+    return np.repeat(np.repeat(images, height, axis=1), width, axis=2)
 
 
 def _new_file(path):

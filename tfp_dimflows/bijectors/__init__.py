@@ -5,11 +5,14 @@ from tfp_dimflows.bijectors.actnorm import ActNorm
 from tfp_dimflows.bijectors.base import FlowBijector
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.coupling import AdditiveCoupling, AffineCoupling, ConditionalTransform, Coupling
+from tfp_dimflows.bijectors.embedding import EmbedCondition
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
+from tfp_dimflows.bijectors.haar import HaarSplit
 from tfp_dimflows.bijectors.invertible_conv import InvertibleConv1x1
 from tfp_dimflows.bijectors.lcma import LCMA
 from tfp_dimflows.bijectors.multiscale import Multiscale
 from tfp_dimflows.bijectors.preprocess import LogitPreprocess
+from tfp_dimflows.bijectors.progressive import PNF
 from tfp_dimflows.bijectors.reorder import Squeeze
 from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
 
@@ -22,11 +25,14 @@ __all__ = [
     "Coupling",
     "DimensionFactorization",
     "ElementwiseAffine",
+    "EmbedCondition",
     "FlowBijector",
+    "HaarSplit",
     "InvertibleConv1x1",
     "LCMA",
     "LogitPreprocess",
     "Multiscale",
+    "PNF",
     "Squeeze",
     "Transformer",
     "masks",

@@ -84,6 +84,10 @@ class ActNorm(base.FlowBijector):
 
 
 def _moments(value):
-    mean, variance = tf.nn.moments(tf.cast(value, base.log_det_dtype(value.dtype)), axes=list(range(value.shape.rank - 1)))
+    value = tf.cast(value, base.log_det_dtype(value.dtype))
+    # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
+    some = tf.reshape(value, [-1, value.shape[-1]])[0]
+    mean, variance = tf.nn.moments(value - some, axes=list(range(value.shape.rank - 1)))
+    mean += some
     # A constant channel keeps its scale: normalising it would blow up the first value that differs.
     return mean, tf.where(variance > 1e-12, 0.5 * tf.math.log(tf.maximum(variance, 1e-12)), 0.0)

@@ -272,3 +272,29 @@ def event_ndims_static(event_ndims: Any, name: str) -> int:
     if event_ndims not in (1, 3):
         raise ValueError(f"{name}: got event_ndims={event_ndims!r}, needs 1 (vectors) or 3 (images)")
     return event_ndims
+
+
+def vector_condition(condition: Any, value: tf.Tensor, event_ndims: int, name: str) -> tf.Tensor | None:
+    """Checks a composite's condition that `append_condition` will be given: one vector for each event of `value`.
+
+    Raises:
+      ValueError: if it is a structure or has another number of axes.
+    """
+    if condition is None:
+        return None
+    if isinstance(condition, dict):
+        raise ValueError(f"{name}: got a dict as condition, needs a tensor with one vector for each event")
+    condition = tf.cast(tf.convert_to_tensor(condition, dtype_hint=value.dtype), value.dtype)
+    rank = value.shape.rank - event_ndims + 1
+    if condition.shape.rank != rank:
+        raise ValueError(f"{name}: got a condition of shape {condition.shape}, needs one vector for each event: {rank} axes")
+    return condition
+
+
+def append_condition(x: tf.Tensor, condition: tf.Tensor | None, event_ndims: int) -> tf.Tensor:
+    """Events x with a vector for each as further channels, the same at every position."""
+    if condition is None:
+        return x
+    size = ps.shape(condition)[-1:]
+    condition = tf.reshape(condition, ps.concat([ps.shape(condition)[:-1], [1] * (event_ndims - 1), size], axis=0))
+    return tf.concat([x, tf.broadcast_to(condition, ps.concat([ps.shape(x)[:-1], size], axis=0))], axis=-1)

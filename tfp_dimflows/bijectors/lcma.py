@@ -23,7 +23,7 @@ class LCMA(Multiscale):
     construction, so the density is exact.
 
     The three phases of the method: train a `Multiscale(levels, factorization=None)` for a while; take its
-    `dimflows.likelihood_contributions`; train this. `dimflows.fit_lcma` does all three.
+    `dimflows.likelihood_contributions`; train this. `dimflows.training.train` does all three.
 
     Args:
       levels: as in `Multiscale`.

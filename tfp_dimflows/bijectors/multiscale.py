@@ -9,6 +9,7 @@ import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base, per_dimension, reorder
+from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 
 tfb = tfp.bijectors
@@ -90,6 +91,10 @@ class Multiscale(base.FlowBijector):
                 raise ValueError(
                     f"Multiscale: level {k} ({level.name}) moves {ids.size} dimensions to {moved.shape}, must keep all"
                 )
+            if moved.ndim != len(self._event_shape):
+                grid = (1,) * (len(self._event_shape) - 1) + (moved.size,)
+                self._levels[k] = Chain([level, tfb.Reshape(event_shape_out=moved.shape, event_shape_in=grid)])
+                moved = moved.reshape(grid)
             ids = moved
             if self._factorization is not None and k < len(self._levels) - 1:
                 left = self._factorization.left[k]

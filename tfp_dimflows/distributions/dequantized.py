@@ -1,20 +1,27 @@
 """Integer images under a continuous distribution."""
 
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
+from tfp_dimflows.bijectors import per_dimension
+from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
 
-tfd = tfp.distributions
+tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class Dequantized(VariationalDistribution):
-    """Distribution of integer values 0, ..., n - 1 given by a continuous one of x + u, with uniform noise u in [0, 1).
+    """Distribution of integer values 0, ..., n - 1 given by a continuous one of x + u, with noise u in [0, 1).
 
-        P(x) = integral of p(x + u) over u in [0, 1)^D,   log-weight: log p(x + u)
+        P(x) = integral of p(x + u) over u in [0, 1)^D,   log-weight: log p(x + u) - log r(u | x)
+
+    The noise is uniform, r = 1 (uniform dequantisation), or that of a conditional flow (variational dequantisation):
+    u = noise.forward(e; condition=x), e ~ N(0, I), log r(u | x) = log N(e) - forward log-det of the noise flow.
 
     The continuous distribution scores values in [0, n), so pixel preprocessing is a bijector inside it, and
     `-log_prob / (D ln 2)` is the number of bits per dimension without further correction.
@@ -22,6 +29,8 @@ class Dequantized(VariationalDistribution):
     Args:
       distribution: continuous distribution over events in [0, n)^D.
       levels: number n of grey levels.
+      noise: bijector from standard normal noise of the event's shape to u in (0, 1), given the integer event (as floats) as
+        condition; None: uniform noise.
       num_samples: default number of noise samples of `log_prob`.
       validate_args: as in `tfd.Distribution`.
       allow_nan_stats: as in `tfd.Distribution`.
@@ -41,6 +50,7 @@ class Dequantized(VariationalDistribution):
         self,
         distribution: tfd.Distribution,
         levels: int = 256,
+        noise: tfb.Bijector | None = None,
         num_samples: int = 1,
         validate_args: bool = False,
         allow_nan_stats: bool = True,
@@ -55,6 +65,7 @@ class Dequantized(VariationalDistribution):
             raise ValueError(f"Dequantized: got levels={levels}, needs at least 2")
         self._distribution = distribution
         self._levels = levels
+        self._noise = noise
         super().__init__(
             event_shape=distribution.event_shape,
             dtype=tf.int32,
@@ -75,24 +86,48 @@ class Dequantized(VariationalDistribution):
         """The number of grey levels."""
         return self._levels
 
+    @property
+    def noise(self) -> tfb.Bijector | None:
+        """The flow of the noise; None: uniform noise."""
+        return self._noise
+
     def encode(self, x, **bijector_kwargs) -> tf.Tensor:
         """Latent values of integer events: the bijector's inverse at the middle, x + 1/2, of their cells."""
         x = tf.cast(self._checked(tf.convert_to_tensor(x)), self._distribution.dtype) + 0.5
-        return self._distribution.bijector.inverse(x, **bijector_kwargs)
+        return variational.encode(self._distribution, x, **bijector_kwargs)
 
     def decode(self, z, **bijector_kwargs) -> tf.Tensor:
         """Integer events of latent values: the bijector's forward, rounded down to a level."""
-        return self._quantize(self._distribution.bijector.forward(z, **bijector_kwargs))
+        return self._quantize(variational.decode(self._distribution, z, **bijector_kwargs))
+
+    def dequantize(self, x, seed: Any = None) -> tf.Tensor:
+        """Continuous events x + u of integer ones; `seed` as in `sample`."""
+        return self._dequantize(tf.convert_to_tensor(x), [], seed)[0]
+
+    def _dequantize(self, x, sample_shape, seed):
+        """Continuous events, and log r(u | x) of their noise."""
+        x = tf.cast(self._checked(x), self._distribution.dtype)
+        shape = ps.concat([sample_shape, ps.shape(x)], axis=0)
+        if self._noise is None:
+            u, log_r = samplers.uniform(shape, dtype=x.dtype, seed=seed), 0.0
+        else:
+            e, rank = samplers.normal(shape, dtype=x.dtype, seed=seed), self.event_shape.rank
+            condition = per_dimension.condition_kwargs(self._noise, tf.broadcast_to(x, shape))
+            u, fldj = per_dimension.forward_and_log_det(self._noise, e, rank, **condition)
+            normal = tfd.Independent(tfd.Normal(tf.zeros_like(e), tf.ones([], e.dtype)), rank)
+            log_r = normal.log_prob(e) - fldj
+        # Rounding must not carry n - 1 + u to n, where the continuous distribution has ended.
+        return tf.minimum(x + u, np.nextafter(*np.array([self._levels, 0], x.dtype.as_numpy_dtype))), log_r
 
     def _log_weights(self, x, num_samples, seed, **kwargs):
-        x = tf.cast(self._checked(x), self._distribution.dtype)
-        shape = ps.concat([[num_samples], ps.shape(x)], axis=0)
-        noise = samplers.uniform(shape, dtype=x.dtype, seed=seed)
-        # Rounding must not carry n - 1 + u to n, where the continuous distribution has ended.
-        y = tf.minimum(x + noise, np.nextafter(self._levels, 0, dtype=x.dtype.as_numpy_dtype))
-        if num_samples == 1:  # spares the networks the folding of a second batch axis
-            return self._distribution.log_prob(y[0], **kwargs)[tf.newaxis]
-        return self._distribution.log_prob(y, **_with_sample_axis(kwargs))
+        seed, seed_below = samplers.split_seed(seed, n=2, salt="dequantized")
+        # Spares the networks the folding of a second batch axis.
+        sample_shape = [] if num_samples == 1 else [num_samples]
+        y, log_r = self._dequantize(x, sample_shape, seed)
+        kwargs |= variational.noise_kwargs(self._distribution, seed=seed_below)
+        if num_samples == 1:
+            return (self._distribution.log_prob(y, **kwargs) - log_r)[tf.newaxis]
+        return self._distribution.log_prob(y, **variational.with_sample_axis(kwargs)) - log_r
 
     def _call_log_prob(self, value, name, **kwargs):
         # TFP would silently round floats, and take booleans, to the integer dtype of the samples.
@@ -123,14 +158,3 @@ class Dequantized(VariationalDistribution):
         message = f"{self.name}: got values that are not numbers 0 to {self._levels - 1}"
         with tf.control_dependencies([tf.debugging.Assert(self._inside(x), [message])]):
             return tf.identity(x)
-
-
-def _with_sample_axis(kwargs):
-    """Conditions with an axis for the noise samples in front."""
-
-    def change(key, value):
-        if key == "condition":
-            return tf.nest.map_structure(lambda c: tf.convert_to_tensor(c)[tf.newaxis], value)
-        return _with_sample_axis(value) if isinstance(value, dict) else value
-
-    return {key: change(key, value) for key, value in kwargs.items()}

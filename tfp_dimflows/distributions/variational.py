@@ -6,8 +6,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.internal import prefer_static as ps
+from tensorflow_probability.python.internal import samplers
 
 tfd = tfp.distributions
+
+_VALUES_AT_ONCE = 2**20
 
 
 class VariationalDistribution(tfd.Distribution):
@@ -17,6 +21,9 @@ class VariationalDistribution(tfd.Distribution):
         log_prob(x) = log (1/S) sum_s exp(w_s),  S samples  <= log p(x) on average, and closer the larger S
 
     A subclass writes `_log_weights(x, num_samples, seed, **kwargs)` of shape `[num_samples] + batch`, and `_sample_n`.
+
+    Samples are taken in chunks of about a million values (16 samples where the batch size is unknown), one after the other, so
+    that memory does not grow with their number.
 
     Args:
       event_shape: static shape of x.
@@ -83,7 +90,21 @@ class VariationalDistribution(tfd.Distribution):
             x.shape.rank >= rank and self.event_shape.is_compatible_with(x.shape[x.shape.rank - rank :])
         ):
             raise ValueError(f"{self.name}: got values of shape {x.shape}, needs events of shape {self.event_shape}")
-        return self._log_weights(x, num_samples, seed, **kwargs)
+        size = x.shape.num_elements()
+        at_once = 16 if size is None else max(1, _VALUES_AT_ONCE // max(1, size))
+        if num_samples <= at_once:
+            return self._log_weights(x, num_samples, seed, **kwargs)
+        chunks, rest = divmod(num_samples - 1, at_once)
+        first_seed, *seeds = tf.unstack(samplers.split_seed(seed, n=chunks + 1, salt="log_weights"))
+        first = self._log_weights(x, rest + 1, first_seed, **kwargs)
+        others = tf.map_fn(
+            lambda seed: self._log_weights(x, at_once, seed, **kwargs),
+            tf.stack(seeds),
+            parallel_iterations=1,
+            fn_output_signature=first.dtype,
+        )
+        others = tf.reshape(others, ps.concat([[chunks * at_once], ps.shape(first)[1:]], axis=0))
+        return tf.concat([first, others], axis=0)
 
     def elbo(self, x, num_samples: int | None = None, seed: Any = None, **kwargs) -> tf.Tensor:
         """Evidence lower bound, the mean of the log-weights; arguments as in `log_weights`. Shape: batch."""
@@ -120,6 +141,47 @@ class VariationalDistribution(tfd.Distribution):
     @classmethod
     def _parameter_properties(cls, dtype, num_classes=None):
         return {}
+
+
+def noise_kwargs(distribution: tfd.Distribution, **kwargs) -> dict:
+    """`log_prob`'s keyword arguments by which `seed` and `num_samples` reach a distribution whose log-prob is a bound.
+
+    That is the distribution itself, or one below its bijectors; empty for an exact density.
+    """
+    if isinstance(distribution, VariationalDistribution):
+        return kwargs
+    if isinstance(distribution, tfd.TransformedDistribution):
+        below = noise_kwargs(distribution.distribution, **kwargs)
+        return {"distribution_kwargs": below} if below else {}
+    return {}
+
+
+def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
+    """Latent values of events: through the bijector of a `TransformedDistribution`, and of those below it."""
+    if isinstance(distribution, VariationalDistribution):
+        return distribution.encode(x, **bijector_kwargs)
+    x, below = distribution.bijector.inverse(x, **bijector_kwargs), distribution.distribution
+    return encode(below, x) if isinstance(below, (VariationalDistribution, tfd.TransformedDistribution)) else x
+
+
+def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
+    """Events of latent values; see `encode`."""
+    if isinstance(distribution, VariationalDistribution):
+        return distribution.decode(z, **bijector_kwargs)
+    below = distribution.distribution
+    z = decode(below, z) if isinstance(below, (VariationalDistribution, tfd.TransformedDistribution)) else z
+    return distribution.bijector.forward(z, **bijector_kwargs)
+
+
+def with_sample_axis(kwargs: dict) -> dict:
+    """Keyword arguments of `log_prob` whose conditions have an axis for the noise samples in front."""
+
+    def change(key, value):
+        if key == "condition":
+            return tf.nest.map_structure(lambda c: tf.convert_to_tensor(c)[tf.newaxis], value)
+        return with_sample_axis(value) if isinstance(value, dict) else value
+
+    return {key: change(key, value) for key, value in kwargs.items()}
 
 
 def _checked_num_samples(num_samples, name):

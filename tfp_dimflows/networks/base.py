@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 
@@ -40,11 +41,20 @@ class Conditioner(keras.layers.Layer):
         }
 
     def _with_condition(self, x, condition):
-        """Appends the condition's channels to those of `x`; a vector is repeated at every position."""
+        """Appends the condition's channels to those of `x`."""
+        condition = self._condition_like(x, condition)
+        return x if condition is None else ops.concatenate([x, condition], axis=-1)
+
+    def _condition_like(self, x, condition):
+        """The condition at the positions of `x`, or None if the network takes none.
+
+        A vector is repeated at every position; an image of f times the height and width is squeezed, f x f positions to
+        channels.
+        """
         if condition is None:
             if self.condition_channels:
                 raise ValueError(f"{self.name}: got no condition, needs one with {self.condition_channels} channels")
-            return x
+            return None
         if not self.condition_channels:
             raise ValueError(
                 f"{self.name}: got a condition of shape {tuple(condition.shape)}, takes none (condition_channels=0)"
@@ -52,12 +62,25 @@ class Conditioner(keras.layers.Layer):
         vector = (None, self.condition_channels)
         full = (None, *x.shape[1:-1], self.condition_channels)
         if not _matches(condition, full):
-            if not _matches(condition, vector):
+            if factor := self._squeeze_factor(condition, x):
+                condition = tf.nn.space_to_depth(condition, factor)
+            elif _matches(condition, vector):
+                condition = ops.expand_dims(condition, tuple(range(1, len(full) - 1)))
+                condition = ops.broadcast_to(condition, (*ops.shape(x)[:-1], self.condition_channels))
+            else:
                 needs = f"{full}" if full == vector else f"{vector} or {full}"
                 raise ValueError(f"{self.name}: got a condition of shape {tuple(condition.shape)}, needs {needs}")
-            condition = ops.expand_dims(condition, tuple(range(1, len(full) - 1)))
-            condition = ops.broadcast_to(condition, (*ops.shape(x)[:-1], self.condition_channels))
-        return ops.concatenate([x, condition], axis=-1)
+        return condition
+
+    def _squeeze_factor(self, condition, x):
+        """By how much a condition is larger than `x`, if it is an image that then has the right number of channels."""
+        sizes = [*condition.shape[1:], *x.shape[1:-1]]
+        if len(condition.shape) != 4 or len(x.shape) != 4 or None in sizes:
+            return None
+        height, width, channels, x_height, x_width = sizes
+        factor = height // x_height
+        fits = (height, width, channels * factor**2) == (factor * x_height, factor * x_width, self.condition_channels)
+        return factor if fits else None
 
 
 def _matches(tensor, shape) -> bool:

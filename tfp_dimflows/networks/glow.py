@@ -141,9 +141,10 @@ class ActNormLayer(ChannelAffine):
         return super().call(x)
 
     def _adapt(self, x):
-        axes = tuple(range(x.ndim - 1))
-        mean = ops.mean(x, axis=axes)
-        std = ops.sqrt(ops.mean(ops.square(x - mean), axis=axes))
+        # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
+        some = ops.reshape(x, (-1, x.shape[-1]))[0]
+        mean, variance = ops.moments(x - some, axes=tuple(range(x.ndim - 1)))
+        mean, std = some + mean, ops.sqrt(variance)
         constant = std <= 1e-6 * (1.0 + ops.abs(mean))
         self.bias.assign(-mean)
         self.log_scale.assign(ops.where(constant, self.log_scale, -ops.log(std + 1e-6) / 3.0))
@@ -208,8 +209,8 @@ class GlowConvNet(Conditioner):
     from data in a data-dependent initialisation pass.
 
     Called as `net(x, condition)`: `x` is `[N, H, W, inputs]`; `condition` is None, a vector `[N, condition_channels]`,
-    repeated at every position, or an image `[N, H, W, condition_channels]`; the result is `[N, H, W, outputs]`. Cost:
-    O(N H W width (inputs + width + outputs)).
+    repeated at every position, or an image `[N, f H, f W, condition_channels / f^2]`, squeezed to the size of `x`; the result
+    is `[N, H, W, outputs]`. Cost: O(N H W width (inputs + width + outputs)).
 
     Args:
       inputs: number of channels of `x`.

@@ -126,8 +126,8 @@ class ResNet(Conditioner):
     convolution of a block then has no bias.
 
     Called as `resnet(x, condition)`: `x` is `[N, H, W, inputs]`; `condition` is None, a vector
-    `[N, condition_channels]`, repeated at every position, or an image `[N, H, W, condition_channels]`; the result is
-    `[N, H, W, outputs]`. Cost: O(N H W num_blocks width^2).
+    `[N, condition_channels]`, repeated at every position, or an image `[N, f H, f W, condition_channels / f^2]`, squeezed to
+    the size of `x`; the result is `[N, H, W, outputs]`. Cost: O(N H W num_blocks width^2).
 
     Args:
       inputs: number of channels of `x`.

@@ -2,7 +2,8 @@
 
 from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.lcma import lcma_glow, lcma_realnvp
+from tfp_dimflows.recipes.pnf import pnf
 from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import base_of, config_of, get, names, recipe
 
-__all__ = ["base_of", "config_of", "get", "glow", "lcma_glow", "lcma_realnvp", "names", "realnvp", "recipe"]
+__all__ = ["base_of", "config_of", "get", "glow", "lcma_glow", "lcma_realnvp", "names", "pnf", "realnvp", "recipe"]

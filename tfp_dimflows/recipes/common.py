@@ -36,6 +36,45 @@ def check_sizes(recipe: str, **sizes: int) -> None:
             raise ValueError(f"{recipe}: got {name}={size!r}, needs a positive integer")
 
 
+def is_dense(recipe: str, network: str | None, event_shape: tuple[int, ...]) -> bool:
+    """Whether a recipe's `network=` means dense networks: `"conv"`, `"dense"`, or None, convolutions for images.
+
+    Raises:
+      ValueError: for another value, or convolutions on vectors.
+    """
+    is_image = len(event_shape) == 3
+    if network not in (None, "conv", "dense") or (network == "conv" and not is_image):
+        needs = "conv, dense or None" if is_image else "dense or None for vectors"
+        raise ValueError(f"{recipe}: got network={network!r}, needs {needs}")
+    return network == "dense" or not is_image
+
+
+def condition_channels(
+    recipe: str, condition_shape: Sequence[int] | None, event_shape: tuple[int, ...], num_squeezes: int = 0
+) -> int:
+    """The number of channels that a condition adds to a network's input after some squeezes by 2.
+
+    Args:
+      recipe: the recipe's name.
+      condition_shape: None; `[n]`, a vector that is repeated at every position of an image; or an image `[H, W, n]` of the
+        height and width of the event, which is squeezed with it.
+      event_shape: the event's shape.
+      num_squeezes: how often the event has been squeezed.
+
+    Raises:
+      ValueError: for another shape.
+    """
+    if condition_shape is None:
+        return 0
+    shape = checked_event_shape(condition_shape, f"{recipe}: condition_shape")
+    if len(shape) == 3 and shape[:2] != event_shape[:-1]:
+        raise ValueError(
+            f"{recipe}: got condition_shape={list(shape)}, needs a vector [n] or the height and width of events "
+            f"{list(event_shape)}"
+        )
+    return shape[-1] * (4**num_squeezes if len(shape) == 3 else 1)
+
+
 def resolve_factorization(
     factorization: Any, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
 ) -> dfb.DimensionFactorization | None:
@@ -99,9 +138,12 @@ def grid_shapes(event_shape: tuple[int, ...], num_scales: int, nothing_leaves: b
 def as_distribution(
     flow: tfb.Bijector, event_shape: tuple[int, ...], levels: int | None, preprocess: tfb.Bijector | None
 ) -> tfd.Distribution:
-    """The flow of standard normal noise, over continuous events, or over integer ones with `levels` grey levels."""
+    """The flow of standard normal noise, after `preprocess` if there is one.
+
+    Over continuous events, or over integer ones with `levels` grey levels.
+    """
     base = tfd.Normal(tf.zeros([], floatx()), tf.ones([], floatx()))
-    if levels is not None:
+    if preprocess is not None:
         flow = dfb.Chain([preprocess, flow])
     distribution = tfd.TransformedDistribution(tfd.Sample(base, [math.prod(event_shape)]), flow)
     return distribution if levels is None else dfd.Dequantized(distribution, levels=levels)

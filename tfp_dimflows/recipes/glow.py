@@ -27,6 +27,7 @@ def glow(
     width: int = 64,
     coupling: str = "affine",
     factorization: Any = "conventional",
+    condition_shape: Sequence[int] | None = None,
     levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
@@ -45,6 +46,8 @@ def glow(
       coupling: `"affine"` or `"additive"`.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+      condition_shape: shape of the condition of a conditional flow: a vector `[n]` or an image `[H, W, n]` of the event's
+        height and width. It enters every coupling network.
       levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
@@ -69,7 +72,8 @@ def glow(
     split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
     grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
     seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_scales * depth).tolist())
-    flow_levels = [_level(grid[-1], depth, width, coupling, seeds) for grid in grids]
+    conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_scales)]
+    flow_levels = [_level(grid[-1], depth, width, coupling, c, seeds) for grid, c in zip(grids, conditions)]
     left_channels = [2 * grid[-1] for grid in grids[:-1]]
     exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
     flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
@@ -80,7 +84,7 @@ def glow(
     return common.as_distribution(flow, shape, levels, preprocess)
 
 
-def _level(channels, depth, width, coupling, seeds):
+def _level(channels, depth, width, coupling, condition_channels, seeds):
     squeezed = 4 * channels
     mask = dfb.masks.Channel()
     parts = [dfb.Squeeze()]
@@ -88,7 +92,13 @@ def _level(channels, depth, width, coupling, seeds):
         parts.append(dfb.ActNorm(squeezed, log_scale_factor=3.0, dtype=common.floatx()))
         parts.append(dfb.InvertibleConv1x1(squeezed, seed=next(seeds), dtype=common.floatx()))
         inputs, outputs = mask.sizes(squeezed)
-        network = networks.GlowConvNet(inputs, COUPLINGS[coupling] * outputs, width=width, seed=next(seeds) % 2**31)
+        network = networks.GlowConvNet(
+            inputs,
+            COUPLINGS[coupling] * outputs,
+            width=width,
+            condition_channels=condition_channels,
+            seed=next(seeds) % 2**31,
+        )
         if coupling == "affine":
             parts.append(dfb.AffineCoupling(network, mask, log_scale="sigmoid", dtype=common.floatx()))
         else:

@@ -14,6 +14,9 @@ from tfp_dimflows.recipes.registry import recipe
 
 tfd = tfp.distributions
 
+# Arguments of the base that are not LCMA's: its factorization of images is one for convolutions.
+_NOT_TAKEN = ("event_shape", "factorization", "network")
+
 _DOC = """{family} whose factor-outs follow the likelihood contributions of the dimensions (LCMA).
 
     Without `contributions` this is the model of the first phase, from which nothing leaves. Train it for a while, take
@@ -24,7 +27,7 @@ _DOC = """{family} whose factor-outs follow the likelihood contributions of the 
       contributions: one array of the event's shape for each of the `num_scales - 1` factor-outs, or None.
       keep: `"high"` (LCMA), `"low"` (reversed), or a list with one of them per factor-out: which half stays.
       granularity: `"block"`, `"channel"` or `"free"`, as in `dfb.DimensionFactorization.from_contributions`.
-      **arguments: those of `recipes.{base}`, but for `factorization`.
+      **arguments: those of `recipes.{base}`, but for `factorization` and `network`.
 
     Returns:
       As `recipes.{base}`.
@@ -54,7 +57,7 @@ def _lcma(base, family):
         return base(event_shape, factorization=None if contributions is None else factorization, **arguments)
 
     own = [p for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
-    others = [p for name, p in inspect.signature(base).parameters.items() if name not in ("event_shape", "factorization")]
+    others = [p for name, p in inspect.signature(base).parameters.items() if name not in _NOT_TAKEN]
     build.__name__ = build.__qualname__ = f"lcma_{base.__name__}"
     build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)
     build.__doc__ = _DOC.format(family=family, base=base.__name__)

@@ -1,5 +1,6 @@
 """RealNVP: convolutional for images, dense for vectors."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
-tfd = tfp.distributions
+tfb, tfd = tfp.bijectors, tfp.distributions
 masks = dfb.masks
 
 
@@ -23,7 +24,9 @@ def realnvp(
     num_couplings: int = 3,
     width: int = 32,
     num_blocks: int = 2,
+    network: str | None = None,
     factorization: Any = "conventional",
+    condition_shape: Sequence[int] | None = None,
     batch_norm: bool = False,
     l2: float = 5e-5,
     alpha: float = 0.05,
@@ -36,8 +39,8 @@ def realnvp(
     squeeze and `num_couplings` channel couplings of twice that width; the last level has `num_couplings + 1` checkerboard
     couplings. An ActNorm follows each coupling. Between levels half of the dimensions leave.
 
-    Vectors `[D]`: each level has `num_couplings + 1` couplings with MLPs of `num_blocks` hidden layers of `width` units; the
-    masks are random halves, each followed by its complement.
+    Vectors `[D]`, and images with `network="dense"`, which are flattened: each level has `num_couplings + 1` couplings with
+    MLPs of `num_blocks` hidden layers of `width` units; the masks are random halves, each followed by its complement.
 
     Reference sizes: CIFAR-10 `num_scales=2, width=64, num_blocks=8`, ImageNet 32x32 `num_scales=4, width=32, num_blocks=4`,
     64x64 `num_scales=5, width=32, num_blocks=2`, all with `batch_norm=True`.
@@ -47,9 +50,12 @@ def realnvp(
       num_scales: number of levels; the image's sides must be divisible by `2**(num_scales - 1)`.
       num_couplings: couplings in a row.
       width: width of the networks at the finest level.
-      num_blocks: residual blocks (images) or hidden layers (vectors).
+      num_blocks: residual blocks (`"conv"`) or hidden layers (`"dense"`).
+      network: `"conv"` (ResNets) or `"dense"` (MLPs); None: `"conv"` for images, `"dense"` for vectors.
       factorization: which half stays: `"conventional"` (images: checkerboard, vectors: first half), `"channels"`,
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+      condition_shape: shape of the condition of a conditional flow: a vector `[n]` or, for `"conv"`, an image `[H, W, n]` of
+        the event's height and width. It enters every network.
       batch_norm: batch normalisation in the ResNets, as in the reference.
       l2: L2 penalty on the ResNets' weight-norm magnitudes.
       alpha: margin of the logit preprocessing.
@@ -70,34 +76,74 @@ def realnvp(
     >>> flow.sample(2, seed=0).shape, flow.event_shape
     (TensorShape([2, 8, 8, 1]), TensorShape([8, 8, 1]))
     """
+    flow = realnvp_flow(
+        event_shape,
+        num_scales=num_scales,
+        num_couplings=num_couplings,
+        width=width,
+        num_blocks=num_blocks,
+        network=network,
+        factorization=factorization,
+        condition_shape=condition_shape,
+        batch_norm=batch_norm,
+        l2=l2,
+        seed=seed,
+    )
+    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
+    return common.as_distribution(flow, tuple(event_shape), levels, preprocess)
+
+
+def realnvp_flow(
+    event_shape: Sequence[int],
+    *,
+    num_scales: int,
+    num_couplings: int,
+    width: int,
+    num_blocks: int,
+    network: str | None,
+    factorization: Any,
+    condition_shape: Sequence[int] | None,
+    batch_norm: bool,
+    l2: float,
+    seed: int,
+) -> tfb.Bijector:
+    """The bijector of `realnvp`; arguments as there."""
     shape = common.checked_event_shape(event_shape, "realnvp")
     common.check_sizes("realnvp", num_scales=num_scales, num_couplings=num_couplings, width=width, num_blocks=num_blocks)
-    conventional = "checkerboard" if len(shape) == 3 else "channels"
-    split = common.resolve_factorization(factorization, shape, num_scales, conventional, seed)
-    grids = common.grid_shapes(shape, num_scales, split is None)
+    is_dense = common.is_dense("realnvp", network, shape)
+    flat = (math.prod(shape),) if is_dense else shape
+    split = common.resolve_factorization(factorization, flat, num_scales, "channels" if is_dense else "checkerboard", seed)
+    grids = common.grid_shapes(flat, num_scales, split is None)
     seeds = iter(np.random.SeedSequence(seed).generate_state(4 * num_scales * (num_couplings + 1)).tolist())
     options = {"num_couplings": num_couplings, "num_blocks": num_blocks, "seeds": seeds}
-    if len(shape) == 3:
-        options |= {"batch_norm": batch_norm, "l2": l2}
-        flow_levels = [_image_level(grid, width * 2**k, is_last=k == num_scales - 1, **options) for k, grid in enumerate(grids)]
-    else:
-        flow_levels = [_vector_level(grid[0], width, **options) for grid in grids]
-    flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
-    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
-    return common.as_distribution(flow, shape, levels, preprocess)
+    if not is_dense:
+        flow_levels = []
+        for k, grid in enumerate(grids):
+            channels = [common.condition_channels("realnvp", condition_shape, shape, squeezes) for squeezes in (k, k + 1)]
+            last = k == num_scales - 1
+            flow_levels.append(
+                _image_level(grid, width * 2**k, channels, batch_norm=batch_norm, l2=l2, is_last=last, **options)
+            )
+        return dfb.Multiscale(flow_levels, split, event_shape=shape)
+    if condition_shape is not None and len(condition_shape) != 1:
+        raise ValueError(f"realnvp: got condition_shape={list(condition_shape)}, dense networks need a vector [n]")
+    channels = common.condition_channels("realnvp", condition_shape, flat)
+    flow = dfb.Multiscale([_vector_level(grid[0], width, channels, **options) for grid in grids], split, event_shape=flat)
+    return flow if flat == shape else dfb.Chain([tfb.Reshape(event_shape_out=shape, event_shape_in=flat), flow])
 
 
-def _image_level(grid, width, *, num_couplings, num_blocks, batch_norm, l2, is_last, seeds):
+def _image_level(grid, width, condition_channels, *, num_couplings, num_blocks, batch_norm, l2, is_last, seeds):
     height, grid_width, channels = grid
     parts = []
 
-    def add(mask, channels, width, mask_array):
+    def add(mask, channels, width, condition_channels, mask_array):
         inputs, outputs = mask.sizes(channels)
         network = networks.ResNet(
             inputs,
             2 * outputs,
             width=width,
             num_blocks=num_blocks,
+            condition_channels=condition_channels,
             mask=mask_array,
             batch_norm=batch_norm,
             l2=l2,
@@ -108,15 +154,15 @@ def _image_level(grid, width, *, num_couplings, num_blocks, batch_norm, l2, is_l
 
     for i in range(num_couplings + is_last):
         mask = masks.Checkerboard(parity=1 - i % 2)
-        add(mask, channels, width, mask.array(height, grid_width))
+        add(mask, channels, width, condition_channels[0], mask.array(height, grid_width))
     if not is_last:
         parts.append(dfb.Squeeze())
         for i in range(num_couplings):
-            add(masks.Channel(flip=i % 2 == 1), 4 * channels, 2 * width, None)
+            add(masks.Channel(flip=i % 2 == 1), 4 * channels, 2 * width, condition_channels[1], None)
     return dfb.Chain(parts)
 
 
-def _vector_level(dims, width, *, num_couplings, num_blocks, seeds):
+def _vector_level(dims, width, condition_channels, *, num_couplings, num_blocks, seeds):
     if dims < 2:
         raise ValueError(f"realnvp: a level with {dims} dimension has nothing to condition on; use fewer num_scales")
     parts, mask = [], None
@@ -127,7 +173,13 @@ def _vector_level(dims, width, *, num_couplings, num_blocks, seeds):
         else:
             mask = mask.complement()
         inputs, outputs = mask.sizes(dims)
-        network = networks.MLP(inputs, 2 * outputs, hidden=[width] * num_blocks, seed=next(seeds) % 2**31)
+        network = networks.MLP(
+            inputs,
+            2 * outputs,
+            hidden=[width] * num_blocks,
+            condition_channels=condition_channels,
+            seed=next(seeds) % 2**31,
+        )
         parts.append(dfb.AffineCoupling(network, mask, log_scale="tanh", dtype=common.floatx()))
         parts.append(dfb.ActNorm(dims, dtype=common.floatx()))
     return dfb.Chain(parts)

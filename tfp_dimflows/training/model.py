@@ -10,7 +10,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tfp_dimflows import keras_bridge, recipes
-from tfp_dimflows.distributions import VariationalDistribution
+from tfp_dimflows.distributions import variational
 
 tfd = tfp.distributions
 
@@ -223,30 +223,19 @@ class FlowModel(keras.Model):
         self._check(end)
         if start.shape != end.shape:
             raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
-        z_start, z_end = self._encode(start), self._encode(end)
+        z_start, z_end = variational.encode(self._distribution, start), variational.encode(self._distribution, end)
         weights = tf.reshape(tf.linspace(0.0, 1.0, num_steps), [num_steps] + [1] * z_start.shape.rank)
         weights = tf.cast(weights, z_start.dtype)
-        return self._decode((1.0 - weights) * z_start + weights * z_end)
-
-    def _encode(self, x):
-        if hasattr(self._distribution, "encode"):
-            return self._distribution.encode(x)
-        return self._distribution.bijector.inverse(x)
-
-    def _decode(self, z):
-        if hasattr(self._distribution, "decode"):
-            return self._distribution.decode(z)
-        return self._distribution.bijector.forward(z)
+        return variational.decode(self._distribution, (1.0 - weights) * z_start + weights * z_end)
 
     def _log_prob(self, x, seed=None, num_samples=None):
         kwargs = {}
         if isinstance(x, dict):
             x, kwargs = x["x"], {"bijector_kwargs": {"condition": x["condition"]}}
-        if isinstance(self._distribution, VariationalDistribution):
-            kwargs |= {"seed": seed, "num_samples": num_samples}
-        elif num_samples is not None:
+        noise_kwargs = variational.noise_kwargs(self._distribution, seed=seed, num_samples=num_samples)
+        if num_samples is not None and not noise_kwargs:
             raise ValueError(f"FlowModel.log_prob: got num_samples, but the density of {self._distribution.name} is exact")
-        return self._distribution.log_prob(x, **kwargs)
+        return self._distribution.log_prob(x, **kwargs, **noise_kwargs)
 
     def _log_prob_by_rank(self, ranks, x, seed, num_samples):
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
