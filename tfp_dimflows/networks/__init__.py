@@ -1,7 +1,21 @@
 """Keras 3 layers that serve as conditioners: `(x, condition) -> parameters`."""
 
+from tfp_dimflows.networks.flowpp import DataDependentConv2D, FlowPPContext, FlowPPNet, GatedConv2D, GatedSelfAttention
 from tfp_dimflows.networks.glow import ActNormLayer, EdgeConv2D, GlowConvNet, ZeroConv2D
 from tfp_dimflows.networks.mlp import MLP
 from tfp_dimflows.networks.resnet import ResNet, WeightNormConv2D
 
-__all__ = ["MLP", "ActNormLayer", "EdgeConv2D", "GlowConvNet", "ResNet", "WeightNormConv2D", "ZeroConv2D"]
+__all__ = [
+    "MLP",
+    "ActNormLayer",
+    "DataDependentConv2D",
+    "EdgeConv2D",
+    "FlowPPContext",
+    "FlowPPNet",
+    "GatedConv2D",
+    "GatedSelfAttention",
+    "GlowConvNet",
+    "ResNet",
+    "WeightNormConv2D",
+    "ZeroConv2D",
+]
