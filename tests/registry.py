@@ -375,8 +375,8 @@ def conditions(mask, shape):
     return where
 
 
-def coupling_reference(log_scale):
-    """`(1 - b) s`, with s from the network's output."""
+def transformer_reference(log_det, params_per_dim):
+    """`(1 - b) log_det(bijector, values, params)`, with the parameters from the network's output."""
 
     def reference(bijector, y, condition):
         mask, network = bijector.mask, bijector.parameters["network"]
@@ -390,15 +390,82 @@ def coupling_reference(log_scale):
             given = y.numpy()[..., channels]
         kwargs = {} if condition is None else {"condition": condition}
         params = np.asarray(network(tf.constant(given), **kwargs))
-        raw = params.reshape(*params.shape[:-1], -1, 2)[..., 1]
-        s = log_scale(bijector, raw)
-        result = np.zeros(y.shape)
         if isinstance(mask, dfb.masks.Checkerboard):
-            return np.where(where, 0.0, s)
-        result[:, ~where] = s.reshape(len(s), -1)
+            return np.where(where, 0.0, log_det(bijector, y.numpy(), params.reshape(*y.shape, params_per_dim)))
+        result, values = np.zeros(y.shape), y.numpy()[:, ~where]
+        result[:, ~where] = log_det(bijector, values, params.reshape(*values.shape, params_per_dim))
         return result
 
     return reference
+
+
+def coupling_reference(log_scale):
+    """`(1 - b) s`, with s from the network's output."""
+    return transformer_reference(lambda bijector, values, params: log_scale(bijector, params[..., 1]), 2)
+
+
+def mixture_log_det(x, logits, means, log_scales, log_scale, smooth):
+    """s + log F' - log F - log (1 - F) of a mixture of logistics' F, or of 0.9 F + 0.05; for moderate numbers."""
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    u = (x[..., np.newaxis] - means) * np.exp(-log_scales)
+    below, above = 1.0 / (1.0 + np.exp(-u)), 1.0 / (1.0 + np.exp(u))
+    slope = (weights * below * above * np.exp(-log_scales)).sum(-1)
+    low, high = (weights * below).sum(-1), (weights * above).sum(-1)
+    if smooth:
+        slope, low, high = 0.9 * slope, 0.9 * low + 0.05, 0.9 * high + 0.05
+    return log_scale + np.log(slope) - np.log(low) - np.log(high)
+
+
+def mixture_reference(bijector, y, condition):
+    p = bijector.parameters
+    mixture = (np.asarray(p[name]) for name in ("logits", "means", "log_scales", "log_scale"))
+    return mixture_log_det(y.numpy(), *mixture, p["smooth"])
+
+
+COMPONENTS = 3
+
+
+def _mixture_of_coupling(bijector, values, params):
+    logits, means, log_scales = np.split(params[..., 2:], 3, axis=-1)
+    smooth = bijector.parameters["smooth"]
+    return mixture_log_det(values, logits, means, np.maximum(log_scales, -7.0), np.tanh(params[..., 0]), smooth)
+
+
+mixture_coupling_reference = transformer_reference(_mixture_of_coupling, 2 + 3 * COMPONENTS)
+
+
+def spline_inverse_and_log_det(y, params, num_bins, bound):
+    """Inverse of one number under a rational-quadratic spline, by bins and the quadratic formula of Durkan et al."""
+    if abs(y) >= bound:
+        return y, 0.0
+    raw = np.split(params, [num_bins, 2 * num_bins])
+    sizes = [2.0 * bound * (1e-3 + (1.0 - 1e-3 * num_bins) * np.exp(r) / np.exp(r).sum()) for r in raw[:2]]
+    xs, ys = (np.concatenate([[-bound], -bound + np.cumsum(size)]) for size in sizes)
+    inner = 1e-3 + (1.0 - 1e-3) * np.log1p(np.exp(raw[2] + np.log(np.e - 1.0)))
+    slopes = np.concatenate([[1.0], inner, [1.0]])
+    k = min(np.searchsorted(ys, y, side="right") - 1, num_bins - 1)
+    width, height, low, high = xs[k + 1] - xs[k], ys[k + 1] - ys[k], slopes[k], slopes[k + 1]
+    mean, bend = height / width, low + high - 2.0 * height / width
+    a = height * (mean - low) + (y - ys[k]) * bend
+    b = height * low - (y - ys[k]) * bend
+    c = -mean * (y - ys[k])
+    xi = 2.0 * c / (-b - np.sqrt(b**2 - 4.0 * a * c))
+    slope = mean**2 * (high * xi**2 + 2.0 * mean * xi * (1.0 - xi) + low * (1.0 - xi) ** 2)
+    slope /= (mean + bend * xi * (1.0 - xi)) ** 2
+    return xs[k] + width * xi, -np.log(slope)
+
+
+BINS, BOUND = 4, 2.0
+
+
+def _spline_of_coupling(bijector, values, params):
+    log_dets = [
+        spline_inverse_and_log_det(v, p, BINS, BOUND)[1] for v, p in zip(values.ravel(), params.reshape(values.size, -1))
+    ]
+    return np.reshape(log_dets, values.shape)
+
+
+spline_coupling_reference = transformer_reference(_spline_of_coupling, 3 * BINS - 1)
 
 
 tanh_reference = coupling_reference(lambda bijector, raw: variable(bijector, "gain") * np.tanh(raw))
@@ -659,6 +726,29 @@ def _elementwise():
         triangular=True,
     )
     yield Entry(
+        "actnorm_pixels",
+        lambda s, t: dfb.ActNorm(list(IMAGE), log_scale_factor=0.5, dtype=t),
+        IMAGE,
+        reference=actnorm_reference,
+        triangular=True,
+        xla=True,
+    )
+    for smooth in (False, True):
+        yield Entry(
+            "mixture_logistic_cdf" + smooth * "_smooth",
+            # With this scale, every latent value that the tests draw is within the image of the smooth map.
+            functools.partial(
+                lambda s, t, smooth: dfb.MixtureLogisticCDF(
+                    *(normal([*VECTOR, COMPONENTS], s + k, t) for k in range(3)), 0.1 * normal(VECTOR, s + 3, t), 0.5, smooth
+                ),
+                smooth=smooth,
+            ),
+            VECTOR,
+            reference=mixture_reference,
+            triangular=True,
+            xla=True,
+        )
+    yield Entry(
         "elementwise_affine",
         lambda s, t: dfb.ElementwiseAffine(normal(VECTOR, s, t), normal(VECTOR, s + 1, t)),
         VECTOR,
@@ -791,6 +881,81 @@ def _moves_and_maps():
         lambda s, t: dfb.AdditiveCoupling(mixer_for(dfb.masks.Columns(), IMAGE, 1, s, t), dfb.masks.Columns()),
         IMAGE,
         reference=zero_reference,
+        triangular=True,
+    )
+
+
+def mixture_coupling(mask, shape, seed, dtype, condition_shape=None):
+    """A small `MixtureLogisticCoupling`."""
+    network = mixer_for(mask, shape, 2 + 3 * COMPONENTS, seed, dtype, condition_shape)
+    return dfb.MixtureLogisticCoupling(network, mask, COMPONENTS)
+
+
+def spline_coupling(mask, shape, seed, dtype, condition_shape=None):
+    """A small `SplineCoupling`."""
+    return dfb.SplineCoupling(mixer_for(mask, shape, 3 * BINS - 1, seed, dtype, condition_shape), mask, BINS, BOUND)
+
+
+def _nonlinear_couplings():
+    kinds = {
+        "mixture": (mixture_coupling, mixture_coupling_reference),
+        "spline": (spline_coupling, spline_coupling_reference),
+    }
+    for kind, (make, reference) in kinds.items():
+        for name, mask, shape, condition_shape in (
+            ("vector", dfb.masks.Channel(event_ndims=1, num_conditioning=2), (5,), None),
+            ("columns", dfb.masks.Columns(1), IMAGE, None),
+            ("conditional", dfb.masks.Index(INDEX, 5), (5,), (3,)),
+        ):
+            yield Entry(
+                f"{kind}_coupling_{name}",
+                functools.partial(
+                    lambda s, t, make, mask, shape, condition_shape: make(mask, shape, s, t, condition_shape),
+                    make=make,
+                    mask=mask,
+                    shape=shape,
+                    condition_shape=condition_shape,
+                ),
+                shape,
+                condition_shape=condition_shape,
+                reference=reference,
+                triangular=True,
+                xla=name in ("vector", "columns"),
+                half=kind != "spline",
+            )
+
+
+def column_blocks_reference(bijector, y, condition):
+    """Even columns through an ActNorm, odd ones through a coupling."""
+    first, second = bijector.parameters["first"], bijector.parameters["second"]
+    result = np.empty(y.shape)
+    result[:, :, 0::2] = actnorm_reference(first, y[:, :, 0::2], None)
+    result[:, :, 1::2] = exp_reference(second, y[:, :, 1::2], None)
+    return result
+
+
+def halves_reference(bijector, y, condition):
+    """A permutation of the first half of a vector, an ActNorm of the second."""
+    return np.concatenate([np.zeros(y[:, :2].shape), actnorm_reference(bijector.parameters["second"], y[:, 2:], None)], axis=-1)
+
+
+def _blocks():
+    yield Entry(
+        "blockwise_columns",
+        lambda s, t: dfb.Blockwise(
+            dfb.masks.Columns(), dfb.ActNorm(2, dtype=t), affine_coupling(dfb.masks.Channel(), (2, 2, 2), s, t, "exp")
+        ),
+        IMAGE,
+        reference=column_blocks_reference,
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "blockwise_moving_half",
+        lambda s, t: dfb.Blockwise(dfb.masks.Channel(event_ndims=1), tfb.Permute([1, 0]), dfb.ActNorm(2, dtype=t)),
+        VECTOR,
+        reference=halves_reference,
+        move=shuffled([1, 0, 2, 3]),
         triangular=True,
     )
 
@@ -1182,6 +1347,7 @@ def squeezing_stage(shape, seed, dtype, condition_shape=None):
 
 
 STAGE = (2, 4, 1)
+JOINT_HALVES = dfb.DimensionFactorization.random((2, 4, 3), 2, seed=6)
 STAGE_HALVES = dfb.DimensionFactorization.random(STAGE, 2, seed=3)
 
 
@@ -1340,8 +1506,236 @@ def _progressive():
     )
 
 
-ENTRIES = {
-    entry.name: entry
-    for family in (_elementwise, _moves_and_maps, _couplings, _chains, _multiscales, _splits, _embeddings, _progressive)
-    for entry in family()
-}
+def vflow_walk(bijector, y, posterior_move, condition=None):
+    """The joint event [x, z] of a `VFlow`, and the total per-dimension log-det, posterior and flow taken separately.
+
+    The posterior's share is asked for in its other direction, at z, and carried to e by `posterior_move`.
+    """
+    size = y.shape[-1] - bijector.num_extra
+    x, e = y.numpy()[..., :size], y.numpy()[..., size:]
+    z, of_e = e, np.zeros(e.shape)
+    if bijector.posterior is not None:
+        given = tf.constant(given_to_detail(x, condition))
+        kwargs = dfb.per_dimension.condition_kwargs(bijector.posterior, given)
+        z = bijector.posterior.forward(tf.constant(e), **kwargs).numpy()
+        of_z = dimflows.inverse_log_det_per_dim(bijector.posterior, tf.constant(z), **kwargs).numpy()
+        of_e = -posterior_move(of_z)
+    joint = tf.constant(np.concatenate([x, z], axis=-1))
+    uses = condition is not None and getattr(bijector.flow, "_uses_condition", False)
+    kwargs = {"condition": condition} if uses else {}
+    of_joint = dimflows.inverse_log_det_per_dim(bijector.flow, joint, **kwargs).numpy()
+    of_e = of_e + posterior_move(of_joint[..., size:])
+    return joint, np.concatenate([of_joint[..., :size], of_e], axis=-1)
+
+
+def vflow_reference(posterior_move):
+    """`vflow_walk`'s total; `posterior_move` is the posterior's movement from z to e."""
+    return lambda bijector, y, condition: vflow_walk(bijector, y, posterior_move, condition)[1]
+
+
+def vflow_move(flow_move, posterior_back, num_extra):
+    """The movement of a `VFlow`; `posterior_back` is the posterior's movement from e to z."""
+
+    def move(y):
+        return flow_move(np.concatenate([y[..., :-num_extra], posterior_back(y[..., -num_extra:])], axis=-1))
+
+    return move
+
+
+def blockwise_parts(mask, y):
+    """(where, values) of the two parts of events under a mask, in numpy."""
+    where = conditions(mask, y.shape[1:])
+    axis = -2 if isinstance(mask, dfb.masks.Columns) else -1
+    for place in (where, ~where):
+        shape = list(y.shape)
+        shape[axis] = place.sum() * shape[axis] // place.size
+        yield place, y[:, place].reshape(shape)
+
+
+def blockwise_reference(bijector, y, condition):
+    p, result = bijector.parameters, np.empty(y.shape)
+    for part, (place, values) in zip((p["first"], p["second"]), blockwise_parts(p["mask"], y.numpy())):
+        kwargs = {"condition": condition} if condition is not None and getattr(part, "_uses_condition", False) else {}
+        contribution = dimflows.inverse_log_det_per_dim(part, tf.constant(values), **kwargs).numpy()
+        result[:, place] = contribution.reshape(len(result), -1)
+    return result
+
+
+def blockwise_move(mask, *moves):
+    """The movement of a `Blockwise` whose parts keep their shapes."""
+
+    def move(y):
+        result = np.empty_like(y)
+        for part_move, (place, values) in zip(moves, blockwise_parts(mask, y)):
+            result[:, place] = part_move(values).reshape(len(y), -1)
+        return result
+
+    return move
+
+
+def vector_posterior(size, num_extra, seed, dtype):
+    """Conditional couplings with a permutation in between, of a vector, given vectors of some size."""
+    masks = [dfb.masks.Channel(event_ndims=1, flip=flip) for flip in (False, True)]
+    first, second = (affine_coupling(m, (num_extra,), seed + k, dtype, "tanh", (size,)) for k, m in enumerate(masks))
+    return dfb.Chain([first, tfb.Permute(PERMUTATION), second, dfb.ActNorm(num_extra, dtype=dtype)])
+
+
+def image_posterior(shape, given_channels, seed, dtype):
+    """Conditional couplings of an image, given one of the same size."""
+    given = (*shape[:-1], given_channels)
+    return dfb.Chain(
+        [
+            mixture_coupling(dfb.masks.Columns(), shape, seed, dtype, given),
+            affine_coupling(dfb.masks.Checkerboard(1), shape, seed + 1, dtype, "sigmoid", given),
+        ]
+    )
+
+
+JOINT = (2, 4, 3)
+UNSHUFFLED = [PERMUTATION.index(k) for k in range(4)]
+
+
+def _augmented():
+    yield Entry(
+        "blockwise_vector",
+        lambda s, t: dfb.Blockwise(
+            dfb.masks.Channel(event_ndims=1, num_conditioning=2),
+            vector_stage(2, s, t),
+            dfb.Chain([vector_stage(4, s + 1, t), tfb.Permute(PERMUTATION), dfb.ActNorm(4, dtype=t)]),
+        ),
+        (6,),
+        reference=blockwise_reference,
+        move=blockwise_move(dfb.masks.Channel(event_ndims=1, num_conditioning=2), stay, shuffled(PERMUTATION)),
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "blockwise_image",
+        lambda s, t: dfb.Blockwise(
+            dfb.masks.Columns(1),
+            affine_coupling(dfb.masks.Channel(), (2, 2, 2), s, t, "exp", (3,)),
+            dfb.Chain([tfb.Permute([1, 0]), dfb.ActNorm([2, 2, 2], dtype=t)]),
+        ),
+        IMAGE,
+        condition_shape=(3,),
+        reference=blockwise_reference,
+        move=blockwise_move(dfb.masks.Columns(1), stay, shuffled([1, 0])),
+        triangular=True,
+    )
+    yield Entry(
+        "vflow_vector_no_posterior",
+        lambda s, t: dfb.VFlow(
+            dfb.Chain([dfb.ActNorm(4, dtype=t), vector_stage(4, s, t), tfb.Permute(PERMUTATION)]), None, 1, event_ndims=1
+        ),
+        (4,),
+        reference=vflow_reference(stay),
+        move=vflow_move(shuffled(PERMUTATION), stay, 1),
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "vflow_vector_gaussian",
+        # The flow transforms z given x, so that [x, z] depends on [x, e] in triangular form.
+        lambda s, t: dfb.VFlow(
+            affine_coupling(dfb.masks.Channel(event_ndims=1, num_conditioning=2), (5,), s, t, "exp"),
+            dfb.ConditionalTransform(Mixer([2], [6], s + 1, t, "posterior_"), dfb.transformers.Affine("exp"), event_ndims=1),
+            3,
+            event_ndims=1,
+        ),
+        (5,),
+        reference=vflow_reference(stay),
+        triangular=True,
+        open_to_conditions=True,
+        xla=True,
+    )
+    yield Entry(
+        "vflow_vector_chain",
+        lambda s, t: dfb.VFlow(
+            dfb.Chain([vector_stage(6, s, t), tfb.Permute([5, 3, 1, 0, 2, 4]), vector_stage(6, s + 1, t)]),
+            vector_posterior(2, 4, s + 2, t),
+            4,
+            event_ndims=1,
+        ),
+        (6,),
+        reference=vflow_reference(shuffled(PERMUTATION)),
+        move=vflow_move(shuffled([5, 3, 1, 0, 2, 4]), shuffled(UNSHUFFLED), 4),
+        open_to_conditions=True,
+    )
+    yield Entry(
+        "vflow_vector_conditional",
+        lambda s, t: dfb.VFlow(
+            dfb.Chain([vector_stage(6, s, t, 3), vector_stage(6, s + 1, t)]),
+            vector_posterior(2 + 3, 4, s + 2, t),
+            4,
+            event_ndims=1,
+        ),
+        (6,),
+        condition_shape=(3,),
+        reference=vflow_reference(shuffled(PERMUTATION)),
+        move=vflow_move(stay, shuffled(UNSHUFFLED), 4),
+        xla=True,
+    )
+    yield Entry(
+        "vflow_tfp_parts",
+        lambda s, t: dfb.VFlow(
+            tfb.Chain([tfb.Scale(tf.Variable(normal([6], s, t))), tfb.Permute([5, 3, 1, 0, 2, 4])]),
+            tfb.Chain([tfb.Permute(PERMUTATION), tfb.Sinh(), tfb.Shift(tf.Variable(normal([4], s + 1, t)))]),
+            4,
+            event_ndims=1,
+        ),
+        (6,),
+        reference=vflow_reference(shuffled(PERMUTATION)),
+        move=vflow_move(shuffled([5, 3, 1, 0, 2, 4]), shuffled(UNSHUFFLED), 4),
+        half=False,
+    )
+    yield Entry(
+        "vflow_image",
+        lambda s, t: dfb.VFlow(
+            squeezing_stage((2, 4, 2), s, t),
+            dfb.ConditionalTransform(
+                Mixer([2, 4, 1], [2, 4, 2], s + 2, t, "posterior_"), dfb.transformers.Affine("tanh", 0.7, t)
+            ),
+            1,
+        ),
+        (2, 4, 2),
+        (1, 2, 8),
+        reference=vflow_reference(stay),
+        move=vflow_move(squeezed, stay, 1),
+        open_to_conditions=True,
+        xla=True,
+    )
+    yield Entry(
+        "vflow_image_flat",
+        lambda s, t: dfb.VFlow(
+            dfb.Multiscale(plain_levels([JOINT, (1, 2, 6)], s, t), JOINT_HALVES), image_posterior((2, 4, 2), 1, s + 4, t), 2
+        ),
+        JOINT,
+        (24,),
+        reference=vflow_reference(stay),
+        move=vflow_move(multiscale_move(JOINT_HALVES, stay, stay), stay, 2),
+        open_to_conditions=True,
+    )
+    yield Entry(
+        "vflow_image_conditional",
+        lambda s, t: dfb.VFlow(image_stage(JOINT, s, t, (3,)), image_posterior((2, 4, 2), 1 + 3, s + 4, t), 2, event_ndims=3),
+        JOINT,
+        condition_shape=(3,),
+        reference=vflow_reference(stay),
+        xla=True,
+    )
+
+
+FAMILIES = (
+    _elementwise,
+    _moves_and_maps,
+    _blocks,
+    _couplings,
+    _nonlinear_couplings,
+    _chains,
+    _multiscales,
+    _splits,
+    _embeddings,
+    _progressive,
+    _augmented,
+)
+ENTRIES = {entry.name: entry for family in FAMILIES for entry in family()}

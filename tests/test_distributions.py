@@ -237,6 +237,55 @@ def test_noise_never_leaves_the_range():
     assert recorder.seen[0].numpy().max() < 256.0
 
 
+def test_dequantize():
+    distribution = dequantized()
+    many = np.tile(X, [4000, 1, 1])
+    y = distribution.dequantize(many, seed=SEED)
+    assert y.shape == many.shape and y.dtype == tf.float32
+    noise = y.numpy() - many
+    assert noise.min() >= 0.0 and noise.max() < 1.0
+    assert_mean(noise, 0.5)
+    assert_mean(noise**2, 1.0 / 3.0)
+    assert np.unique(noise).size > 0.9 * noise.size  # every value has its own
+
+
+def test_seeds_of_dequantize():
+    distribution = dequantized()
+    once = distribution.dequantize(X, seed=SEED)
+    np.testing.assert_array_equal(once, distribution.dequantize(X, seed=SEED))
+    assert np.abs(once - distribution.dequantize(X, seed=(0, 2))).min() > 0.0
+    assert np.abs(distribution.dequantize(X) - distribution.dequantize(X)).min() > 0.0
+    traced = tf.function(lambda x: distribution.dequantize(x))
+    assert np.abs(traced(X) - traced(X)).min() > 0.0
+    seeded = tf.function(lambda x, seed: distribution.dequantize(x, seed))
+    np.testing.assert_array_equal(seeded(X, tf.constant(SEED)), once)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_dequantize_never_reaches_the_end_of_the_range(dtype, levels):
+    """A u just below 1 rounds n - 1 + u to n, in low precision a u above 1/2."""
+    base = tfd.Sample(tfd.Normal(tf.zeros([], dtype), tf.ones([], dtype)), [1000])
+    distribution = dfd.Dequantized(base, levels=levels)
+    y = distribution.dequantize(np.full([2000, 1000], levels - 1), seed=SEED)
+    assert y.dtype == dtype and y.shape == [2000, 1000]
+    largest, smallest = float(tf.reduce_max(y)), float(tf.reduce_min(y))
+    assert levels - 1 <= smallest <= largest < levels
+    assert dtype == "bfloat16" or largest > levels - 0.2
+    below = distribution.dequantize(np.zeros([10, 1000], np.uint8), seed=SEED)
+    assert 0.0 <= float(tf.reduce_min(below)) < 0.1 < 0.9 < float(tf.reduce_max(below)) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.float32, np.float64])
+def test_dequantize_takes_numbers_of_any_type(dtype):
+    distribution = dequantized()
+    expected = distribution.dequantize(X, seed=SEED)
+    np.testing.assert_array_equal(distribution.dequantize(X.astype(dtype), seed=SEED), expected)
+    np.testing.assert_array_equal(distribution.dequantize(X.tolist(), seed=SEED), expected)
+    stacked = distribution.dequantize(np.stack([X, X]), seed=SEED)
+    assert stacked.shape == [2, 3, 3] and np.abs(stacked[0] - stacked[1]).min() > 0.0
+
+
 def test_seeds():
     distribution = dequantized(num_samples=2)
     once = distribution.log_prob(X, seed=SEED)
@@ -328,7 +377,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_values_that_are_no_levels(case):
     distribution = dequantized(name="grey_images")
-    for method in (distribution.log_prob, distribution.elbo, distribution.log_weights, distribution.bits_per_dim):
+    methods = [distribution.log_prob, distribution.elbo, distribution.log_weights, distribution.bits_per_dim]
+    for method in [*methods, distribution.dequantize]:
         with pytest.raises(ValueError, match="grey_images.*needs.* 0 to 7"):
             method(BAD[case])
         with pytest.raises(tf.errors.InvalidArgumentError, match="grey_images.* 0 to 7"):

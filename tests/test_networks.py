@@ -148,6 +148,83 @@ def test_image_condition(name):
     assert np.abs(network(x, normal(2, 4, 6, 2)) - network(x, vector)).max() > 1e-3
 
 
+@image_networks
+@pytest.mark.parametrize("factor", [2, 3])
+def test_larger_image_conditions_are_squeezed(name, factor):
+    network = randomize(NETWORKS[name](condition_channels=2 * factor**2))
+    x, condition = inputs(name), normal(2, 4 * factor, 6 * factor, 2)
+    expected = network(x, tf.nn.space_to_depth(condition, factor))
+    np.testing.assert_array_equal(network(x, condition), expected)
+    np.testing.assert_array_equal(network(x, condition=condition), expected)
+    assert np.abs(network(x, tf.roll(condition, 1, axis=1)) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["resnet", "glow"])
+def test_squeezed_conditions_in_every_mode(name):
+    network = randomize(NETWORKS[name](condition_channels=8, dtype="float64"))
+    x, condition = inputs(name, dtype="float64"), normal(2, 8, 12, 2, dtype="float64")
+    expected = network(x, condition)
+    signature = [tf.TensorSpec([None, 4, 6, 3], tf.float64), tf.TensorSpec([None, 8, 12, 2], tf.float64)]
+    functions = [
+        tf.function(network, input_signature=signature),
+        tf.function(lambda x, c: network(x, c)),
+        tf.function(lambda x, c: network(x, c), jit_compile=True),
+    ]
+    for function in functions:
+        np.testing.assert_allclose(function(x, condition), expected, rtol=1e-10, atol=1e-10)
+
+
+@image_networks
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_squeezed_conditions_in_half_precision(name, policy):
+    half, full = (randomize(NETWORKS[name](condition_channels=8, dtype=dtype)) for dtype in (policy, "float32"))
+    x, condition = inputs(name), normal(2, 8, 12, 2)
+    y = half(x, condition)
+    assert y.dtype == policy.removeprefix("mixed_")
+    expected = full(x, condition).numpy()
+    np.testing.assert_allclose(tf.cast(y, tf.float32), expected, atol=0.05 * np.abs(expected).max())
+
+
+@image_networks
+def test_every_position_of_a_squeezed_condition_counts(name):
+    network = randomize(NETWORKS[name](condition_channels=8))
+    condition = normal(2, 8, 12, 2)
+    with tf.GradientTape() as tape:
+        tape.watch(condition)
+        total = tf.reduce_sum(network(inputs(name), condition) * normal(2, 4, 6, 5))
+    assert (tape.gradient(total, condition).numpy() != 0.0).all()
+
+
+@image_networks
+@pytest.mark.parametrize(
+    ("channels", "shape"),
+    [
+        (8, (2, 8, 12, 1)),  # too few channels
+        (8, (2, 8, 12, 8)),  # as many as after squeezing
+        (8, (2, 8, 6, 4)),  # other factors of height and width
+        (8, (2, 12, 12, 2)),
+        (8, (2, 7, 11, 2)),  # no whole factor
+        (8, (2, 9, 13, 2)),
+        (8, (2, 2, 3, 32)),  # smaller than the image
+        (8, (2, 96, 2)),  # no image
+        (8, (2, 1, 8, 12, 2)),
+        (8, (8, 12, 2)),
+        (2, (2, 8, 12, 2)),  # takes the channels of an image of its own size
+    ],
+    ids=str,
+)
+def test_conditions_that_no_factor_squeezes(name, channels, shape):
+    network = NETWORKS[name](condition_channels=channels, name="conditional")
+    message = rf"conditional: got a condition of shape .*, needs \(None, {channels}\) or \(None, 4, 6, {channels}\)"
+    with pytest.raises(ValueError, match=message):
+        network(inputs(name), normal(*shape))
+
+
+def test_only_images_are_squeezed():
+    with pytest.raises(ValueError, match=r"needs \(None, 8\)"):
+        MLP(3, 5, condition_channels=8)(normal(2, 3), normal(2, 2, 2, 2))
+
+
 def test_resnet_sees_both_signs_of_the_condition():
     network = randomize(ResNet(3, 5, width=6, condition_channels=1))
     x = inputs("resnet")

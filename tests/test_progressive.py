@@ -140,6 +140,14 @@ def test_the_jacobian_of_a_split_is_orthogonal_or_half_of_it(axis, shape, orthon
     assert_close(haar.log_det_per_dim, ildj / size)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_log_det_of_a_split_of_low_precision_values_is_not_rounded(dtype):
+    haar, y = dfb.HaarSplit(-1), tf.ones([1, 64], dtype)
+    assert_close(haar.inverse_log_det_per_dim(y), np.full([1, 64], -0.5 * LN2), 1e-6)
+    assert_close(haar.inverse_log_det_jacobian(y, 1), [-32.0 * LN2], 1e-6)
+    assert_close(haar.forward_log_det_jacobian(fresh(y), 1), [32.0 * LN2], 1e-6)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 3, -1.0, None, True, "height"])
 def test_an_axis_that_is_no_negative_integer_is_an_error(axis):
     with pytest.raises(ValueError, match=f"HaarSplit: got axis={axis!r}, needs a negative integer"):

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
-from tfp_dimflows import keras_bridge, recipes
+from tfp_dimflows import keras_bridge, networks, recipes
 
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfd = tfp.distributions
@@ -20,6 +20,7 @@ SMALL = {  # arguments of a small model of 8x8x1 images
     "glow": {"num_scales": 2, "depth": 1, "width": 4},
 }
 SMALL |= {f"lcma-{name}": options for name, options in SMALL.items()}
+SMALL["pnf"] = SMALL["realnvp"] | {"num_halvings": 1}
 IMAGE, VECTOR = [8, 8, 1], [7]
 
 
@@ -67,12 +68,15 @@ def perturb(distribution, scale=0.1, seed=0):
 
 
 def test_names():
-    assert recipes.names() == ["glow", "lcma-glow", "lcma-realnvp", "realnvp"]
-    assert [recipes.base_of(name) for name in recipes.names()] == [None, "glow", "realnvp", None]
+    assert recipes.names() == ["flowpp", "glow", "lcma-glow", "lcma-realnvp", "pnf", "realnvp", "vflow", "vflow-glow"]
+    assert {name: recipes.base_of(name) for name in recipes.names() if recipes.base_of(name)} == {
+        "lcma-glow": "glow",
+        "lcma-realnvp": "realnvp",
+    }
     assert recipes.get("lcma-glow") is recipes.lcma_glow
 
 
-CASES = [(name, IMAGE) for name in SMALL] + [("realnvp", VECTOR), ("lcma-realnvp", VECTOR)]
+CASES = [(name, IMAGE) for name in SMALL] + [("realnvp", VECTOR), ("lcma-realnvp", VECTOR), ("pnf", [8])]
 
 
 @pytest.mark.parametrize("levels", [None, LEVELS])
@@ -139,7 +143,9 @@ def float64():
 
 
 @pytest.mark.parametrize(
-    ("name", "event_shape"), [("realnvp", IMAGE), ("realnvp", VECTOR), ("glow", IMAGE)], ids=["realnvp", "vector", "glow"]
+    ("name", "event_shape"),
+    [("realnvp", IMAGE), ("realnvp", VECTOR), ("glow", IMAGE), ("pnf", IMAGE), ("pnf", [8])],
+    ids=["realnvp", "vector", "glow", "pnf", "pnf-vector"],
 )
 def test_float64(float64, name, event_shape):
     distribution = perturb(small(name, event_shape, levels=LEVELS))
@@ -248,6 +254,449 @@ def test_contributions_of_the_first_phase_fit_the_third():
     third = small("lcma-glow", num_scales=3, contributions=given)
     assert multiscale(third).factorization.num_levels == 3
     assert_round_trip(third)
+
+
+# Dense networks on images.
+
+
+def test_a_dense_image_model_is_that_of_flat_events():
+    image = small("realnvp", [4, 4, 1], network="dense", seed=3, levels=LEVELS)
+    vector = small("realnvp", [16], seed=3, levels=LEVELS)
+    assert count(image) == count(vector)
+    copy_weights(perturb(vector), image)
+    x = events([4, 4, 1], levels=LEVELS)
+    np.testing.assert_array_equal(image.log_prob(x, seed=(0, 1)), vector.log_prob(x.reshape([3, 16]), seed=(0, 1)))
+    samples = vector.sample(2, seed=(0, 1))
+    np.testing.assert_array_equal(image.sample(2, seed=(0, 1)), tf.reshape(samples, [2, 4, 4, 1]))
+
+
+def dense_parameters(dims, num_scales, num_couplings, width, blocks, condition=0):
+    """MLPs, one gain of the log-scale for each coupling, and ActNorms."""
+    total = 0
+    for _ in range(num_scales):
+        for i in range(num_couplings + 1):
+            inputs, outputs = (dims - dims // 2, dims // 2)[:: 1 if i % 2 else -1]
+            first, last = (inputs + condition + 1) * width, (width + 1) * 2 * outputs
+            total += first + (blocks - 1) * (width + 1) * width + last + 1 + 2 * dims
+        dims = (dims + 1) // 2
+    return total
+
+
+@pytest.mark.parametrize("condition", [0, 5])
+@pytest.mark.parametrize("event_shape", [[4, 4, 1], [3, 5, 1], [21]], ids=str)
+def test_parameters_of_dense_models(event_shape, condition):
+    sizes = {"num_scales": 3, "num_couplings": 2, "width": 6, "num_blocks": 2}
+    condition_shape = [condition] if condition else None
+    distribution = recipes.realnvp(event_shape, network="dense", condition_shape=condition_shape, **sizes)
+    expected = dense_parameters(np.prod(event_shape), *sizes.values(), condition)
+    assert count(distribution) == expected
+
+
+def test_dense_is_the_only_network_of_vectors():
+    default, dense = small("realnvp", VECTOR), small("realnvp", VECTOR, network="dense")
+    for a, b in zip(default.variables, dense.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_convolutions_are_the_default_of_images():
+    kinds = {"conv": networks.ResNet, None: networks.ResNet, "dense": networks.MLP}
+    for network, kind in kinds.items():
+        layers = keras_bridge.collect(small("realnvp", network=network)).layers
+        assert layers and all(isinstance(layer, kind) for layer in layers)
+
+
+LOG_DETS = {
+    "realnvp-dense": lambda: small("realnvp", [4, 4, 1], network="dense", num_couplings=2),
+    "realnvp-dense-conditional": lambda: small("realnvp", [4, 4, 1], network="dense", condition_shape=[3]),
+    "realnvp-vector-condition": lambda: small("realnvp", [4, 4, 1], condition_shape=[3]),
+    "realnvp-image-condition": lambda: small("realnvp", [4, 4, 1], condition_shape=[4, 4, 2]),
+    "glow-image-condition": lambda: small("glow", [4, 4, 1], condition_shape=[4, 4, 2]),
+    "pnf-one-pixel": lambda: small("pnf", [2, 2, 2]),
+    "pnf-dense": lambda: small("pnf", [4, 4, 1], network="dense"),
+    "pnf-integers": lambda: small("pnf", [4, 4, 1], levels=LEVELS).distribution,
+    "pnf-vector": lambda: small("pnf", [12], num_halvings=2),
+}
+
+
+@pytest.mark.parametrize("case", LOG_DETS)
+def test_log_dets_are_those_of_the_jacobian(float64, case):
+    distribution = perturb(LOG_DETS[case]())
+    bijector, shape = distribution.bijector, distribution.event_shape
+    generator = np.random.default_rng(1)
+    x = tf.constant(generator.uniform(0.5, 3.0, size=[1, *shape]))
+    kwargs = {}
+    if "condition" in case:
+        kwargs = {"condition": generator.normal(size=[1, 4, 4, 2] if "image" in case else [1, 3])}
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        z = bijector.inverse(x, **kwargs)
+    dims = shape.num_elements()
+    jacobian = tf.reshape(tape.jacobian(z, x, experimental_use_pfor=False), [dims, dims])
+    _, expected = np.linalg.slogdet(jacobian)
+    log_det = bijector.inverse_log_det_jacobian(tf.identity(x), event_ndims=shape.rank, **kwargs)
+    np.testing.assert_allclose(log_det, [expected], rtol=1e-9)
+    per_dim = bijector.inverse_log_det_per_dim(x, **kwargs)
+    np.testing.assert_allclose(tf.reduce_sum(per_dim), expected, rtol=1e-9)
+    np.testing.assert_allclose(bijector.forward(tf.identity(z), **kwargs), x, rtol=1e-9)
+
+
+# Conditional flows.
+
+
+CONDITIONAL = {
+    "realnvp-vector": ("realnvp", IMAGE, [2], {}),
+    "realnvp-image": ("realnvp", IMAGE, [8, 8, 2], {"num_scales": 3}),
+    "realnvp-image-random": ("realnvp", IMAGE, [8, 8, 2], {"factorization": "random"}),
+    "realnvp-dense": ("realnvp", IMAGE, [2], {"network": "dense"}),
+    "realnvp-of-vectors": ("realnvp", VECTOR, [2], {}),
+    "glow-vector": ("glow", IMAGE, [2], {}),
+    "glow-image": ("glow", IMAGE, [8, 8, 2], {"num_scales": 3}),
+    "lcma-realnvp": ("lcma-realnvp", IMAGE, [8, 8, 2], {}),
+    "lcma-glow": ("lcma-glow", IMAGE, [2], {"contributions": contributions()}),
+    "lcma-realnvp-of-vectors": ("lcma-realnvp", VECTOR, [2], {}),
+}
+
+
+def conditional(case, **further):
+    name, event_shape, condition_shape, options = CONDITIONAL[case]
+    distribution = perturb(small(name, event_shape, condition_shape=condition_shape, **options, **further), scale=0.05)
+    condition = np.random.default_rng(1).normal(size=[3, *condition_shape]).astype(np.float32)
+    return distribution, condition
+
+
+@pytest.mark.parametrize("case", CONDITIONAL)
+def test_the_density_depends_on_all_of_the_condition(case):
+    distribution, condition = conditional(case)
+    condition = tf.constant(condition)
+    with tf.GradientTape() as tape:
+        tape.watch(condition)
+        log_prob = distribution.log_prob(events(distribution.event_shape), bijector_kwargs={"condition": condition})
+    gradient = tape.gradient(log_prob, condition).numpy()
+    assert np.isfinite(gradient).all() and (gradient != 0.0).all()
+
+
+def coupling_networks(distribution):
+    kinds = (networks.ResNet, networks.GlowConvNet, networks.MLP)
+    return [layer for layer in keras_bridge.collect(distribution).layers if isinstance(layer, kinds)]
+
+
+@pytest.mark.parametrize("case", CONDITIONAL)
+def test_every_coupling_network_takes_the_condition(case):
+    distribution, condition = conditional(case)
+    name, event_shape, _, options = CONDITIONAL[case]
+    channels = [layer.condition_channels for layer in coupling_networks(distribution)]
+    assert channels and set(channels) <= {condition.shape[-1] * 4**k for k in range(4 if "image" in case else 2)}
+    assert min(channels) >= condition.shape[-1]
+    plain = small(name, event_shape, **options)
+    assert [layer.condition_channels for layer in coupling_networks(plain)] == [0] * len(channels)
+
+
+@pytest.mark.parametrize("case", CONDITIONAL)
+def test_conditional_flows_are_inverted(case):
+    distribution, condition = conditional(case, levels=LEVELS)
+    event_shape = distribution.event_shape
+    samples = distribution.sample(3, seed=0, bijector_kwargs={"condition": condition})
+    assert samples.shape == [3, *event_shape]
+    assert 0 <= samples.numpy().min() <= samples.numpy().max() < LEVELS
+    x = events(event_shape, levels=LEVELS)
+    z = distribution.encode(x, condition=condition)
+    np.testing.assert_array_equal(distribution.decode(z, condition=condition), x)
+    assert np.abs(distribution.encode(x, condition=-condition) - z).max() > 1e-3
+
+
+def test_the_configuration_holds_the_condition():
+    original, condition = conditional("realnvp-image")
+    config = json.loads(json.dumps(recipes.config_of(original)))
+    assert config["arguments"]["condition_shape"] == [8, 8, 2]
+    rebuilt = recipes.get(config["recipe"])(**config["arguments"])
+    copy_weights(original, rebuilt)
+    x, kwargs = events(IMAGE), {"bijector_kwargs": {"condition": condition}}
+    np.testing.assert_array_equal(rebuilt.log_prob(x, **kwargs), original.log_prob(x, **kwargs))
+
+
+def test_conditions_of_another_shape():
+    distribution, condition = conditional("realnvp-image")
+    for shape in ([3, 2], [3, 4, 4, 2], [3, 16, 16, 2], [3, 8, 8, 1], [3, 8, 8, 8], [3, 8, 8], [2, 8, 8, 2]):
+        with pytest.raises(ValueError, match="condition"):
+            distribution.log_prob(events(IMAGE), bijector_kwargs={"condition": np.zeros(shape, np.float32)})
+    with pytest.raises(ValueError, match="got no condition"):
+        distribution.log_prob(events(IMAGE))
+    with pytest.raises(ValueError, match="condition"):
+        small("realnvp").log_prob(events(IMAGE), bijector_kwargs={"condition": condition})
+
+
+# Progressive flows.
+
+
+def multiscale_of(stage):
+    """The multi-scale flow of a stage."""
+    while not isinstance(stage, dfb.Multiscale):
+        stage = stage.bijector if isinstance(stage, dfb.EmbedCondition) else stage.bijectors[-1]
+    return stage
+
+
+def progressive(distribution):
+    return (distribution.distribution if isinstance(distribution, dfd.Dequantized) else distribution).bijector
+
+
+def test_stages_grow_the_width_first():
+    flow = progressive(small("pnf", [8, 8, 3], num_halvings=2, levels=LEVELS))
+    assert isinstance(flow, dfb.PNF) and len(flow.stages) == 5
+    assert flow.stage_shapes == [(2, 2, 3), (2, 4, 3), (4, 4, 3), (4, 8, 3), (8, 8, 3)]
+    signal = progressive(small("pnf", [8], num_halvings=2))
+    assert signal.stage_shapes == [(2,), (4,), (8,)]
+
+
+def test_every_stage_has_sizes_of_its_own():
+    widths, blocks = [4, 6, 5], [1, 3, 2]
+    flow = progressive(small("pnf", width=widths, num_blocks=blocks))
+    for stage, width, depth in zip(flow.stages, widths, blocks, strict=True):
+        layers = keras_bridge.collect(stage).layers
+        # Channel couplings, on squeezed images, are twice as wide.
+        assert {layer.get_config()["width"] for layer in layers} == {width, 2 * width}
+        assert {layer.get_config()["num_blocks"] for layer in layers} == {depth}
+    flow = progressive(small("pnf", [8], width=(4, 6), num_blocks=(1, 3)))
+    for stage, width, depth in zip(flow.stages, (4, 6), (1, 3), strict=True):
+        assert {tuple(layer.get_config()["hidden"]) for layer in keras_bridge.collect(stage).layers} == {(width,) * depth}
+
+
+@pytest.mark.parametrize(
+    ("event_shape", "options", "scales"),
+    [
+        ([28, 28, 1], {"num_halvings": 2, "num_scales": 3}, [1, 1, 1, 2, 2]),  # on 7x7, 7x7, 7x14, 14x14, 14x28
+        ([16, 16, 1], {"num_halvings": 1, "num_scales": 5}, [3, 3, 3]),  # on 8x8, 8x8, 8x16
+        ([16, 4, 1], {"num_halvings": 1, "num_scales": 2}, [1, 1, 2]),  # on 8x2, 8x2, 8x4
+        ([4, 4, 1], {"num_halvings": 2, "num_scales": 2}, [1, 1, 1, 1, 1]),  # on 1x1, 1x1, 1x2, 2x2, 2x4
+        ([24], {"num_halvings": 2, "num_scales": 5}, [2, 2, 3]),  # 6 -> 3 and 12 -> 6 -> 3
+        ([4, 4, 1], {"num_halvings": 1, "num_scales": 3, "network": "dense"}, [2, 2, 3]),
+    ],
+    ids=["odd", "square", "narrow", "one-pixel", "vector", "dense"],
+)
+def test_levels_of_small_stages(event_shape, options, scales):
+    distribution = small("pnf", event_shape, **options)
+    assert [len(multiscale_of(stage).levels) for stage in distribution.bijector.stages] == scales
+    assert_round_trip(perturb(distribution, scale=0.05))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What every network was called with: (network, condition)."""
+    calls, original = [], networks.base.Conditioner._with_condition
+
+    def record(self, x, condition):
+        calls.append((self, condition))
+        return original(self, x, condition)
+
+    monkeypatch.setattr(networks.base.Conditioner, "_with_condition", record)
+    return calls
+
+
+@pytest.mark.parametrize("network", ["conv", "dense"])
+def test_every_network_of_a_detail_sees_the_image_below(seen, network):
+    flow, x = progressive(small("pnf", network=network)), events(IMAGE)
+    flow.inverse(x)
+    conditions = {id(layer): condition for layer, condition in seen}
+    layers = [keras_bridge.collect(stage).layers for stage in flow.stages]
+    assert len(seen) == len(conditions) == sum(map(len, layers)) and all(layers)
+    assert all(conditions[id(layer)] is None for layer in layers[0])
+    for k in range(1, 3):
+        low = flow.encode(x, stage=k - 1).numpy()
+        expected = low if network == "conv" else low.reshape([3, -1])
+        for layer in layers[k]:
+            np.testing.assert_allclose(conditions[id(layer)], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("network", ["conv", "dense"])
+def test_adaptation_normalises_what_the_networks_see(seen, network):
+    model = dimflows.FlowModel(small("pnf", network=network, levels=256))
+    x = np.random.default_rng(0).integers(100, 200, size=[64, *IMAGE]).astype(np.uint8)
+    model.adapt(x)
+    seen.clear()
+    model.distribution.encode(x)
+    conditions = [condition.numpy() for _, condition in seen if condition is not None]
+    assert len(conditions) == sum(len(keras_bridge.collect(s).layers) for s in progressive(model.distribution).stages[1:])
+    for condition in conditions:
+        axes = (0, 1, 2) if network == "conv" else 0
+        np.testing.assert_allclose(condition.mean(axis=axes), 0.0, atol=0.05)
+        np.testing.assert_allclose(condition.std(axis=axes), 1.0, atol=0.05)
+
+
+@pytest.mark.parametrize("network", ["conv", "dense"])
+def test_every_network_of_a_detail_depends_on_the_image_below(network):
+    flow = progressive(perturb(small("pnf", network=network)))
+    for k in range(1, 3):
+        shape = flow.stage_shapes[k - 1]
+        for layer in keras_bridge.collect(flow.stages[k]).layers:
+            sides = [] if network == "dense" else [side // (2 if layer.mask is None else 1) for side in shape[:2]]
+            if network == "conv" and layer.mask is not None:
+                sides = list(np.shape(layer.mask)[:2])
+            x = tf.zeros([3, *sides, layer.inputs])
+            first, second = (layer(x, condition=events([*sides, layer.condition_channels]) + shift) for shift in (0.0, 0.5))
+            assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize("network", ["conv", "dense"])
+def test_the_density_of_details_depends_on_all_of_the_image_below(network):
+    flow = progressive(perturb(small("pnf", network=network)))
+    for k in range(1, 3):
+        shape = flow.stage_shapes[k - 1]
+        detail, low = tf.constant(events(shape)), tf.constant(events(shape)) + 0.5
+        with tf.GradientTape() as tape:
+            tape.watch(low)
+            z = flow.stages[k].inverse(detail, condition=low)
+            log_det = flow.stages[k].inverse_log_det_jacobian(detail, event_ndims=3, condition=low)
+            log_prob = log_det - 0.5 * tf.reduce_sum(z**2, axis=-1)
+        assert (tape.gradient(log_prob, low).numpy() != 0.0).all()
+
+
+@pytest.mark.parametrize("adaptive_range", [True, False])
+@pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
+def test_preprocessing_of_every_stage(event_shape, adaptive_range):
+    """Logits of averages s in [0, n], and of half differences as a share of their range, 2 min(s, n - s) or n wide."""
+    options = {"levels": LEVELS, "alpha": 0.02, "adaptive_range": adaptive_range}
+    distribution = perturb(small("pnf", event_shape, **options)).distribution
+    flow = distribution.bijector
+    y = events(event_shape, levels=LEVELS).astype(np.float32) + 0.3
+    total = 0.0
+    for k, stage in enumerate(flow.stages):
+        value, low = (None if v is None else v.numpy().astype(np.float64) for v in flow.stage_data(y, k))
+        if k == 0:
+            share, span = value / LEVELS, LEVELS
+        else:
+            span = 2.0 * np.minimum(low, LEVELS - low) if adaptive_range else LEVELS
+            share = value / span + 0.5
+            total = total - np.log(2.0) * value[0].size
+        p = 0.02 + 0.96 * share
+        log_det = np.log(0.96 / span / p / (1.0 - p)).reshape([3, -1]).sum(axis=1)
+        base = tfd.Sample(tfd.Normal(0.0, 1.0), stage.inverse_event_shape(value.shape[1:]))
+        inner = tfd.TransformedDistribution(base, stage.bijectors[-1])
+        kwargs = {"condition": low.astype(np.float32)} if k else {}
+        logits = (np.log(p) - np.log1p(-p)).astype(np.float32)
+        total = total + inner.log_prob(logits, bijector_kwargs=kwargs).numpy() + log_det
+    np.testing.assert_allclose(distribution.log_prob(y), total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("network", ["conv", "dense"])
+def test_extreme_images(network):
+    distribution = perturb(small("pnf", levels=256, network=network), scale=0.02)
+    board = np.indices([8, 8]).sum(axis=0)[..., None] % 2
+    x = np.stack([np.zeros(IMAGE), np.full(IMAGE, 255), 255 * board, 255 - 255 * board]).astype(np.uint8)
+    log_prob = distribution.log_prob(np.repeat(x, 8, axis=0))
+    assert np.isfinite(log_prob).all()
+    np.testing.assert_array_equal(distribution.decode(distribution.encode(x)), x)
+
+
+def test_values_at_the_ends_of_the_range():
+    distribution = perturb(small("pnf", levels=256), scale=0.02).distribution
+    end = np.nextafter(np.float32(256), np.float32(0))
+    board = (np.indices([8, 8]).sum(axis=0)[..., None] % 2).astype(np.float32)
+    near = np.random.default_rng(0).uniform(0.0, 1e-3, size=[32, *IMAGE]).astype(np.float32)
+    y = np.concatenate([np.stack([0.0 * board, 0.0 * board + end, end * board]), near, np.minimum(256 - near, end)])
+    assert np.isfinite(distribution.log_prob(y)).all()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["adaptive", "fixed"])
+def wild(request):
+    """A model of random weights, far from those of a trained one, and whether its details keep to the range of pixels."""
+    options = {"num_halvings": 2, "num_scales": 1, "levels": LEVELS, "adaptive_range": request.param}
+    return perturb(small("pnf", **options), scale=0.3), request.param
+
+
+def test_samples_of_random_weights_are_levels(wild):
+    samples = wild[0].sample(64, seed=0).numpy()
+    assert samples.shape == (64, *IMAGE) and samples.dtype == np.int32
+    assert 0 <= samples.min() < samples.max() < LEVELS
+    assert np.isfinite(wild[0].log_prob(samples)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 10.0])
+def test_upscaling_with_random_weights(wild, temperature):
+    flow = progressive(wild[0])
+    low = np.random.default_rng(0).uniform(0.0, LEVELS, size=[32, 2, 2, 1]).astype(np.float32)
+    images = flow.upscale(low, temperature=temperature, seed=0)
+    assert images.shape == [32, *IMAGE] and np.isfinite(images).all()
+    np.testing.assert_allclose(flow.encode(images), low, rtol=1e-4, atol=1e-4)
+    steps = [flow.encode(images, stage=k).numpy() for k in range(1, 5)]
+    overshoot = max(max(-step.min(), step.max() - LEVELS) for step in steps)
+    margin = 0.05 * LEVELS / (1.0 - 2.0 * 0.05)
+    if wild[1]:
+        assert overshoot <= margin + 1e-4
+    elif temperature > 0.0:
+        assert overshoot > margin
+    if temperature == 0.0:
+        np.testing.assert_allclose(images, flow.decode(low), rtol=1e-5, atol=1e-5)
+
+
+def test_upscaling_of_images_out_of_range(wild):
+    low = np.float32([-50.0, -1.0, LEVELS + 1.0, 1000.0]).reshape([4, 1, 1, 1]) * np.ones([4, 2, 2, 1], np.float32)
+    images = progressive(wild[0]).upscale(low, seed=0)
+    assert np.isfinite(images).all()
+    np.testing.assert_allclose(progressive(wild[0]).encode(images), low, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
+def test_without_a_margin_no_image_leaves_the_range(event_shape):
+    flow = progressive(perturb(small("pnf", event_shape, levels=LEVELS, alpha=0.0), scale=0.3))
+    images = flow.forward(3.0 * tf.random.stateless_normal([64, np.prod(event_shape)], seed=[0, 1])).numpy()
+    assert -1e-4 <= images.min() < 1.0 and LEVELS - 1.0 < images.max() <= LEVELS + 1e-4
+
+
+@pytest.mark.parametrize("factorization", ["channels", "checkerboard", "random", None])
+def test_factorizations_of_stages(factorization):
+    distribution = small("pnf", factorization=factorization)
+    flow = distribution.bijector
+    build = dfb.DimensionFactorization
+    for stage, shape in zip(flow.stages, [(4, 4, 1), (4, 4, 1), (4, 8, 1)], strict=True):
+        split = multiscale_of(stage).factorization
+        if factorization in ("channels", "checkerboard"):
+            assert split == getattr(build, factorization)(shape, 2)
+        else:
+            assert (split is None) == (factorization is None)
+    if factorization in ("random", None):
+        assert_round_trip(perturb(distribution, scale=0.05))
+
+
+def test_conventional_factorizations_of_stages():
+    for network, name, shape in (("conv", "checkerboard", (4, 4, 1)), ("dense", "channels", (16,))):
+        base = small("pnf", network=network).bijector.stages[0]
+        assert multiscale_of(base).factorization == getattr(dfb.DimensionFactorization, name)(shape, 2)
+
+
+@pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
+def test_seeds_of_stages(event_shape):
+    def drawn(seed):
+        """The weights of every stage that were drawn."""
+        flow = progressive(small("pnf", event_shape, seed=seed))
+        weights = [[v.numpy() for v in keras_bridge.variables_of(stage)] for stage in flow.stages]
+        return [[w for w in stage if w.dtype.kind == "f" and np.ptp(w) > 0.0] for stage in weights]
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert all(first)
+    for stages in zip(first, again, other, strict=True):
+        for mine, same, another in zip(*stages, strict=True):
+            np.testing.assert_array_equal(mine, same)
+            assert (mine != another).any()
+    entries = [{float(entry) for weights in stage for entry in weights.flat} for stage in first]
+    for k, mine in enumerate(entries):
+        assert not any(len(mine & others) > 0.1 * len(mine) for others in entries[:k])
+
+
+def test_stages_have_different_masks():
+    flow = progressive(small("pnf", [32]))
+    masks = [multiscale_of(stage).levels[0].bijectors[0].mask for stage in flow.stages]
+    first, second = (mask.split(tf.range(16.0))[0].numpy() for mask in masks)
+    assert (first != second).any()
+
+
+def test_the_configuration_of_a_progressive_model():
+    original = perturb(small("pnf", [8], width=(4, 6), num_blocks=[1, 2], adaptive_range=False, levels=LEVELS), scale=0.05)
+    config = json.loads(json.dumps(recipes.config_of(original)))
+    assert config["arguments"]["width"] == [4, 6] and config["arguments"]["num_halvings"] == 1
+    rebuilt = recipes.get(config["recipe"])(**config["arguments"])
+    assert recipes.config_of(rebuilt) == config
+    copy_weights(original, rebuilt)
+    x = events([8], levels=LEVELS)
+    np.testing.assert_array_equal(rebuilt.log_prob(x, seed=(0, 2)), original.log_prob(x, seed=(0, 2)))
 
 
 # Configuration.
@@ -430,6 +879,43 @@ FACTORIZATION = dfb.DimensionFactorization.checkerboard([8, 8, 1], 2)
         ("lcma-realnvp", [4, 4, 1], {"contributions": contributions()}, r"\[8, 8, 1\].*needs \[4, 4, 1\]"),
         ("lcma-glow", [8, 8, 1], {"contributions": contributions(factor_outs=2)}, "3 levels, needs .* and 2"),
         ("lcma-glow", [8, 8, 1], {"contributions": contributions() * np.nan}, "not finite"),
+        ("realnvp", [8], {"network": "conv"}, "realnvp: got network='conv', needs dense or None for vectors"),
+        ("realnvp", [8, 8, 1], {"network": "resnet"}, "realnvp: got network='resnet', needs conv, dense or None"),
+        ("realnvp", [8, 8, 1], {"network": "dense", "num_scales": 8}, "too few|nothing to condition on"),
+        ("realnvp", [8, 8, 1], {"network": "dense", "factorization": "checkerboard"}, "needs an image"),
+        ("lcma-realnvp", [8, 8, 1], {"network": "dense"}, "lcma-realnvp: .*'network'"),
+        ("lcma-realnvp", [7], {"network": None}, "lcma-realnvp: .*'network'"),
+        ("glow", [8, 8, 1], {"network": "conv"}, "glow: .*'network'"),
+        ("realnvp", [8, 8, 1], {"condition_shape": [4, 4, 1]}, r"condition_shape=\[4, 4, 1\], needs .*\[8, 8, 1\]"),
+        ("glow", [8, 8, 1], {"condition_shape": [8, 4, 1]}, r"glow: .*condition_shape=\[8, 4, 1\], needs"),
+        ("realnvp", [8, 8, 1], {"condition_shape": [8, 8]}, r"realnvp: condition_shape.* \[8, 8\], needs"),
+        ("realnvp", [8, 8, 1], {"condition_shape": []}, r"realnvp: condition_shape.* \[\], needs"),
+        ("glow", [8, 8, 1], {"condition_shape": [0]}, r"glow: condition_shape.* \[0\], needs"),
+        ("realnvp", [7], {"condition_shape": [7, 7, 1]}, r"condition_shape=\[7, 7, 1\], dense networks need a vector"),
+        ("realnvp", [8, 8, 1], {"condition_shape": [8, 8, 1], "network": "dense"}, "dense networks need a vector"),
+        ("lcma-glow", [8, 8, 1], {"condition_shape": [4, 4, 1]}, r"condition_shape=\[4, 4, 1\], needs"),
+        ("pnf", [8, 8], {}, r"pnf: got event shape \[8, 8\], needs a vector \[D\] or an image"),
+        ("pnf", [6, 8, 1], {}, r"\[6, 8, 1\] and 4 details, but the height of \[3, 4, 1\] is not divisible by 2"),
+        ("pnf", [8, 6, 1], {}, r"the width of .* is not divisible by 2"),
+        ("pnf", [28, 28, 1], {"num_halvings": 3}, r"the height of \[7, 7, 1\] is not divisible by 2"),
+        ("pnf", [10], {}, r"the size of \[5\] is not divisible by 2"),
+        ("pnf", [4], {}, "num_halvings"),
+        ("pnf", [4, 4, 1], {"network": "dense"}, "num_halvings"),
+        ("pnf", [8, 8, 1], {"num_halvings": 0}, "pnf: got num_halvings=0, needs a positive integer"),
+        ("pnf", [8, 8, 1], {"num_scales": 0}, "pnf: got num_scales=0, needs a positive integer"),
+        ("pnf", [8, 8, 1], {"num_couplings": 0}, "num_couplings=0, needs a positive integer"),
+        ("pnf", [8, 8, 1], {"width": [4, 4, 4, 4, 0]}, "width=0, needs a positive integer"),
+        ("pnf", [8, 8, 1], {"width": [4, 4]}, "pnf: got 2 values of width, needs one, or one for each of the 5 stages"),
+        ("pnf", [8, 8, 1], {"num_blocks": [1] * 6}, "pnf: got 6 values of num_blocks.* 5 stages"),
+        ("pnf", [8], {"num_blocks": []}, "pnf: got 0 values of num_blocks.* 3 stages"),
+        ("pnf", [8], {"network": "conv"}, "pnf: got network='conv', needs dense or None for vectors"),
+        ("pnf", [8, 8, 1], {"network": "mlp"}, "pnf: got network='mlp', needs conv, dense or None"),
+        ("pnf", [8, 8, 1], {"levels": 1}, "levels=1"),
+        ("pnf", [8, 8, 1], {"levels": 16, "alpha": -0.1}, "alpha=-0.1"),
+        ("pnf", [8, 8, 1], {"factorization": "halves"}, "factorization: got 'halves', needs conventional"),
+        ("pnf", [8], {"factorization": "checkerboard"}, "needs an image"),
+        ("pnf", [8, 8, 1], {"factorization": FACTORIZATION}, "factorization"),
+        ("pnf", [8, 8, 1], {"condition_shape": [2]}, "pnf: .*'condition_shape'"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value and "*" not in value else "",
 )
@@ -439,5 +925,5 @@ def test_errors(name, event_shape, options, message):
 
 
 def test_an_unknown_recipe():
-    with pytest.raises(ValueError, match="got 'nice', needs one of glow, lcma-glow, lcma-realnvp, realnvp"):
+    with pytest.raises(ValueError, match="got 'nice', needs one of glow, lcma-glow, lcma-realnvp, pnf, realnvp"):
         recipes.get("nice")

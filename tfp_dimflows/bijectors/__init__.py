@@ -2,14 +2,24 @@
 
 from tfp_dimflows.bijectors import masks, transformers
 from tfp_dimflows.bijectors.actnorm import ActNorm
+from tfp_dimflows.bijectors.augmented import VFlow
 from tfp_dimflows.bijectors.base import FlowBijector
 from tfp_dimflows.bijectors.chain import Chain
-from tfp_dimflows.bijectors.coupling import AdditiveCoupling, AffineCoupling, ConditionalTransform, Coupling
+from tfp_dimflows.bijectors.coupling import (
+    AdditiveCoupling,
+    AffineCoupling,
+    Blockwise,
+    ConditionalTransform,
+    Coupling,
+    MixtureLogisticCoupling,
+    SplineCoupling,
+)
 from tfp_dimflows.bijectors.embedding import EmbedCondition
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.haar import HaarSplit
 from tfp_dimflows.bijectors.invertible_conv import InvertibleConv1x1
 from tfp_dimflows.bijectors.lcma import LCMA
+from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.bijectors.multiscale import Multiscale
 from tfp_dimflows.bijectors.preprocess import LogitPreprocess
 from tfp_dimflows.bijectors.progressive import PNF
@@ -20,6 +30,7 @@ __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "Blockwise",
     "Chain",
     "ConditionalTransform",
     "Coupling",
@@ -31,10 +42,14 @@ __all__ = [
     "InvertibleConv1x1",
     "LCMA",
     "LogitPreprocess",
+    "MixtureLogisticCDF",
+    "MixtureLogisticCoupling",
     "Multiscale",
     "PNF",
+    "SplineCoupling",
     "Squeeze",
     "Transformer",
+    "VFlow",
     "masks",
     "transformers",
 ]

@@ -1,5 +1,8 @@
 """Activation normalisation."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
@@ -13,12 +16,13 @@ class ActNorm(base.FlowBijector):
         forward:                   y = x * exp(-f * s) - b
         inverse log-det of a dimension: f * s of its channel
 
-    with trainable b and s per entry of the last axis, and a constant f = `log_scale_factor`, which only changes the effective
-    learning rate of s. It starts as the identity. A pass inside `dimflows.adaptation()` (as `FlowModel.adapt` makes) sets b
-    and s so that every channel of the result has zero mean and unit variance; nothing else ever initialises it.
+    with trainable b and s per entry of the last axis (or per pixel and channel, as in Flow++), and a constant
+    f = `log_scale_factor`, which only changes the effective learning rate of s. It starts as the identity. A pass inside
+    `dimflows.adaptation()` (as `FlowModel.adapt` makes) sets b and s so that every channel of the result has zero mean and unit
+    variance; nothing else ever initialises it.
 
     Args:
-      channels: size of the last axis.
+      channels: size of the last axis; or the shape `[H, W, C]` of events with a b and s for every entry.
       log_scale_factor: f.
       dtype: dtype of the variables.
       validate_args: as in `tfb.Bijector`.
@@ -36,18 +40,19 @@ class ActNorm(base.FlowBijector):
 
     def __init__(
         self,
-        channels: int,
+        channels: int | Sequence[int],
         log_scale_factor: float = 1.0,
         dtype: tf.DType = tf.float32,
         validate_args: bool = False,
         name: str = "actnorm",
     ):
         parameters = dict(locals())
-        self._shift = tf.Variable(tf.zeros([channels], dtype), name="shift")
-        self._raw_log_scale = tf.Variable(tf.zeros([channels], dtype), name="log_scale")
+        shape = [channels] if isinstance(channels, (int, np.integer)) else list(channels)
+        self._shift = tf.Variable(tf.zeros(shape, dtype), name="shift")
+        self._raw_log_scale = tf.Variable(tf.zeros(shape, dtype), name="log_scale")
         self._factor = log_scale_factor
         super().__init__(
-            forward_min_event_ndims=1,
+            forward_min_event_ndims=len(shape),
             is_constant_jacobian=True,
             validate_args=validate_args,
             parameters=parameters,
@@ -57,7 +62,7 @@ class ActNorm(base.FlowBijector):
     def _inverse_and_log_det_per_dim(self, y, condition):
         self._check(y)
         if adapting():
-            mean, log_std = _moments(y)
+            mean, log_std = self._moments(y)
             self._assign(shift=-mean, log_scale=-log_std)
         shift, log_scale = self._parameters_as(y.dtype)
         return (y + tf.cast(shift, y.dtype)) * tf.cast(tf.exp(log_scale), y.dtype), log_scale
@@ -65,7 +70,7 @@ class ActNorm(base.FlowBijector):
     def _forward_and_log_det_per_dim(self, x, condition):
         self._check(x)
         if adapting():
-            mean, log_std = _moments(x)
+            mean, log_std = self._moments(x)
             self._assign(shift=mean * tf.exp(-log_std), log_scale=log_std)
         shift, log_scale = self._parameters_as(x.dtype)
         return x * tf.cast(tf.exp(-log_scale), x.dtype) - tf.cast(shift, x.dtype), -log_scale
@@ -79,15 +84,17 @@ class ActNorm(base.FlowBijector):
         self._raw_log_scale.assign(tf.cast(log_scale / self._factor, self._shift.dtype))
 
     def _check(self, value):
-        if value.shape[-1] != self._shift.shape[0]:
-            raise ValueError(f"{self.name}: got {value.shape[-1]} channels, has parameters for {self._shift.shape[0]}")
+        shape = self._shift.shape
+        if value.shape[-shape.rank :] != shape:
+            got, has = (value.shape[-1], shape[0]) if shape.rank == 1 else (value.shape[-shape.rank :], shape)
+            raise ValueError(f"{self.name}: got {got} channels, has parameters for {has}")
 
-
-def _moments(value):
-    value = tf.cast(value, base.log_det_dtype(value.dtype))
-    # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
-    some = tf.reshape(value, [-1, value.shape[-1]])[0]
-    mean, variance = tf.nn.moments(value - some, axes=list(range(value.shape.rank - 1)))
-    mean += some
-    # A constant channel keeps its scale: normalising it would blow up the first value that differs.
-    return mean, tf.where(variance > 1e-12, 0.5 * tf.math.log(tf.maximum(variance, 1e-12)), 0.0)
+    def _moments(self, value):
+        value = tf.cast(value, base.log_det_dtype(value.dtype))
+        shape = self._shift.shape
+        # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
+        some = tf.reshape(value, [-1, *shape])[0]
+        mean, variance = tf.nn.moments(value - some, axes=list(range(value.shape.rank - shape.rank)))
+        mean += some
+        # A constant channel keeps its scale: normalising it would blow up the first value that differs.
+        return mean, tf.where(variance > 1e-12, 0.5 * tf.math.log(tf.maximum(variance, 1e-12)), 0.0)

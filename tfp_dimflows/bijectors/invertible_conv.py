@@ -83,12 +83,13 @@ class InvertibleConv1x1(base.FlowBijector):
         """P, L and U (with its diagonal) of W = P L U."""
         packed = tf.cast(self._packed, dtype)
         lower = tf.linalg.set_diag(tf.linalg.band_part(packed, -1, 0), tf.ones(self._channels, dtype))
-        diagonal = tf.constant(self._sign, dtype) * tf.exp(tf.linalg.diag_part(packed))
+        diagonal = tf.constant(self._sign, dtype) * tf.exp(self._log_scale(dtype))
         upper = tf.linalg.set_diag(tf.linalg.band_part(packed, 0, -1), diagonal)
         return tf.constant(self._permutation, dtype), lower, upper
 
     def _log_scale(self, dtype):
-        return tf.cast(tf.linalg.diag_part(self._packed), dtype)
+        # Unlike tf.linalg.diag_part's, this gradient exists for one channel inside a tf.function.
+        return tf.cast(tf.reduce_sum(self._packed * tf.eye(self._channels, dtype=self._packed.dtype), axis=-1), dtype)
 
     def _matrix(self, dtype):
         permutation, lower, upper = self._factors(dtype)

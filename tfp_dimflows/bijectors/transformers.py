@@ -1,5 +1,6 @@
 """Elementwise transformers: from the parameters that a network predicts to an elementwise bijector."""
 
+import math
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -7,6 +8,7 @@ import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import tensor_util
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.keras_bridge import variables_of
 
 tfb = tfp.bijectors
@@ -88,6 +90,69 @@ class Affine(Transformer):
         else:
             log_scale = raw
         return ElementwiseAffine(shift, log_scale)
+
+
+class MixtureLogistic(Transformer):
+    """Elementwise `dfb.MixtureLogisticCDF`: `2 + 3 num_components` parameters, a, t, K logits, K means, K log-scales.
+
+    From data to latent `z = exp(tanh(a)) logit(F(x)) + t`, F the distribution function of the mixture; log-scales below -7
+    count as -7.
+
+    Args:
+      num_components: number K of logistics.
+      smooth: as in `dfb.MixtureLogisticCDF`.
+
+    References: Ho, Chen, Srinivas, Duan, Abbeel, "Flow++", 2019.
+
+    #### Example
+
+    >>> params = tf.constant([[0.0, 1.0, 0.0, 3.0, 0.0]])
+    >>> dfb.transformers.MixtureLogistic(num_components=1)(params).inverse([5.0]).numpy().round(3)
+    array([3.], dtype=float32)
+    """
+
+    def __init__(self, num_components: int, smooth: bool = False):
+        super().__init__(self._bijector, params_per_dim=2 + 3 * num_components)
+        self._num_components = num_components
+        self._smooth = smooth
+
+    def _bijector(self, params):
+        raw, shift, *mixture = tf.split(params, [1, 1, *[self._num_components] * 3], axis=-1)
+        logits, means, log_scales = mixture
+        log_scales = tf.maximum(log_scales, -7.0)
+        return MixtureLogisticCDF(logits, means, log_scales, shift[..., 0], tf.tanh(raw[..., 0]), self._smooth)
+
+
+class Spline(Transformer):
+    """Elementwise monotone rational-quadratic spline, TFP's, on [-bound, bound]; the identity outside, and at zero parameters.
+
+    `3 num_bins - 1` parameters: K for the widths and K for the heights of the bins (softmax, each at least 1e-3 of the range)
+    and K - 1 for the slopes at the inner knots (softplus, at least 1e-3).
+
+    Args:
+      num_bins: number K of bins.
+      bound: where the spline ends.
+
+    References: Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019.
+
+    #### Example
+
+    >>> dfb.transformers.Spline(num_bins=4)(tf.zeros([3, 11])).forward([-1.0, 0.5, 7.0]).numpy().round(4)
+    array([-1. ,  0.5,  7. ], dtype=float32)
+    """
+
+    def __init__(self, num_bins: int = 8, bound: float = 5.0):
+        super().__init__(self._bijector, params_per_dim=3 * num_bins - 1)
+        self._num_bins = num_bins
+        self._bound = bound
+
+    def _bijector(self, params):
+        widths, heights, slopes = tf.split(params, [self._num_bins, self._num_bins, self._num_bins - 1], axis=-1)
+        least = 1e-3
+        bins = (least + (1.0 - least * self._num_bins) * tf.nn.softmax(raw) for raw in (widths, heights))
+        widths, heights = (2.0 * self._bound * share for share in bins)
+        slopes = least + (1.0 - least) * tf.nn.softplus(slopes + math.log(math.e - 1.0))
+        return tfb.RationalQuadraticSpline(widths, heights, slopes, range_min=-self._bound)
 
 
 class ElementwiseAffine(base.FlowBijector):

@@ -124,7 +124,7 @@ class Dequantized(VariationalDistribution):
         # Spares the networks the folding of a second batch axis.
         sample_shape = [] if num_samples == 1 else [num_samples]
         y, log_r = self._dequantize(x, sample_shape, seed)
-        kwargs |= variational.noise_kwargs(self._distribution, seed=seed_below)
+        kwargs = variational.with_noise(self._distribution, kwargs, seed=seed_below)
         if num_samples == 1:
             return (self._distribution.log_prob(y, **kwargs) - log_r)[tf.newaxis]
         return self._distribution.log_prob(y, **variational.with_sample_axis(kwargs)) - log_r

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.distributions.transformed_distribution import _TransformedDistribution
 from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
@@ -98,7 +99,7 @@ class VariationalDistribution(tfd.Distribution):
         first_seed, *seeds = tf.unstack(samplers.split_seed(seed, n=chunks + 1, salt="log_weights"))
         first = self._log_weights(x, rest + 1, first_seed, **kwargs)
         others = tf.map_fn(
-            lambda seed: self._log_weights(x, at_once, seed, **kwargs),
+            tf.autograph.experimental.do_not_convert(lambda seed: self._log_weights(x, at_once, seed, **kwargs)),
             tf.stack(seeds),
             parallel_iterations=1,
             fn_output_signature=first.dtype,
@@ -143,17 +144,21 @@ class VariationalDistribution(tfd.Distribution):
         return {}
 
 
-def noise_kwargs(distribution: tfd.Distribution, **kwargs) -> dict:
-    """`log_prob`'s keyword arguments by which `seed` and `num_samples` reach a distribution whose log-prob is a bound.
+def is_bound(distribution: tfd.Distribution) -> bool:
+    """Whether the log-prob of a distribution is a bound: its own, or that of one below its bijectors."""
+    if isinstance(distribution, _TransformedDistribution):
+        return is_bound(distribution.distribution)
+    return isinstance(distribution, VariationalDistribution)
 
-    That is the distribution itself, or one below its bijectors; empty for an exact density.
-    """
-    if isinstance(distribution, VariationalDistribution):
+
+def with_noise(distribution: tfd.Distribution, kwargs: dict, **noise) -> dict:
+    """Keyword arguments of `log_prob` with `seed` and `num_samples` for a bound, `kwargs` as they are for an exact density."""
+    if not is_bound(distribution):
         return kwargs
-    if isinstance(distribution, tfd.TransformedDistribution):
-        below = noise_kwargs(distribution.distribution, **kwargs)
-        return {"distribution_kwargs": below} if below else {}
-    return {}
+    if isinstance(distribution, VariationalDistribution):
+        return kwargs | noise
+    below = with_noise(distribution.distribution, kwargs.get("distribution_kwargs") or {}, **noise)
+    return kwargs | {"distribution_kwargs": below}
 
 
 def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
@@ -161,7 +166,7 @@ def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs) -> t
     if isinstance(distribution, VariationalDistribution):
         return distribution.encode(x, **bijector_kwargs)
     x, below = distribution.bijector.inverse(x, **bijector_kwargs), distribution.distribution
-    return encode(below, x) if isinstance(below, (VariationalDistribution, tfd.TransformedDistribution)) else x
+    return encode(below, x) if isinstance(below, (VariationalDistribution, _TransformedDistribution)) else x
 
 
 def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
@@ -169,7 +174,7 @@ def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> t
     if isinstance(distribution, VariationalDistribution):
         return distribution.decode(z, **bijector_kwargs)
     below = distribution.distribution
-    z = decode(below, z) if isinstance(below, (VariationalDistribution, tfd.TransformedDistribution)) else z
+    z = decode(below, z) if isinstance(below, (VariationalDistribution, _TransformedDistribution)) else z
     return distribution.bijector.forward(z, **bijector_kwargs)
 
 

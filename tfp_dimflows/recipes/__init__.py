@@ -1,9 +1,25 @@
 """Recipes: named models from plain values."""
 
+from tfp_dimflows.recipes.flowpp import flowpp
 from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.lcma import lcma_glow, lcma_realnvp
 from tfp_dimflows.recipes.pnf import pnf
 from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import base_of, config_of, get, names, recipe
+from tfp_dimflows.recipes.vflow import vflow, vflow_glow
 
-__all__ = ["base_of", "config_of", "get", "glow", "lcma_glow", "lcma_realnvp", "names", "pnf", "realnvp", "recipe"]
+__all__ = [
+    "base_of",
+    "config_of",
+    "flowpp",
+    "get",
+    "glow",
+    "lcma_glow",
+    "lcma_realnvp",
+    "names",
+    "pnf",
+    "realnvp",
+    "recipe",
+    "vflow",
+    "vflow_glow",
+]

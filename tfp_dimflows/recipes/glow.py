@@ -1,6 +1,6 @@
 """Glow."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ def glow(
     num_scales: int = 2,
     depth: int = 4,
     width: int = 64,
+    num_hidden: int = 2,
     coupling: str = "affine",
     factorization: Any = "conventional",
     condition_shape: Sequence[int] | None = None,
@@ -34,15 +35,17 @@ def glow(
     """Glow: levels of (squeeze, `depth` steps of actnorm, invertible 1x1 convolution, coupling), with learned split priors.
 
     Between levels half of the dimensions leave, scored by a conditional Gaussian given those that stay; the deepest part has a
-    learned Gaussian prior. Integer images are scaled to [-1/2, 1/2), without logit.
+    learned Gaussian prior. Integer images are scaled to [-1/2, 1/2), without logit. On vectors the convolution is a matrix, the
+    couplings' networks are MLPs of `num_hidden` layers, and all latent dimensions are standard normal.
 
     Reference sizes: CIFAR-10 `num_scales=3, depth=32, width=512`, ImageNet 32x32 `depth=48`.
 
     Args:
-      event_shape: `[H, W, C]`; the sides must be divisible by `2**num_scales`.
+      event_shape: `[H, W, C]`, whose sides must be divisible by `2**num_scales`, or `[D]`.
       num_scales: number of levels.
       depth: steps of flow per level.
       width: width of the coupling networks.
+      num_hidden: hidden layers of the coupling networks of vectors.
       coupling: `"affine"` or `"additive"`.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
@@ -65,33 +68,69 @@ def glow(
     >>> flow.sample(2, seed=0).shape
     TensorShape([2, 8, 8, 1])
     """
-    shape = common.checked_event_shape(event_shape, "glow", ranks=(3,))
-    common.check_sizes("glow", num_scales=num_scales, depth=depth, width=width)
-    if coupling not in COUPLINGS:
-        raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")
-    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
-    grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
-    seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_scales * depth).tolist())
-    conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_scales)]
-    flow_levels = [_level(grid[-1], depth, width, coupling, c, seeds) for grid, c in zip(grids, conditions)]
-    left_channels = [2 * grid[-1] for grid in grids[:-1]]
-    exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
-    flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
+    flow = glow_flow(
+        event_shape,
+        num_scales=num_scales,
+        depth=depth,
+        width=width,
+        num_hidden=num_hidden,
+        coupling=coupling,
+        factorization=factorization,
+        condition_shape=condition_shape,
+        seed=seed,
+    )
     preprocess = None
     if levels is not None:
         scale, shift = tf.constant([levels, 0.5], common.floatx())
         preprocess = tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)])
-    return common.as_distribution(flow, shape, levels, preprocess)
+    return common.as_distribution(flow, tuple(event_shape), levels, preprocess)
 
 
-def _level(channels, depth, width, coupling, condition_channels, seeds):
-    squeezed = 4 * channels
+def glow_flow(
+    event_shape: Sequence[int],
+    *,
+    num_scales: int,
+    depth: int,
+    width: int,
+    num_hidden: int,
+    coupling: str,
+    factorization: Any,
+    condition_shape: Sequence[int] | None,
+    seed: int,
+) -> dfb.Multiscale:
+    """The bijector of `glow`; arguments as there."""
+    shape = common.checked_event_shape(event_shape, "glow")
+    common.check_sizes("glow", num_scales=num_scales, depth=depth, width=width, num_hidden=num_hidden)
+    if coupling not in COUPLINGS:
+        raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")
+    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
+    seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_scales * depth).tolist())
+    if len(shape) == 1:
+        condition = common.condition_channels("glow", condition_shape, shape)
+        grids = common.grid_shapes(shape, num_scales, split is None)
+        flow_levels = [dfb.Chain(vector_steps(grid[0], depth, width, num_hidden, coupling, condition, seeds)) for grid in grids]
+        return dfb.Multiscale(flow_levels, split, event_shape=shape)
+    grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
+    conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_scales)]
+    flow_levels = [
+        dfb.Chain([dfb.Squeeze(), *image_steps(4 * grid[-1], depth, width, coupling, condition, seeds)])
+        for grid, condition in zip(grids, conditions)
+    ]
+    left_channels = [2 * grid[-1] for grid in grids[:-1]]
+    exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
+    return dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
+
+
+def image_steps(
+    channels: int, depth: int, width: int, coupling: str, condition_channels: int, seeds: Iterator[int]
+) -> list[dfb.FlowBijector]:
+    """`depth` steps of flow on images, from data to latent."""
     mask = dfb.masks.Channel()
-    parts = [dfb.Squeeze()]
+    inputs, outputs = mask.sizes(channels)
+    parts = []
     for _ in range(depth):
-        parts.append(dfb.ActNorm(squeezed, log_scale_factor=3.0, dtype=common.floatx()))
-        parts.append(dfb.InvertibleConv1x1(squeezed, seed=next(seeds), dtype=common.floatx()))
-        inputs, outputs = mask.sizes(squeezed)
+        parts.append(dfb.ActNorm(channels, log_scale_factor=3.0, dtype=common.floatx()))
+        parts.append(dfb.InvertibleConv1x1(channels, seed=next(seeds), dtype=common.floatx()))
         network = networks.GlowConvNet(
             inputs,
             COUPLINGS[coupling] * outputs,
@@ -99,11 +138,37 @@ def _level(channels, depth, width, coupling, condition_channels, seeds):
             condition_channels=condition_channels,
             seed=next(seeds) % 2**31,
         )
-        if coupling == "affine":
-            parts.append(dfb.AffineCoupling(network, mask, log_scale="sigmoid", dtype=common.floatx()))
-        else:
-            parts.append(dfb.AdditiveCoupling(network, mask))
-    return dfb.Chain(parts)
+        parts.append(_coupling(network, mask, coupling))
+    return parts
+
+
+def vector_steps(
+    dims: int, depth: int, width: int, num_hidden: int, coupling: str, condition_channels: int, seeds: Iterator[int]
+) -> list[dfb.FlowBijector]:
+    """`depth` steps of flow on vectors, from data to latent; the larger part of an odd number of dimensions is transformed."""
+    if dims < 2:
+        raise ValueError(f"glow: a level with {dims} dimension has nothing to condition on; use fewer num_scales")
+    mask = dfb.masks.Channel(event_ndims=1, num_conditioning=dims // 2)
+    inputs, outputs = mask.sizes(dims)
+    parts = []
+    for _ in range(depth):
+        parts.append(dfb.ActNorm(dims, dtype=common.floatx()))
+        parts.append(dfb.InvertibleConv1x1(dims, seed=next(seeds), dtype=common.floatx()))
+        network = networks.MLP(
+            inputs,
+            COUPLINGS[coupling] * outputs,
+            hidden=[width] * num_hidden,
+            condition_channels=condition_channels,
+            seed=next(seeds) % 2**31,
+        )
+        parts.append(_coupling(network, mask, coupling))
+    return parts
+
+
+def _coupling(network, mask, coupling):
+    if coupling == "affine":
+        return dfb.AffineCoupling(network, mask, log_scale="sigmoid", dtype=common.floatx())
+    return dfb.AdditiveCoupling(network, mask)
 
 
 def _gaussian(channels):

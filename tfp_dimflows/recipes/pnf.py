@@ -83,6 +83,10 @@ def pnf(
     shapes = [shapes[0], *shapes[:-1]]
     widths, depths = (_one_each(name, value, len(shapes)) for name, value in [("width", width), ("num_blocks", num_blocks)])
     is_dense = common.is_dense("pnf", network, shape)
+    if is_dense and math.prod(shapes[0]) < 2:
+        raise ValueError(
+            f"pnf: got num_halvings={num_halvings}, which leaves one dimension of {list(shape)}, needs two or more"
+        )
     seeds = np.random.SeedSequence(seed).generate_state(len(shapes)).tolist()
 
     def stage(k, condition_shape=None):

@@ -232,10 +232,10 @@ class FlowModel(keras.Model):
         kwargs = {}
         if isinstance(x, dict):
             x, kwargs = x["x"], {"bijector_kwargs": {"condition": x["condition"]}}
-        noise_kwargs = variational.noise_kwargs(self._distribution, seed=seed, num_samples=num_samples)
-        if num_samples is not None and not noise_kwargs:
+        if num_samples is not None and not variational.is_bound(self._distribution):
             raise ValueError(f"FlowModel.log_prob: got num_samples, but the density of {self._distribution.name} is exact")
-        return self._distribution.log_prob(x, **kwargs, **noise_kwargs)
+        kwargs = variational.with_noise(self._distribution, kwargs, seed=seed, num_samples=num_samples)
+        return self._distribution.log_prob(x, **kwargs)
 
     def _log_prob_by_rank(self, ranks, x, seed, num_samples):
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
