@@ -107,8 +107,8 @@ def test_vectors(num_extra):
 
 
 def test_glow_of_vectors_counts_as_by_hand():
-    # A step of 2 dimensions: actnorm 4, matrix 4, network 1 -> 50 -> 50 -> 2.
-    step = 4 + 4 + (50 + 50) + (50 * 50 + 50) + (50 * 2 + 2)
+    # A step of 2 dimensions: actnorm 4, matrix 4, the scale's gain 1, network 1 -> 50 -> 50 -> 2.
+    step = 4 + 4 + 1 + (50 + 50) + (50 * 50 + 50) + (50 * 2 + 2)
     assert count(recipes.glow([2], num_scales=1, depth=3, width=50)) == 3 * step
 
 

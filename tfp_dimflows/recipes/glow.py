@@ -36,7 +36,8 @@ def glow(
 
     Between levels half of the dimensions leave, scored by a conditional Gaussian given those that stay; the deepest part has a
     learned Gaussian prior. Integer images are scaled to [-1/2, 1/2), without logit. On vectors the convolution is a matrix, the
-    couplings' networks are MLPs of `num_hidden` layers, and all latent dimensions are standard normal.
+    couplings' networks are MLPs of `num_hidden` layers, their log-scales a trainable multiple of a tanh, and all latent
+    dimensions are standard normal.
 
     Reference sizes: CIFAR-10 `num_scales=3, depth=32, width=512`, ImageNet 32x32 `depth=48`.
 
@@ -138,7 +139,7 @@ def image_steps(
             condition_channels=condition_channels,
             seed=next(seeds) % 2**31,
         )
-        parts.append(_coupling(network, mask, coupling))
+        parts.append(_coupling(network, mask, coupling, "sigmoid"))
     return parts
 
 
@@ -161,13 +162,13 @@ def vector_steps(
             condition_channels=condition_channels,
             seed=next(seeds) % 2**31,
         )
-        parts.append(_coupling(network, mask, coupling))
+        parts.append(_coupling(network, mask, coupling, "tanh"))
     return parts
 
 
-def _coupling(network, mask, coupling):
+def _coupling(network, mask, coupling, log_scale):
     if coupling == "affine":
-        return dfb.AffineCoupling(network, mask, log_scale="sigmoid", dtype=common.floatx())
+        return dfb.AffineCoupling(network, mask, log_scale=log_scale, dtype=common.floatx())
     return dfb.AdditiveCoupling(network, mask)
 
 
