@@ -146,13 +146,14 @@ def image_steps(
 def vector_steps(
     dims: int, depth: int, width: int, num_hidden: int, coupling: str, condition_channels: int, seeds: Iterator[int]
 ) -> list[dfb.FlowBijector]:
-    """`depth` steps of flow on vectors, from data to latent; the larger part of an odd number of dimensions is transformed."""
+    """`depth` steps of flow on vectors, from data to latent; successive couplings transform the one and the other half."""
     if dims < 2:
         raise ValueError(f"glow: a level with {dims} dimension has nothing to condition on; use fewer num_scales")
-    mask = dfb.masks.Channel(event_ndims=1, num_conditioning=dims // 2)
-    inputs, outputs = mask.sizes(dims)
     parts = []
-    for _ in range(depth):
+    for k in range(depth):
+        flip = k % 2 == 1
+        mask = dfb.masks.Channel(flip, event_ndims=1, num_conditioning=dims - dims // 2 if flip else dims // 2)
+        inputs, outputs = mask.sizes(dims)
         parts.append(dfb.ActNorm(dims, dtype=common.floatx()))
         parts.append(dfb.InvertibleConv1x1(dims, seed=next(seeds), dtype=common.floatx()))
         network = networks.MLP(
