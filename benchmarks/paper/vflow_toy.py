@@ -1,7 +1,7 @@
 """The checkerboard experiment of VFlow: Glow against VFlow on 2-D data, in nats per point (rows C23 to C25 and figure 3).
 
 Run as `python -m benchmarks.paper.vflow_toy [SEEDS]` from the repository's root. Each run's result is kept in
-`results/paper_vflow_toy.json`, and runs found there are not repeated.
+`results/paper_vflow_toy.json`, and runs found there are not repeated, but for those that the picture needs while there is none.
 """
 
 import json
@@ -22,6 +22,7 @@ OPTIMUM = -math.log(32.0)
 # Name: (dimensions, steps of flow). A VFlow's last step is that of its posterior.
 MODELS = {"glow-2d-3": (2, 3), "vflow-10d-3": (10, 3), "glow-2d-20": (2, 20)}
 MODELS |= {f"vflow-{dims}d-3": (dims, 3) for dims in (4, 6, 8)}
+PICTURE, PICTURED = machine.RESULTS / "paper_vflow_toy.png", ("glow-2d-3", "vflow-10d-3")
 PAPER = {"vflow-10d-3": "-3.51 +- 0.01", "glow-2d-3": "-3.67 +- 0.03", "glow-2d-20": "-3.54 +- 0.05"}
 
 
@@ -92,7 +93,7 @@ def save_picture(models):
     for axis in axes:
         axis.set_aspect("equal")
         axis.set_axis_off()
-    figure.savefig(machine.RESULTS / "paper_vflow_toy.png", dpi=80)
+    figure.savefig(PICTURE, dpi=80)
 
 
 def main():
@@ -103,16 +104,18 @@ def main():
     pictured = {}
     for seed in seeds:
         for name in MODELS:
-            if any((row["model"], row["seed"]) == (name, seed) for row in rows):
+            is_pictured = seed == 0 and name in PICTURED and not PICTURE.is_file()
+            others = [row for row in rows if (row["model"], row["seed"]) != (name, seed)]
+            if len(others) < len(rows) and not is_pictured:
                 continue
             model, row = train(name, seed)
-            rows.append(row)
+            rows = [*others, row]
             machine.write(
                 "paper_vflow_toy", {"optimum": round(OPTIMUM, 4), "budget": budget, "summary": summary(rows), "rows": rows}
             )
-            if seed == 0 and name in ("glow-2d-3", "vflow-10d-3"):
+            if is_pictured:
                 pictured[name] = model
-    if len(pictured) == 2:
+    if pictured:
         save_picture(pictured)
 
 
