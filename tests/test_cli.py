@@ -22,6 +22,8 @@ LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_sc
 PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=1"]
 PROGRESSIVE = ["train", "pnf", "--batch-size", "128", "--set", "network=dense", "width=8", "num_scales=1", "num_couplings=1"]
 
+FLOW_VAE = ["train", "flow-vae", "--batch-size", "128", "--set", "width=4", "num_blocks=1", "depth=1", "latent_dims=3"]
+
 
 def arguments(command, out, data_dir, *more):
     epochs = [] if "--epochs" in more else ["--epochs", "2"]
@@ -189,6 +191,27 @@ def test_interpolate(finished, data_dir, tmp_path, capsys):
     assert_picture(path)
     pixels = matplotlib.image.imread(path)
     assert pixels.shape[1] / pixels.shape[0] == pytest.approx(5 / 2, rel=0.01)
+
+
+def test_sample_means_and_walks_of_a_flow_vae(tmp_path, data_dir, capsys):
+    run = tmp_path / "run"
+    assert cli.main(arguments(FLOW_VAE, run, data_dir, "--epochs", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "kl" in printed and "reconstruction" in printed
+    for kind, columns_by_rows in (("samples", 2 / 2), ("means", 2 / 2), ("walks", 8 / 4)):
+        assert cli.main(["sample", str(run), "--kind", kind, "--num", "4", "--data-dir", str(data_dir)]) == 0
+        path = run / f"{kind}-0.png"
+        assert capsys.readouterr().out.strip() == str(path)
+        assert_picture(path)
+        pixels = matplotlib.image.imread(path)
+        assert pixels.shape[1] / pixels.shape[0] == pytest.approx(columns_by_rows, rel=0.01)
+    assert (run / "samples-0.png").read_bytes() != (run / "means-0.png").read_bytes()
+
+
+def test_means_need_a_flow_vae(finished, tmp_path, capsys):
+    assert cli.main(["sample", str(finished[0]), "--kind", "means", "--out", str(tmp_path / "means.png")]) == 2
+    assert "lcma-realnvp, means need one of flow-vae" in capsys.readouterr().err
+    assert not (tmp_path / "means.png").exists()
 
 
 def test_upscale(tmp_path, data_dir, capsys):

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tfp_dimflows import data, recipes, training
 from tfp_dimflows.bijectors import PNF
+from tfp_dimflows.distributions import VAEPrior
 from tfp_dimflows.training import pictures
 
 
@@ -65,7 +66,14 @@ def _parser():
     command.add_argument("run", metavar="RUN")
     command.add_argument("--num", type=_positive, default=64)
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--out", metavar="PNG", help="default: RUN/samples-SEED.png")
+    command.add_argument("--out", metavar="PNG", help="default: RUN/KIND-SEED.png")
+    command.add_argument(
+        "--kind",
+        choices=["samples", "means", "walks"],
+        default="samples",
+        help="flow-vae: means of the decoder, or walks between encoded test images, instead of samples",
+    )
+    _add_data_dir(command)
 
     command = commands.add_parser("interpolate", help="a PNG grid of walks between pairs of images in latent space")
     command.set_defaults(command=_interpolate)
@@ -192,24 +200,42 @@ def _evaluate(arguments):
 
 def _sample(arguments):
     config = training.read_config(arguments.run)
-    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"samples-{arguments.seed}.png")
-    samples = training.load_run(arguments.run).sample(arguments.num, seed=arguments.seed).numpy()
-    columns = math.ceil(math.sqrt(arguments.num))
-    blanks = np.zeros([-len(samples) % columns, *samples.shape[1:]], samples.dtype)
-    grid = np.concatenate([samples, blanks]).reshape(-1, columns, *samples.shape[1:])
+    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"{arguments.kind}-{arguments.seed}.png")
+    model = training.load_run(arguments.run)
+    prior = model.distribution.distribution.distribution
+    if arguments.kind != "samples" and not isinstance(prior, VAEPrior):
+        raise ValueError(f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.kind} need one of flow-vae")
+    if arguments.kind == "walks":
+        grid = _walks(arguments, model, steps=8)
+    elif arguments.kind == "means":
+        latents = tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed])
+        grid = _grid(model.decode(latents).numpy())
+    else:
+        grid = _grid(model.sample(arguments.num, seed=arguments.seed).numpy())
     pictures.save_grid(path, grid, config["levels"])
     print(path)
+
+
+def _grid(images):
+    """Images in rows and columns, as many of the one as of the other, the last row filled up with black."""
+    columns = math.ceil(math.sqrt(len(images)))
+    blanks = np.zeros([-len(images) % columns, *images.shape[1:]], images.dtype)
+    return np.concatenate([images, blanks]).reshape(-1, columns, *images.shape[1:])
 
 
 def _interpolate(arguments):
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"interpolation-{arguments.seed}.png")
-    model = training.load_run(arguments.run)
+    walks = _walks(arguments, training.load_run(arguments.run), arguments.steps)
+    pictures.save_grid(path, walks, config["levels"])
+    print(path)
+
+
+def _walks(arguments, model, steps):
+    """Walks between pairs of test images, one per row."""
     images = _some_images(_run_data(arguments), 2 * arguments.num, arguments.seed)
     pairs = len(images) // 2
-    walks = model.interpolate(images[:pairs], images[pairs : 2 * pairs], arguments.steps).numpy()
-    pictures.save_grid(path, walks.swapaxes(0, 1), config["levels"])
-    print(path)
+    return model.interpolate(images[:pairs], images[pairs : 2 * pairs], steps).numpy().swapaxes(0, 1)
 
 
 def _upscale(arguments):

@@ -129,6 +129,17 @@ class Multiscale(base.FlowBijector):
         """Joins the parts of `split_latent` to flat latent values `[..., D]`."""
         return tf.concat(list(parts), axis=-1)
 
+    def event_layout(self) -> tfb.Bijector:
+        """Bijector to flat latent values from those laid out as the event, each in its dimension's place.
+
+        Raises:
+          ValueError: if the event's shape is not known.
+        """
+        if self._event_shape is None:
+            raise ValueError(f"{self.name}: the layout of the event needs event_shape")
+        flatten = tfb.Reshape(event_shape_out=[len(self._latent_order)], event_shape_in=self._event_shape)
+        return tfb.Chain([tfb.Permute(self._latent_order), flatten])
+
     def likelihood_contributions(self, y: tf.Tensor, condition: Any = None) -> list[tf.Tensor]:
         """Cumulative inverse log-det of every dimension at each factor-out: `num_levels - 1` tensors of the shape of `y`.
 

@@ -8,7 +8,6 @@ import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
-from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
 
@@ -111,11 +110,8 @@ class Dequantized(VariationalDistribution):
         if self._noise is None:
             u, log_r = samplers.uniform(shape, dtype=x.dtype, seed=seed), 0.0
         else:
-            e, rank = samplers.normal(shape, dtype=x.dtype, seed=seed), self.event_shape.rank
-            condition = per_dimension.condition_kwargs(self._noise, tf.broadcast_to(x, shape))
-            u, fldj = per_dimension.forward_and_log_det(self._noise, e, rank, **condition)
-            normal = tfd.Independent(tfd.Normal(tf.zeros_like(e), tf.ones([], e.dtype)), rank)
-            log_r = normal.log_prob(e) - fldj
+            e = samplers.normal(shape, dtype=x.dtype, seed=seed)
+            u, log_r = variational.push_noise(self._noise, e, tf.broadcast_to(x, shape), self.event_shape.rank)
         # Rounding must not carry n - 1 + u to n, where the continuous distribution has ended.
         return tf.minimum(x + u, np.nextafter(*np.array([self._levels, 0], x.dtype.as_numpy_dtype))), log_r
 

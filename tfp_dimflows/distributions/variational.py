@@ -1,6 +1,9 @@
 """Distributions of which only a bound of the density is known."""
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,9 +13,12 @@ from tensorflow_probability.python.distributions.transformed_distribution import
 from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
-tfd = tfp.distributions
+from tfp_dimflows.bijectors import per_dimension
+
+tfb, tfd = tfp.bijectors, tfp.distributions
 
 _VALUES_AT_ONCE = 2**20
+_REPORTS = contextvars.ContextVar("reports", default=None)
 
 
 class VariationalDistribution(tfd.Distribution):
@@ -50,6 +56,9 @@ class VariationalDistribution(tfd.Distribution):
     >>> bool(abs(gap) < 0.1)
     True
     """
+
+    terms: tuple[str, ...] = ()
+    """Names of the terms of the bound that `_log_weights` reports (see `report`)."""
 
     def __init__(
         self,
@@ -98,12 +107,13 @@ class VariationalDistribution(tfd.Distribution):
         chunks, rest = divmod(num_samples - 1, at_once)
         first_seed, *seeds = tf.unstack(samplers.split_seed(seed, n=chunks + 1, salt="log_weights"))
         first = self._log_weights(x, rest + 1, first_seed, **kwargs)
-        others = tf.map_fn(
-            tf.autograph.experimental.do_not_convert(lambda seed: self._log_weights(x, at_once, seed, **kwargs)),
-            tf.stack(seeds),
-            parallel_iterations=1,
-            fn_output_signature=first.dtype,
-        )
+        with reports():  # what is reported inside the loop cannot leave it
+            others = tf.map_fn(
+                tf.autograph.experimental.do_not_convert(lambda seed: self._log_weights(x, at_once, seed, **kwargs)),
+                tf.stack(seeds),
+                parallel_iterations=1,
+                fn_output_signature=first.dtype,
+            )
         others = tf.reshape(others, ps.concat([[chunks * at_once], ps.shape(first)[1:]], axis=0))
         return tf.concat([first, others], axis=0)
 
@@ -142,6 +152,38 @@ class VariationalDistribution(tfd.Distribution):
     @classmethod
     def _parameter_properties(cls, dtype, num_classes=None):
         return {}
+
+
+@contextlib.contextmanager
+def reports() -> Iterator[dict[str, tf.Tensor]]:
+    """Context whose dict receives what distributions `report` while their bounds are evaluated in it."""
+    received = {}
+    token = _REPORTS.set(received)
+    try:
+        yield received
+    finally:
+        _REPORTS.reset(token)
+
+
+def report(**terms: tf.Tensor) -> None:
+    """Hands named terms of a bound to the innermost `reports`, if there is one."""
+    if (received := _REPORTS.get()) is not None:
+        received.update(terms)
+
+
+def terms_of(distribution: tfd.Distribution) -> tuple[str, ...]:
+    """Names of the terms that a distribution, and those below it, report."""
+    own = getattr(distribution, "terms", ())
+    below = getattr(distribution, "distribution", None)
+    return own if below is None else (*own, *terms_of(below))
+
+
+def push_noise(flow: tfb.Bijector, noise: tf.Tensor, condition: tf.Tensor, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The image u of standard normal noise under a flow given a condition, and the log-density of u."""
+    kwargs = per_dimension.condition_kwargs(flow, condition)
+    u, fldj = per_dimension.forward_and_log_det(flow, noise, event_ndims, **kwargs)
+    normal = tfd.Independent(tfd.Normal(tf.zeros_like(noise), tf.ones([], noise.dtype)), event_ndims)
+    return u, normal.log_prob(noise) - fldj
 
 
 def is_bound(distribution: tfd.Distribution) -> bool:

@@ -4,6 +4,7 @@ from tfp_dimflows.networks.flowpp import DataDependentConv2D, FlowPPContext, Flo
 from tfp_dimflows.networks.glow import ActNormLayer, EdgeConv2D, GlowConvNet, ZeroConv2D
 from tfp_dimflows.networks.mlp import MLP
 from tfp_dimflows.networks.resnet import ResNet, WeightNormConv2D
+from tfp_dimflows.networks.vae import conv_decoder, conv_encoder
 
 __all__ = [
     "MLP",
@@ -18,4 +19,6 @@ __all__ = [
     "ResNet",
     "WeightNormConv2D",
     "ZeroConv2D",
+    "conv_decoder",
+    "conv_encoder",
 ]

@@ -1,5 +1,6 @@
 """Recipes: named models from plain values."""
 
+from tfp_dimflows.recipes.flow_vae import flow_vae
 from tfp_dimflows.recipes.flowpp import flowpp
 from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.lcma import lcma_glow, lcma_realnvp
@@ -11,6 +12,7 @@ from tfp_dimflows.recipes.vflow import vflow, vflow_glow
 __all__ = [
     "base_of",
     "config_of",
+    "flow_vae",
     "flowpp",
     "get",
     "glow",

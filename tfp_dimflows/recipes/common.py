@@ -135,15 +135,26 @@ def grid_shapes(event_shape: tuple[int, ...], num_scales: int, nothing_leaves: b
     return shapes
 
 
+def centred(levels: int) -> tfb.Bijector:
+    """Preprocessing of values in [0, levels): from [-1/2, 1/2) to them."""
+    scale, shift = tf.constant([levels, 0.5], floatx())
+    return tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)])
+
+
 def as_distribution(
-    flow: tfb.Bijector, event_shape: tuple[int, ...], levels: int | None, preprocess: tfb.Bijector | None
+    flow: tfb.Bijector,
+    event_shape: tuple[int, ...],
+    levels: int | None,
+    preprocess: tfb.Bijector | None,
+    base: tfd.Distribution | None = None,
 ) -> tfd.Distribution:
-    """The flow of standard normal noise, after `preprocess` if there is one.
+    """The flow of `base`, or of standard normal noise, after `preprocess` if there is one.
 
     Over continuous events, or over integer ones with `levels` grey levels.
     """
-    base = tfd.Normal(tf.zeros([], floatx()), tf.ones([], floatx()))
+    if base is None:
+        base = tfd.Sample(tfd.Normal(tf.zeros([], floatx()), tf.ones([], floatx())), [math.prod(event_shape)])
     if preprocess is not None:
         flow = dfb.Chain([preprocess, flow])
-    distribution = tfd.TransformedDistribution(tfd.Sample(base, [math.prod(event_shape)]), flow)
+    distribution = tfd.TransformedDistribution(base, flow)
     return distribution if levels is None else dfd.Dequantized(distribution, levels=levels)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tfp_dimflows import bijectors as dfb
@@ -12,7 +11,6 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
-tfb = tfp.bijectors
 tfd = tfp.distributions
 
 COUPLINGS = {"affine": 2, "additive": 1}
@@ -80,10 +78,7 @@ def glow(
         condition_shape=condition_shape,
         seed=seed,
     )
-    preprocess = None
-    if levels is not None:
-        scale, shift = tf.constant([levels, 0.5], common.floatx())
-        preprocess = tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)])
+    preprocess = None if levels is None else common.centred(levels)
     return common.as_distribution(flow, tuple(event_shape), levels, preprocess)
 
 

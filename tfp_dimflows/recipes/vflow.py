@@ -199,8 +199,7 @@ def vflow_glow(
     augmented = _augmented(flow, posterior, joint, num_extra)
     if levels is None:
         return augmented
-    scale, shift = tf.constant([levels, 0.5], common.floatx())
-    pixels = tfd.TransformedDistribution(augmented, tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)]))
+    pixels = tfd.TransformedDistribution(augmented, common.centred(levels))
     return dfd.Dequantized(pixels, levels=levels)
 
 

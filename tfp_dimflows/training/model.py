@@ -20,9 +20,10 @@ class FlowModel(keras.Model):
     """Trains a `tfd.Distribution` by maximum likelihood with Keras `fit`.
 
     `model(x)` is `log_prob(x)`, one number per event. The loss is the mean negative log-probability plus the networks' own
-    regularisation losses. Metrics: `nll` (nats per event) and, for images, `bits_per_dim`, `nll / (D ln 2)`. Every variable the
-    distribution holds is trained, saved and shown by `summary`: Keras 3 layers inside bijectors, raw `tf.Variable`s,
-    `tfp.util.TransformedVariable`s and TFP's tf_keras networks.
+    regularisation losses. Metrics: `nll` (nats per event), for images `bits_per_dim`, `nll / (D ln 2)`, and the terms of the
+    bound that the distribution reports, such as `kl` and `reconstruction` of a `dfd.VAEPrior` (nats; without sample weights).
+    Every variable the distribution holds is trained, saved and shown by `summary`: Keras 3 layers inside bijectors, raw
+    `tf.Variable`s, `tfp.util.TransformedVariable`s and TFP's tf_keras networks.
 
     Batches are events `x`, tuples `(x, y)` or `(x, y, sample_weight)` as Keras has them (labels y are not used), or, for a
     conditional distribution, dicts `{"x": x, "condition": condition}`.
@@ -64,6 +65,8 @@ class FlowModel(keras.Model):
             raise ValueError(f"FlowModel: {distribution.name} has no trainable variables")
         self._nll = keras.metrics.Mean(name="nll")
         self._bits_per_dim = keras.metrics.Mean(name="bits_per_dim") if len(self.event_shape) == 3 else None
+        self._terms = {name: keras.metrics.Mean(name=name) for name in variational.terms_of(distribution)}
+        self._kl_weight = tf.Variable(1.0, trainable=False) if "kl" in self._terms else None
         self._compiled_sample = tf.function(self._sample, autograph=False, reduce_retracing=True)
         self._compiled_log_prob = tf.function(self._log_prob_by_rank, autograph=False, reduce_retracing=True)
         self.built = True
@@ -86,6 +89,11 @@ class FlowModel(keras.Model):
     def event_shape(self) -> tf.TensorShape:
         """Shape of one event."""
         return self._distribution.event_shape
+
+    @property
+    def kl_weight(self) -> tf.Variable | None:
+        """Weight of the KL term in the training loss, 1 but for a `KLWarmup`; None if the distribution has no such term."""
+        return self._kl_weight
 
     # Training.
 
@@ -150,7 +158,13 @@ class FlowModel(keras.Model):
 
     def call(self, x, training=None):
         """`log_prob(x)`, shape `[batch]`."""
-        return self._log_prob(x, seed=self._next_seed())
+        with variational.reports() as terms:
+            log_prob = self._log_prob(x, seed=self._next_seed())
+        for name, metric in self._terms.items():
+            metric.update_state(terms[name])
+        if training and self._kl_weight is not None:
+            self.add_loss((self._kl_weight - 1.0) * tf.cast(tf.reduce_mean(terms["kl"]), tf.float32))
+        return log_prob
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean negative log-probability plus regularisation losses."""
@@ -211,7 +225,8 @@ class FlowModel(keras.Model):
           num_steps: number of points, both ends included.
 
         Returns:
-          `[num_steps] + shape of start`; the first and last are `start` and `end` up to rounding.
+          `[num_steps] + shape of start`; the first and last are `start` and `end` up to rounding, or, if the latent values have
+          fewer dimensions than the data, what can be told of them from these.
 
         Raises:
           ValueError: if the events do not fit the distribution, or num_steps < 2.
@@ -219,14 +234,26 @@ class FlowModel(keras.Model):
         if num_steps < 2:
             raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
         start, end = self._tensors(start), self._tensors(end)
-        self._check(start)
-        self._check(end)
         if start.shape != end.shape:
             raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
-        z_start, z_end = variational.encode(self._distribution, start), variational.encode(self._distribution, end)
+        z_start, z_end = self.encode(start), self.encode(end)
         weights = tf.reshape(tf.linspace(0.0, 1.0, num_steps), [num_steps] + [1] * z_start.shape.rank)
         weights = tf.cast(weights, z_start.dtype)
-        return variational.decode(self._distribution, (1.0 - weights) * z_start + weights * z_end)
+        return self.decode((1.0 - weights) * z_start + weights * z_end)
+
+    def encode(self, x: Any) -> tf.Tensor:
+        """Latent values of events `batch + event`; under a `dfd.VAEPrior` the posterior's means, `batch + [latent_dims]`.
+
+        Raises:
+          ValueError: if x does not fit the distribution.
+        """
+        x = self._tensors(x)
+        self._check(x)
+        return variational.encode(self._distribution, x)
+
+    def decode(self, z: Any) -> tf.Tensor:
+        """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means."""
+        return variational.decode(self._distribution, tf.convert_to_tensor(z))
 
     def _log_prob(self, x, seed=None, num_samples=None):
         kwargs = {}
