@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import assert_close, fresh, normal
+from registry import assert_close, fresh, normal, randomize
 
 import tfp_dimflows as dimflows
 from tfp_dimflows.distributions import variational
@@ -262,6 +262,34 @@ def test_a_flow_that_ignores_the_extra_dimensions_is_the_flow_without_them(num_e
     for s in (1, 9):
         assert_close(augmented.log_prob(fresh(x), num_samples=s), expected, 1e-10)
         assert_close(augmented.elbo(fresh(x), num_samples=s), expected, 1e-10)
+
+
+def test_lcma_ranks_and_factors_out_augmented_dimensions():
+    """VFlow wraps a multi-scale flow whose factor-out follows the contributions of data and extra dimensions alike."""
+    shape, posterior = (4, 4, 2), tfb.Scale(tf.constant(0.5))
+
+    def augmented(contributions):
+        flow = dimflows.recipes.lcma_realnvp(shape, contributions=contributions, width=4, num_blocks=1, num_couplings=1)
+        distribution = flow_of(dfb.VFlow(flow.bijector, posterior, 1, event_ndims=3), [32], "float32")
+        dimflows.FlowModel(distribution)
+        randomize(distribution.trainable_variables)
+        return flow.bijector, dfd.Augmented(distribution, 1)
+
+    x = normal([6, 4, 4, 1], 5, "float32")
+    e = normal([6, 4, 4, 1], 6, "float32")
+    joint = tf.concat([x, posterior.forward(e)], axis=-1)
+    pretrained, _ = augmented(None)
+    contributions = dimflows.likelihood_contributions(pretrained, [joint])
+    flow, marginal = augmented(contributions)
+    expected = dfb.DimensionFactorization.from_contributions(contributions)
+    np.testing.assert_array_equal(flow.factorization.kept[0], expected.kept[0])
+    log_joint = flow_of(flow, [32], "float32").log_prob(joint)
+    log_q = tfd.Independent(tfd.Normal(tf.zeros(shape[:2] + (1,)), 0.5), 3).log_prob(joint[..., 1:])
+    log_e = tfd.Independent(tfd.Normal(tf.zeros(shape[:2] + (1,)), 1.0), 3).log_prob(e)
+    weight = marginal.distribution.log_prob(tf.concat([x, e], axis=-1)) - log_e
+    assert_close(weight, log_joint - log_q, 1e-4)
+    assert marginal.sample(3, seed=SEED).shape == [3, 4, 4, 1]
+    assert_close(marginal.decode(marginal.encode(x)), x, 1e-3)
 
 
 @pytest.mark.parametrize("num_samples", [1, 4])

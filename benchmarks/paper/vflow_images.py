@@ -11,7 +11,7 @@ import sys
 import tfp_dimflows as dimflows
 from benchmarks import machine
 
-EPOCHS, STEPS_PER_EPOCH, BATCH, CROP, LEARNING_RATE = 8, 500, 64, (12, 12, 8, 8), 1e-3
+EPOCHS, STEPS_PER_EPOCH, BATCH, CROP, LEARNING_RATE = 5, 300, 64, (12, 12, 8, 8), 1e-3
 COMMON = {"width": 24, "num_components": 4, "noise_couplings": 2, "noise_blocks": 1, "context_blocks": 1}
 MODELS = {
     "flowpp-3-channel": ("flowpp", {"num_blocks": 5, "layout": ["2 column", "squeeze", "2 channel", "2 column"]}),

@@ -130,18 +130,8 @@ def flowpp(
     >>> flow.sample(2, seed=0).shape
     TensorShape([2, 8, 8, 1])
     """
+    given = dict(locals())
     shape = common.checked_event_shape(event_shape, "flowpp", ranks=(3,))
-    given = {
-        "layout": layout,
-        "width": width,
-        "num_blocks": num_blocks,
-        "num_components": num_components,
-        "dropout": dropout,
-        "pointwise": pointwise,
-        "noise_couplings": noise_couplings,
-        "noise_blocks": noise_blocks,
-        "context_blocks": context_blocks,
-    }
     sizes = resolve_config("flowpp", CONFIGS, config, given)
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     flow = dfb.Multiscale([build.flow(shape, sizes["layout"], sizes["num_blocks"])], event_shape=shape)
@@ -149,14 +139,14 @@ def flowpp(
 
 
 def resolve_config(recipe: str, configs: dict, config: str, given: dict) -> dict:
-    """The values of a named configuration, but those that are given.
+    """The values of a named configuration, but those of the recipe's arguments `given` that are not None.
 
     Raises:
       ValueError: for an unknown name, or sizes that are not positive.
     """
     if config not in configs:
         raise ValueError(f"{recipe}: got config={config!r}, needs one of {', '.join(configs)}")
-    sizes = configs[config] | {name: value for name, value in given.items() if value is not None}
+    sizes = {name: value if given[name] is None else given[name] for name, value in configs[config].items()}
     common.check_sizes(recipe, **{name: sizes[name] for name in ("width", "num_blocks", "num_components")})
     return sizes
 

@@ -104,21 +104,8 @@ def vflow(
     >>> flow.sample(2, seed=0).shape, flow.num_extra
     (TensorShape([2, 4, 4, 1]), 1)
     """
+    given = dict(locals())
     shape = common.checked_event_shape(event_shape, "vflow", ranks=(3,))
-    given = {
-        "num_extra": num_extra,
-        "layout": layout,
-        "width": width,
-        "num_blocks": num_blocks,
-        "num_components": num_components,
-        "dropout": dropout,
-        "pointwise": pointwise,
-        "noise_couplings": noise_couplings,
-        "noise_blocks": noise_blocks,
-        "posterior_couplings": posterior_couplings,
-        "posterior_blocks": posterior_blocks,
-        "context_blocks": context_blocks,
-    }
     sizes = resolve_config("vflow", CONFIGS, config, given)
     common.check_sizes("vflow", num_extra=sizes["num_extra"])
     build = Couplings(sizes, num_heads, attention, smooth, seed)
