@@ -174,9 +174,11 @@ class Mixer(keras.Layer):
         """The parameters."""
         return self.finish(self.hidden(keras.ops.reshape(x, (-1, self.in_size))))
 
+    activation = staticmethod(keras.ops.softsign)
+
     def finish(self, h):
         """The parameters, from the hidden layer."""
-        return keras.ops.reshape(self.out(keras.ops.softsign(h)), (-1, *self.out_shape))
+        return keras.ops.reshape(self.out(self.activation(h)), (-1, *self.out_shape))
 
 
 class ConditionalMixer(Mixer):
@@ -1725,6 +1727,67 @@ def _augmented():
     )
 
 
+# Residual blocks.
+
+
+def contracted(network, y):
+    """The values of a `Mixer`, scaled to a Lipschitz constant of at most 0.8, whatever its weights."""
+    norms = [keras.ops.norm(layer.kernel) for layer in (network.hidden, network.out)]
+    return 0.8 / keras.ops.maximum(1.0, norms[0] * norms[1]) * y
+
+
+class Contraction(Mixer):
+    """A contractive network, with second derivatives."""
+
+    activation = staticmethod(keras.ops.tanh)
+
+    def call(self, x):
+        """Values of the shape of `x`."""
+        return contracted(self, super().call(x))
+
+
+class ConditionalContraction(ConditionalMixer):
+    """A conditional network that is contractive in x, with second derivatives."""
+
+    activation = staticmethod(keras.ops.tanh)
+
+    def call(self, x, condition=None):
+        """Values of the shape of `x`."""
+        return contracted(self, super().call(x, condition))
+
+
+def residual_reference(bijector, y, condition):
+    """The diagonal of log(I + J) from the eigenvalues of the Jacobian J."""
+
+    def both(value, condition=None):
+        return bijector.inverse(value) if condition is None else bijector.inverse(value, condition=condition)
+
+    values, vectors = np.linalg.eig(jacobian(both, y, condition))
+    log = vectors * np.log(values.astype(complex))[:, np.newaxis] @ np.linalg.inv(vectors)
+    return np.einsum("bii->bi", log).real.reshape(y.shape)
+
+
+def _residuals():
+    for name, shape, condition_shape in (("vector", (4,), None), ("image", (2, 2, 1), None), ("conditional", (3,), (2,))):
+
+        def make(seed, dtype, shape=shape, condition_shape=condition_shape):
+            if condition_shape is None:
+                network = Contraction(shape, shape, seed, dtype)
+            else:
+                network = ConditionalContraction(shape, shape, condition_shape, seed, dtype)
+            return dfb.InvertibleResidual(network, dfb.residual.ExactLogDet(), len(shape))
+
+        yield Entry(
+            f"residual_{name}",
+            make,
+            shape,
+            condition_shape=condition_shape,
+            reference=residual_reference,
+            xla=name == "vector",
+            half=False,
+        )
+
+
 FAMILIES = (
     _elementwise,
     _moves_and_maps,
@@ -1737,5 +1800,6 @@ FAMILIES = (
     _embeddings,
     _progressive,
     _augmented,
+    _residuals,
 )
 ENTRIES = {entry.name: entry for family in FAMILIES for entry in family()}

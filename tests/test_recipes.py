@@ -68,10 +68,11 @@ def perturb(distribution, scale=0.1, seed=0):
 
 
 def test_names():
-    assert recipes.names() == ["flowpp", "glow", "lcma-glow", "lcma-realnvp", "pnf", "realnvp", "vflow", "vflow-glow"]
+    lcma = [f"lcma-{base}" for base in ("glow", "iresnet", "realnvp", "residual-flow")]
+    others = ["flow-vae", "flowpp", "glow", "iresnet"], ["pnf", "realnvp", "residual-flow", "vflow", "vflow-glow"]
+    assert recipes.names() == [*others[0], *lcma, *others[1]]
     assert {name: recipes.base_of(name) for name in recipes.names() if recipes.base_of(name)} == {
-        "lcma-glow": "glow",
-        "lcma-realnvp": "realnvp",
+        f"lcma-{base}": base for base in ("glow", "iresnet", "realnvp", "residual-flow")
     }
     assert recipes.get("lcma-glow") is recipes.lcma_glow
 

@@ -14,7 +14,7 @@ import tfp_dimflows as dimflows
 from benchmarks import machine
 from tfp_dimflows.training import pictures
 
-EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 3, 468, 128, 0
+EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 2, 468, 128, 0
 TEST_IMAGES, IMPORTANCE_SAMPLES = 500, 100
 DIMS = 28 * 28
 FLOW = {"num_scales": 2, "width": 16, "num_blocks": 1}

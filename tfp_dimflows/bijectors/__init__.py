@@ -1,6 +1,6 @@
 """Bijectors: the mathematics. Networks come in as callables."""
 
-from tfp_dimflows.bijectors import masks, transformers
+from tfp_dimflows.bijectors import masks, residual, transformers
 from tfp_dimflows.bijectors.actnorm import ActNorm
 from tfp_dimflows.bijectors.augmented import VFlow
 from tfp_dimflows.bijectors.base import FlowBijector
@@ -24,6 +24,7 @@ from tfp_dimflows.bijectors.multiscale import Multiscale
 from tfp_dimflows.bijectors.preprocess import LogitPreprocess
 from tfp_dimflows.bijectors.progressive import PNF
 from tfp_dimflows.bijectors.reorder import Squeeze
+from tfp_dimflows.bijectors.residual import InvertibleResidual
 from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "FlowBijector",
     "HaarSplit",
     "InvertibleConv1x1",
+    "InvertibleResidual",
     "LCMA",
     "LogitPreprocess",
     "MixtureLogisticCDF",
@@ -51,5 +53,6 @@ __all__ = [
     "Transformer",
     "VFlow",
     "masks",
+    "residual",
     "transformers",
 ]

@@ -2,6 +2,7 @@
 
 from tfp_dimflows.networks.flowpp import DataDependentConv2D, FlowPPContext, FlowPPNet, GatedConv2D, GatedSelfAttention
 from tfp_dimflows.networks.glow import ActNormLayer, EdgeConv2D, GlowConvNet, ZeroConv2D
+from tfp_dimflows.networks.lipschitz import LipSwish, SpectralConv2D, SpectralDense, lipschitz_conv, lipschitz_mlp
 from tfp_dimflows.networks.mlp import MLP
 from tfp_dimflows.networks.resnet import ResNet, WeightNormConv2D
 from tfp_dimflows.networks.vae import conv_decoder, conv_encoder
@@ -16,9 +17,14 @@ __all__ = [
     "GatedConv2D",
     "GatedSelfAttention",
     "GlowConvNet",
+    "LipSwish",
     "ResNet",
+    "SpectralConv2D",
+    "SpectralDense",
     "WeightNormConv2D",
     "ZeroConv2D",
     "conv_decoder",
     "conv_encoder",
+    "lipschitz_conv",
+    "lipschitz_mlp",
 ]

@@ -36,6 +36,17 @@ def check_sizes(recipe: str, **sizes: int) -> None:
             raise ValueError(f"{recipe}: got {name}={size!r}, needs a positive integer")
 
 
+def resolve_config(recipe: str, configs: dict, config: str, given: dict) -> dict:
+    """The values of a named configuration, but those of the recipe's arguments `given` that are not None.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if config not in configs:
+        raise ValueError(f"{recipe}: got config={config!r}, needs one of {', '.join(configs)}")
+    return {name: value if given[name] is None else given[name] for name, value in configs[config].items()}
+
+
 def is_dense(recipe: str, network: str | None, event_shape: tuple[int, ...]) -> bool:
     """Whether a recipe's `network=` means dense networks: `"conv"`, `"dense"`, or None, convolutions for images.
 

@@ -63,6 +63,7 @@ CONFIGS = {
     },
 }
 CONTEXT_WIDTH = 32
+CHECKED = ("width", "num_blocks", "num_components")
 
 
 @recipe
@@ -132,23 +133,11 @@ def flowpp(
     """
     given = dict(locals())
     shape = common.checked_event_shape(event_shape, "flowpp", ranks=(3,))
-    sizes = resolve_config("flowpp", CONFIGS, config, given)
+    sizes = common.resolve_config("flowpp", CONFIGS, config, given)
+    common.check_sizes("flowpp", **{name: sizes[name] for name in CHECKED})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     flow = dfb.Multiscale([build.flow(shape, sizes["layout"], sizes["num_blocks"])], event_shape=shape)
     return as_dequantized(common.as_distribution(flow, shape, None, None), shape, levels, alpha, build)
-
-
-def resolve_config(recipe: str, configs: dict, config: str, given: dict) -> dict:
-    """The values of a named configuration, but those of the recipe's arguments `given` that are not None.
-
-    Raises:
-      ValueError: for an unknown name, or sizes that are not positive.
-    """
-    if config not in configs:
-        raise ValueError(f"{recipe}: got config={config!r}, needs one of {', '.join(configs)}")
-    sizes = {name: value if given[name] is None else given[name] for name, value in configs[config].items()}
-    common.check_sizes(recipe, **{name: sizes[name] for name in ("width", "num_blocks", "num_components")})
-    return sizes
 
 
 class Couplings:

@@ -8,9 +8,11 @@ import numpy as np
 import tensorflow_probability as tfp
 
 from tfp_dimflows import bijectors as dfb
+from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import recipe
+from tfp_dimflows.recipes.residual import IRESNET, RESIDUAL_FLOW, iresnet, residual_flow
 
 tfd = tfp.distributions
 
@@ -39,7 +41,7 @@ _DOC = """{family} whose factor-outs follow the likelihood contributions of the 
     """
 
 
-def _lcma(base, family):
+def _lcma(base, family, configs=None):
     def build(
         event_shape: Sequence[int],
         *,
@@ -49,6 +51,8 @@ def _lcma(base, family):
         **arguments,
     ) -> tfd.Distribution:
         num_scales = arguments["num_scales"]
+        if num_scales is None:
+            num_scales = common.resolve_config(base.__name__, configs, arguments["config"], arguments)["num_scales"]
         if num_scales < 2:
             raise ValueError(f"lcma: got num_scales={num_scales}, needs at least 2: one level has no factor-out")
         # Made in the first phase too, so that bad options fail before it has been trained.
@@ -61,9 +65,11 @@ def _lcma(base, family):
     build.__name__ = build.__qualname__ = f"lcma_{base.__name__}"
     build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)
     build.__doc__ = _DOC.format(family=family, base=base.__name__)
-    build.lcma_base = base.__name__
+    build.lcma_base = base.__name__.replace("_", "-")
     return recipe(build)
 
 
 lcma_realnvp = _lcma(realnvp, "RealNVP")
 lcma_glow = _lcma(glow, "Glow")
+lcma_iresnet = _lcma(iresnet, "i-ResNet", IRESNET)
+lcma_residual_flow = _lcma(residual_flow, "Residual Flow", RESIDUAL_FLOW)

@@ -126,10 +126,20 @@ class FlowModel(keras.Model):
         self._check_first_batch(x)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
-        return super().fit(x, *args, **_with_labels(x, args, kwargs))
+        try:
+            return super().fit(x, *args, **_with_labels(x, args, kwargs))
+        finally:
+            self._converge()
+
+    def _converge(self):
+        """Brings what layers estimate iteratively in training (spectral norms) to convergence."""
+        for layer in self._flatten_layers(include_self=False):
+            if hasattr(layer, "converge"):
+                layer.converge()
 
     def evaluate(self, x=None, *args, **kwargs):
         """As `keras.Model.evaluate`."""
+        self._converge()
         return super().evaluate(x, *args, **_with_labels(x, args, kwargs))
 
     def adapt(self, data: Any, steps: int = 1) -> None:

@@ -1,0 +1,456 @@
+"""Invertible residual blocks and their estimators against exact determinants, Lipschitz layers, i-ResNet and Residual Flows."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
+from registry import Contraction, assert_close, fresh, normal, numerical_jacobian
+
+import tfp_dimflows as dimflows
+from tfp_dimflows import recipes
+from tfp_dimflows.networks.lipschitz import _Spectral
+
+dfb, networks = dimflows.bijectors, dimflows.networks
+residual = dfb.residual
+tfb, tfd = tfp.bijectors, tfp.distributions
+
+D, COPIES, CALLS = 4, 250, 120
+Y = normal([3, D], 1)
+WEIGHTS = tf.constant([1.0, -2.0, 3.0], tf.float64)  # unequal ones of the examples
+
+
+@pytest.fixture(scope="module")
+def branch():
+    return Contraction((D,), (D,), 2)
+
+
+def jacobian(branch, y=Y):
+    """`[B, D, D]` of the branch."""
+    with tf.GradientTape() as tape:
+        tape.watch(y)
+        g = branch(y)
+    return tape.batch_jacobian(g, y).numpy()
+
+
+def variables(branch):
+    return [v.value for v in branch.trainable_variables]
+
+
+def exact(branch):
+    """Log-dets of the examples, the diagonals of log(I + J), and the gradient of the weighted log-dets."""
+    block = dfb.InvertibleResidual(branch, residual.ExactLogDet())
+    with tf.GradientTape() as tape:
+        log_det = block.inverse_log_det_jacobian(fresh(Y), event_ndims=1)
+        total = tf.reduce_sum(WEIGHTS * log_det)
+    gradient = tape.gradient(total, variables(branch), unconnected_gradients="zero")
+    return log_det.numpy(), block.inverse_log_det_per_dim(fresh(Y)).numpy(), _flat(gradient)
+
+
+def _flat(gradients):
+    return np.concatenate([np.ravel(g) for g in gradients])
+
+
+ESTIMATORS = {
+    "poisson": lambda: residual.RussianRoulette(num_exact_evaluation=1),
+    "poisson_from_the_first": lambda: residual.RussianRoulette(rate=3.0, num_exact_evaluation=0),
+    "geometric": lambda: residual.RussianRoulette("geometric", num_exact_evaluation=0),
+    "two_probes": lambda: residual.RussianRoulette(num_exact_evaluation=1, num_probes=2),
+    "series": lambda: residual.PowerSeries(60),
+}
+
+
+def test_exact_log_det_gradient_is_that_of_slogdet(branch):
+    with tf.GradientTape() as tape:
+        with tf.GradientTape() as inner:
+            inner.watch(Y)
+            x = Y + branch(Y)
+        expected = tf.reduce_sum(WEIGHTS * tf.linalg.slogdet(inner.batch_jacobian(x, Y))[1])
+    assert_close(exact(branch)[2], _flat(tape.gradient(expected, variables(branch), unconnected_gradients="zero")), 1e-8)
+
+
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_estimates_are_unbiased(name, branch):
+    """Values, contributions and gradients, with unequal weights of the examples, within 4 standard errors."""
+    block = dfb.InvertibleResidual(branch, ESTIMATORS[name]())
+    copies = tf.repeat(Y, COPIES, axis=0)
+
+    @tf.function
+    def draw():
+        with tf.GradientTape() as tape:
+            per_dim = block.inverse_log_det_per_dim(copies)
+            per_dim = tf.reduce_mean(tf.reshape(per_dim, [3, COPIES, D]), axis=1)
+            total = tf.reduce_sum(WEIGHTS * tf.reduce_sum(per_dim, axis=-1))
+        return per_dim, tape.gradient(total, variables(branch), unconnected_gradients="zero")
+
+    draws = [draw() for _ in range(CALLS)]
+    per_dim = np.array([d[0] for d in draws])
+    gradients = np.array([_flat(d[1]) for d in draws])
+    log_det, diagonal, gradient = exact(branch)
+    for samples, expected in ((per_dim.sum(-1), log_det), (per_dim, diagonal), (gradients, gradient)):
+        error = samples.std(axis=0, ddof=1) / np.sqrt(CALLS)
+        # The largest of many: 4.5 standard errors for the hundred entries of a gradient.
+        assert (np.abs(samples.mean(axis=0) - expected) <= 4.5 * error + 1e-9).all()
+    assert np.abs(gradient).max() > 0.1
+
+
+def test_the_value_is_the_series_and_not_the_surrogate(branch):
+    """With a fixed seed the estimate is that of powers of the Jacobian, and its weights those of the roulette."""
+    roulette = residual.RussianRoulette(num_exact_evaluation=2, seed=(3, 4))
+    estimate = dfb.InvertibleResidual(branch, roulette).inverse_log_det_per_dim(fresh(Y)).numpy()
+    v_seed, n_seed = tf.unstack(tfp.random.split_seed((3, 4), n=2, salt="russian_roulette"))
+    v = tf.random.stateless_normal(Y.shape, v_seed, dtype=tf.float64).numpy()
+    u = float(tf.random.stateless_uniform([], n_seed, dtype=tf.float64))
+    poisson, j = tfd.Poisson(tf.constant(2.0, tf.float64)), jacobian(branch)
+    total, w, k = np.zeros_like(v), v, 1
+    while k <= 2 or u < 1.0 - poisson.cdf(float(k - 3)).numpy():
+        w = np.einsum("bi,bij->bj", w, j)
+        weight = 1.0 if k <= 2 else 1.0 / (1.0 - poisson.cdf(float(k - 3)).numpy())
+        total += (-1.0) ** (k + 1) / k * weight * w * v
+        k += 1
+    assert_close(estimate, total)
+
+
+@pytest.mark.parametrize(("distribution", "rate", "ends"), [("poisson", 2.0, 0), ("geometric", 0.3, 1)])
+def test_survival(distribution, rate, ends):
+    m = np.arange(1.0, 12.0)
+    survival = residual.RussianRoulette(distribution, rate).survival(tf.constant(m)).numpy()
+    if distribution == "poisson":
+        expected = 1.0 - tfd.Poisson(np.float64(rate)).cdf(m - 1.0).numpy()
+    else:
+        expected = 1.0 - tfd.Geometric(probs=np.float64(rate)).cdf(m - 2.0).numpy()
+    assert_close(survival, expected, 1e-10)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
+def test_probes_and_terms_are_drawn_anew_at_every_call(jit_compile, branch):
+    def compiled(seed):
+        block = dfb.InvertibleResidual(branch, residual.RussianRoulette(seed=seed))
+        return tf.function(lambda y: block.inverse_log_det_jacobian(y, event_ndims=1), jit_compile=jit_compile)
+
+    free, fixed = compiled(None), compiled((0, 1))
+    draws = np.array([free(Y) for _ in range(8)])
+    assert len(np.unique(draws[:, 0])) == 8
+    np.testing.assert_array_equal(fixed(Y), fixed(Y))
+
+
+def test_training_draws_fewer_exact_terms(branch):
+    """Keras's training flag decides on the number of terms."""
+    counts = []
+
+    class Counting(residual.RussianRoulette):
+        def per_dim(self, vjp, y, event_ndims):
+            calls = []
+            super().per_dim(lambda w: calls.append(1) or vjp(w), y, event_ndims)
+            counts.append(len(calls))
+            return tf.zeros_like(y)
+
+    block = dfb.InvertibleResidual(branch, Counting(num_exact=3, num_exact_evaluation=15))
+
+    class Call(keras.Model):
+        def call(self, y, training=False):
+            return block.inverse(y)
+
+    model = Call(dtype="float64")
+    for training in (True, False):
+        model(fresh(Y), training=training)
+    assert 3 < counts[0] < 15 < counts[1]
+
+
+def test_truncation_error_is_within_its_bound(branch):
+    exact_log_det = exact(branch)[0]
+    j = jacobian(branch)
+    lipschitz = np.linalg.norm(j, 2, axis=(1, 2)).max()
+    for n in (1, 3, 6):
+        powers = [np.linalg.matrix_power(j, k).trace(axis1=1, axis2=2) for k in range(1, n + 1)]
+        series = sum((-1.0) ** (k + 1) / k * trace for k, trace in enumerate(powers, 1))
+        bound = -np.log(1.0 - lipschitz) - sum(lipschitz**k / k for k in range(1, n + 1))
+        assert (np.abs(series - exact_log_det) <= D * bound).all()
+
+
+# The other direction.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_round_trip(dtype):
+    net = Contraction((D,), (D,), 2, dtype)
+    block = dfb.InvertibleResidual(net, residual.ExactLogDet())
+    x = 3.0 * normal([20, D], 4, dtype)
+    y = block.forward(x)
+    assert_close(block.inverse(fresh(y)), x, 1e-10 if dtype == "float64" else 1e-5)
+
+
+def test_gradients_through_the_fixed_point_are_the_implicit_ones(branch):
+    block = dfb.InvertibleResidual(branch, residual.ExactLogDet())
+    x = normal([2, D], 5)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        y = block.forward(x)
+    assert_close(tape.batch_jacobian(y, x, experimental_use_pfor=False), numerical_jacobian(block.forward, x), 1e-6)
+    kernel = branch.hidden.kernel
+    upstream = normal([2, D], 6)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(upstream * block.forward(fresh(x)))
+    gradient = tape.gradient(loss, kernel.value).numpy()
+    before = kernel.numpy()
+    for index in ((0, 0), (2, 3)):
+        losses = []
+        for sign in (1.0, -1.0):
+            changed = before.copy()
+            changed[index] += sign * 1e-6
+            kernel.assign(changed)
+            losses.append(float(tf.reduce_sum(upstream * block.forward(fresh(x)))))
+        kernel.assign(before)
+        assert gradient[index] == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
+
+
+def test_a_branch_that_is_no_contraction_is_detected():
+    block = dfb.InvertibleResidual(lambda y: 3.0 * tf.sin(2.0 * y), residual.ExactLogDet(), max_iterations=50, name="wild")
+    x = normal([5, D], 7)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="wild: the fixed point was not reached in 50 steps"):
+        block.forward(x)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="wild: the fixed point was not reached"):
+        tf.function(block.forward)(x)
+    assert np.isnan(tf.function(block.forward, jit_compile=True)(x)).any()
+
+
+def test_values_that_are_reached_are_given_under_xla():
+    block = dfb.InvertibleResidual(lambda y: tf.where(y > 10.0, -3.0 * y, 0.5 * tf.tanh(y)), residual.PowerSeries(2))
+    x = tf.constant([[1.0, -1.0], [50.0, 1.0]])
+    y = tf.function(block.forward, jit_compile=True)(x).numpy()
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).any()
+    assert_close(y[0] + 0.5 * np.tanh(y[0]), x[0], 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: residual.RussianRoulette("uniform"),
+            r"RussianRoulette: got distribution='uniform', needs poisson or geometric",
+        ),
+        (lambda: residual.RussianRoulette(rate=0.0), r"RussianRoulette: got rate=0.0, needs a positive number"),
+        (lambda: residual.RussianRoulette("geometric", 1.0), r"got rate=1.0"),
+        (
+            lambda: dfb.InvertibleResidual(lambda y: y[..., :1], residual.ExactLogDet()).inverse(tf.zeros([2, 3])),
+            r"the branch maps values of shape \(2, 3\) to \(2, 1\), must keep the shape",
+        ),
+        (
+            lambda: dfb.InvertibleResidual(tf.tanh, residual.ExactLogDet(), event_ndims=2),
+            r"InvertibleResidual: got event_ndims=2",
+        ),
+        (lambda: networks.SpectralConv2D(1, 1, 2, (4, 4)), r"SpectralConv2D: got kernel_size=2, needs an odd size"),
+        (lambda: networks.SpectralDense(1, 1, coeff=0.0), r"got coeff=0.0, needs a positive bound"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Layers.
+
+
+SHAPES = {"dense": (5,), "conv3": (4, 5, 2), "conv1": (3, 3, 4)}
+
+
+def spectral(name, **options):
+    if name == "dense":
+        return networks.SpectralDense(5, 7, seed=1, dtype="float64", **options)
+    kernel_size = int(name[-1])
+    return networks.SpectralConv2D(SHAPES[name][-1], 3, kernel_size, SHAPES[name][:2], seed=1, dtype="float64", **options)
+
+
+def operator(layer, shape):
+    """The matrix of a linear layer."""
+    size = int(np.prod(shape))
+    basis = tf.reshape(tf.eye(size, dtype=tf.float64), [size, *shape])
+    return tf.reshape(layer(basis) - layer(tf.zeros_like(basis)), [size, -1])
+
+
+@pytest.mark.parametrize("coeff", [0.5, 0.98])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_the_norm_of_the_operator_is_bounded(name, coeff):
+    layer = spectral(name, coeff=coeff)
+    layer.kernel.assign(4.0 * layer.kernel)
+    layer.bias.assign(tf.ones_like(layer.bias))
+    layer.converge(tolerance=1e-9, max_iterations=20_000)
+    assert np.linalg.norm(operator(layer, SHAPES[name]), 2) == pytest.approx(coeff, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_small_operators_are_left_as_they_are(name):
+    layer = spectral(name)
+    layer.kernel.assign(0.01 * layer.kernel)
+    layer.converge()
+    x = normal([2, *SHAPES[name]], 3)
+    plain = x @ layer.kernel.value if name == "dense" else tf.nn.conv2d(x, layer.kernel.value, 1, "SAME")
+    assert_close(layer(x), plain)
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_gradients_pass_the_norm(name):
+    """The gradient of the normalised operator, at converged singular vectors, is that of W / |W|."""
+    layer = spectral(name)
+    layer.kernel.assign(4.0 * layer.kernel)
+    layer.converge(tolerance=1e-10, max_iterations=50_000)
+    x = normal([2, *SHAPES[name]], 3)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(x) ** 2)
+    gradient = tape.gradient(loss, layer.kernel.value)
+    # Along the kernel itself the normalised operator does not change.
+    assert abs(float(tf.reduce_sum(gradient * layer.kernel.value))) < 1e-8 * float(
+        tf.norm(gradient) * tf.norm(layer.kernel.value)
+    )
+    direction = normal(layer.kernel.shape, 4)
+    losses, before = [], layer.kernel.numpy()
+    for sign in (1.0, -1.0):
+        layer.kernel.assign(before + sign * 1e-5 * direction)
+        layer.converge(tolerance=1e-10, max_iterations=50_000)
+        losses.append(float(tf.reduce_sum(layer(x) ** 2)))
+    assert float(tf.reduce_sum(gradient * direction)) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
+
+
+def test_only_training_calls_iterate():
+    layer = spectral("dense", num_iterations=2)
+    layer.kernel.assign(normal(layer.kernel.shape, 5))
+    x, before = normal([2, 5], 3), layer.left.numpy()
+    layer(x, training=False)
+    np.testing.assert_array_equal(layer.left, before)
+    estimate = float(layer.spectral_norm())
+    tf.function(lambda: layer(x, training=True))()
+    assert np.abs(layer.left.numpy() - before).max() > 1e-6
+    assert estimate < float(layer.spectral_norm()) <= np.linalg.norm(layer.kernel, 2) + 1e-12
+
+
+def test_lipswish_is_a_contraction_with_second_derivatives():
+    layer, x = networks.LipSwish(dtype="float64"), tf.linspace(tf.constant(-8.0, tf.float64), 8.0, 1001)
+    for slope in (-3.0, 0.5, 4.0):
+        layer.slope.assign(slope)
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = layer(x)
+            first = tape.gradient(y, x)
+        assert np.abs(first).max() <= 1.0
+        assert np.abs(outer.gradient(first, x)).max() > 0.01
+
+
+@pytest.mark.parametrize("activation", ["lipswish", "elu"])
+def test_networks_are_contractions(activation):
+    dense = networks.lipschitz_mlp(4, [8, 8], activation=activation, coeff=0.9, seed=0)
+    conv = networks.lipschitz_conv([4, 4, 2], 6, activation=activation, coeff=0.9, seed=0)
+    for network, shape in ((dense, [4]), (conv, [4, 4, 2])):
+        for layer in network.layers:
+            if hasattr(layer, "converge"):
+                layer.kernel.assign(6.0 * layer.kernel)
+                layer.converge()
+        a, b = normal([200, *shape], 1, "float32"), normal([200, *shape], 2, "float32")
+        change = tf.norm(tf.reshape(network(a) - network(b), [200, -1]), axis=1) / tf.norm(tf.reshape(a - b, [200, -1]), axis=1)
+        assert 0.01 < float(tf.reduce_max(change)) <= 0.9**3 * 1.001
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_layers_are_their_configuration(name):
+    layer = spectral(name, coeff=0.7)
+    again = type(layer).from_config(json.loads(json.dumps(layer.get_config())))
+    assert_close(again(normal([2, *SHAPES[name]], 3)), layer(normal([2, *SHAPES[name]], 3)))
+
+
+# Recipes.
+
+
+SMALL = {"width": 4, "num_blocks": 1}
+BOTH = pytest.mark.parametrize("name", ["iresnet", "residual-flow"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [("iresnet", {}, 25_022_400 + 2 * 3072), ("residual-flow", {"factorization": None}, 25_173_968 + 6 + 155)],
+)
+def test_reference_parameter_counts(name, options, parameters, monkeypatch):
+    """The release's, and those of the prior (i-ResNet), of the first ActNorm and of the LipSwishes' slopes (Residual Flow)."""
+    monkeypatch.setattr(_Spectral, "converge", lambda self, **kwargs: None)
+    flow = recipes.get(name)([32, 32, 3], config="cifar10", **options)
+    variables = dimflows.keras_bridge.collect(flow)
+    trainable = [v for layer in variables.layers for v in layer.trainable_variables]
+    trainable += [v for v in variables.variables if v.trainable]
+    assert sum(int(np.prod(v.shape)) for v in trainable) == parameters
+
+
+@BOTH
+@pytest.mark.parametrize("event_shape", [[4, 4, 2], [6]], ids=["image", "vector"])
+@pytest.mark.parametrize("factorization", ["conventional", None])
+def test_recipes_are_exact_but_for_their_estimates(name, event_shape, factorization):
+    options = {"num_dense_blocks": 1} if name == "residual-flow" else {"num_terms": 60}
+    flow = recipes.get(name)(event_shape, factorization=factorization, **SMALL, **options)
+    x = normal([4, *event_shape], 1, "float32")
+    z = flow.bijector.inverse(x)
+    assert z.shape == [4, np.prod(event_shape)]
+    assert_close(flow.bijector.forward(fresh(z)), x, 1e-4)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        z = tf.function(flow.bijector.inverse)(x)
+    log_det = tf.linalg.slogdet(tf.reshape(tape.batch_jacobian(z, x, experimental_use_pfor=False), [4, z.shape[1], -1]))[1]
+    log_prob = tf.function(flow.log_prob)
+    estimates = np.array([log_prob(x) for _ in range(60)])
+    expected = flow.distribution.log_prob(z) + log_det
+    error = estimates.std(axis=0) / np.sqrt(60)
+    assert (np.abs(estimates.mean(axis=0) - expected) < 4.5 * error + 1e-3).all()
+
+
+@BOTH
+def test_lcma_follows_contributions(name):
+    first = recipes.get(f"lcma-{name}")([4, 4, 1], **SMALL)
+    assert first.bijector.factorization is None
+    contributions = dimflows.likelihood_contributions(first.bijector, [normal([64, 4, 4, 1], 1, "float32")])
+    assert contributions[0].shape == (4, 4, 1)
+    third = recipes.get(f"lcma-{name}")([4, 4, 1], contributions=contributions, **SMALL)
+    expected = dfb.DimensionFactorization.from_contributions(contributions)
+    assert third.bijector.factorization == expected
+    x = normal([2, 4, 4, 1], 2, "float32")
+    assert_close(third.bijector.forward(fresh(third.bijector.inverse(x))), x, 1e-4)
+    with pytest.raises(ValueError, match="lcma: got num_scales=1, needs at least 2"):
+        recipes.get(f"lcma-{name}")([4, 4, 1], num_scales=1)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    digits = dimflows.data.load("digits", "train[:256]", batch_size=64)
+    model = dimflows.FlowModel(recipes.residual_flow([8, 8, 1], levels=17, **SMALL), seed=0)
+    model.adapt(digits)
+    model.compile(keras.optimizers.Adam(5e-3, global_clipnorm=1.0))
+    return model, digits, model.fit(digits, epochs=3, validation_data=digits.take(1), verbose=0).history
+
+
+def test_training_lowers_the_bits_and_keeps_the_bound(trained):
+    model, _, history = trained
+    assert np.isfinite(history["loss"]).all() and history["bits_per_dim"][-1] < history["bits_per_dim"][0] - 0.02
+    layers = [layer for layer in model._flatten_layers() if hasattr(layer, "converge")]
+    assert len(layers) == 6
+    for layer in layers:
+        before = float(layer.spectral_norm())
+        layer.converge(max_iterations=20_000, tolerance=1e-7)
+        assert float(layer.spectral_norm()) == pytest.approx(before, rel=1e-2)
+
+
+def test_trained_flows_are_invertible(trained):
+    model, digits, _ = trained
+    x = next(iter(digits))[:4]
+    np.testing.assert_array_equal(model.interpolate(x, x[::-1], num_steps=2)[0], x)
+    samples = model.sample(8, seed=0).numpy()
+    assert samples.min() >= 0 and samples.max() < 17
+
+
+def test_singular_vectors_are_saved(trained, tmp_path):
+    model, _, _ = trained
+    model.save(tmp_path / "model.keras")
+    loaded = dimflows.load(str(tmp_path / "model.keras"))
+    mine, theirs = (
+        [layer.left.numpy() for layer in m._flatten_layers() if hasattr(layer, "converge")] for m in (model, loaded)
+    )
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
