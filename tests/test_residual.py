@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import Contraction, assert_close, fresh, normal, numerical_jacobian
+from registry import ConditionalContraction, Contraction, assert_close, fresh, normal, numerical_jacobian
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import recipes
@@ -170,6 +170,46 @@ def test_truncation_error_is_within_its_bound(branch):
         assert (np.abs(series - exact_log_det) <= D * bound).all()
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_saving_memory_changes_no_gradient(mode, conditional):
+    """With unequal weights of the examples, and a gradient of the values as well."""
+    net = ConditionalContraction((D,), (D,), (2,), 3) if conditional else Contraction((D,), (D,), 2)
+    kwargs = {"condition": normal([3, 2], 8)} if conditional else {}
+
+    def gradients(memory_saving):
+        roulette = residual.RussianRoulette(num_exact_evaluation=3, seed=(1, 2))
+        block = dfb.InvertibleResidual(net, roulette, memory_saving=memory_saving)
+
+        def compute(y, kwargs):
+            with tf.GradientTape() as tape:
+                tape.watch([y, kwargs])
+                log_det = block.inverse_log_det_per_dim(y, **kwargs)
+                loss = tf.reduce_sum(WEIGHTS[:, tf.newaxis] * log_det) + tf.reduce_sum(block.inverse(y, **kwargs) ** 3)
+            return log_det, tape.gradient(loss, [y, kwargs, variables(net)], unconnected_gradients="zero")
+
+        return (compute if mode == "eager" else tf.function(compute, jit_compile=mode == "xla"))(fresh(Y), kwargs)
+
+    (plain, expected), (saving, actual) = gradients(False), gradients(True)
+    assert_close(saving, plain)
+    for a, b in zip(tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True):
+        assert_close(a, b)
+    assert np.abs(expected[0]).max() > 0.1
+
+
+def test_saving_memory_with_a_branch_without_variables():
+    block = dfb.InvertibleResidual(lambda y: 0.5 * tf.sin(y), residual.RussianRoulette(seed=(1, 2)), memory_saving=True)
+    plain = dfb.InvertibleResidual(lambda y: 0.5 * tf.sin(y), residual.RussianRoulette(seed=(1, 2)))
+    gradients = []
+    for b in (block, plain):
+        y = fresh(Y)
+        with tf.GradientTape() as tape:
+            tape.watch(y)
+            log_det = b.inverse_log_det_jacobian(y, event_ndims=1)
+        gradients.append(tape.gradient(log_det, y))
+    assert_close(*gradients)
+
+
 # The other direction.
 
 
@@ -240,6 +280,10 @@ def test_values_that_are_reached_are_given_under_xla():
         (
             lambda: dfb.InvertibleResidual(tf.tanh, residual.ExactLogDet(), event_ndims=2),
             r"InvertibleResidual: got event_ndims=2",
+        ),
+        (
+            lambda: dfb.InvertibleResidual(tf.tanh, residual.ExactLogDet(), memory_saving=True),
+            r"InvertibleResidual: got memory_saving with ExactLogDet, needs a RussianRoulette",
         ),
         (lambda: networks.SpectralConv2D(1, 1, 2, (4, 4)), r"SpectralConv2D: got kernel_size=2, needs an odd size"),
         (lambda: networks.SpectralDense(1, 1, coeff=0.0), r"got coeff=0.0, needs a positive bound"),

@@ -35,6 +35,8 @@ class InvertibleResidual(base.FlowBijector):
       network: the branch g: values of one batch axis (and a condition, see `AffineCoupling`) to values of the same shape.
       log_det: `ExactLogDet()`, `PowerSeries(...)` or `RussianRoulette(...)`.
       event_ndims: 1 for vectors, 3 for images.
+      memory_saving: evaluates the branch once more for the gradients instead of keeping its activations; needs a
+        `RussianRoulette`. The gradients are the same, for any weights of the examples.
       tolerance: the fixed point is reached when no value changes by more than this, absolutely or relatively; None: 1e-6, for
         64 bits 1e-12.
       max_iterations: how often to try.
@@ -42,6 +44,7 @@ class InvertibleResidual(base.FlowBijector):
       name: the name of the operations.
 
     Raises:
+      ValueError: for `memory_saving` with another log-det, or a branch that changes the shape.
       InvalidArgumentError: if the fixed point is not reached. Under XLA, which has no errors, such events become NaN.
 
     Cost of data to latent: one evaluation of g and one vector-Jacobian product per term and probe. Of latent to data: one
@@ -64,12 +67,16 @@ class InvertibleResidual(base.FlowBijector):
         network: Callable,
         log_det: Any,
         event_ndims: int = 1,
+        memory_saving: bool = False,
         tolerance: float | None = None,
         max_iterations: int = 1000,
         validate_args: bool = False,
         name: str = "invertible_residual",
     ):
         parameters = dict(locals())
+        if memory_saving and not isinstance(log_det, RussianRoulette):
+            raise ValueError(f"InvertibleResidual: got memory_saving with {type(log_det).__name__}, needs a RussianRoulette")
+        self._memory_saving = memory_saving
         self._network = keras_bridge.Network(network)
         self._log_det = log_det
         self._event_ndims = base.event_ndims_static(event_ndims, "InvertibleResidual")
@@ -93,8 +100,42 @@ class InvertibleResidual(base.FlowBijector):
         return tf.cast(g, y.dtype)
 
     def _inverse_and_log_det_per_dim(self, y, condition):
+        if self._memory_saving:
+            g, log_det = self._recomputed(y, condition)
+            return y + g, log_det
         g, vjp = _with_vjp(lambda value: self._branch(value, condition), y)
         return y + g, self._log_det.per_dim(vjp, y, self._event_ndims)
+
+    def _recomputed(self, y, condition):
+        """g(y) and the log-det, whose gradients evaluate the branch again."""
+        leaves = [] if condition is None else tf.nest.flatten(condition)
+
+        def evaluate(y, leaves):
+            given = tf.nest.pack_sequence_as(condition, leaves) if leaves else None
+            return _with_vjp(lambda value: self._branch(value, given), y)
+
+        @tf.custom_gradient
+        def block(y, *leaves):
+            g, vjp = evaluate(y, leaves)
+            with record.stop_recording():
+                value, probes = self._log_det.estimate(vjp, y)
+
+            def gradient(dg, dvalue, variables=()):
+                with tf.control_dependencies([dg, dvalue]):  # keeps the optimizer from merging the two evaluations
+                    again = [tf.identity(value) for value in (y, *leaves)]
+                inputs = [*again, *variables]
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(inputs)
+                    g, vjp = evaluate(again[0], again[1:])
+                    surrogate = self._log_det.surrogate(vjp, probes)
+                gradients = tape.gradient([g, surrogate], inputs, [dg, dvalue], unconnected_gradients="zero")
+                if not variables:
+                    return gradients
+                return gradients[: len(again)], gradients[len(again) :]
+
+            return (tf.identity(g), tf.identity(value)), gradient
+
+        return block(y, *leaves)
 
     def _forward_and_log_det_per_dim(self, x, condition):
         y = self._solve(x, condition)
@@ -241,11 +282,22 @@ class RussianRoulette:
 
     def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
         """Estimate of the diagonal of log(I + J), of the shape of `y`."""
-        seeds = tf.unstack(samplers.split_seed(self.seed, n=2 * self.num_probes, salt="russian_roulette"))
-        pairs = zip(seeds[::2], seeds[1::2])
-        return sum(self._estimate(vjp, y, *pair) for pair in pairs) / self.num_probes
+        with record.stop_recording():
+            value, probes = self.estimate(vjp, y)
+        surrogate = self.surrogate(vjp, probes)
+        return tf.stop_gradient(value - surrogate) + surrogate
 
-    def _estimate(self, vjp, y, seed, seed_of_n):
+    def surrogate(self, vjp: Callable, probes: list[tuple[tf.Tensor, tf.Tensor]]) -> tf.Tensor:
+        """What is differentiated: n^T J v, elementwise before the sum, for the Neumann series n of each probe v."""
+        return sum(vjp(tf.stop_gradient(neumann)) * v for neumann, v in probes) / self.num_probes
+
+    def estimate(self, vjp: Callable, y: tf.Tensor) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
+        """The value without gradients, and for each probe its Neumann series v^T (I - J + J^2 ...) and itself."""
+        seeds = tf.unstack(samplers.split_seed(self.seed, n=2 * self.num_probes, salt="russian_roulette"))
+        values, probes = zip(*(self._series(vjp, y, *pair) for pair in zip(seeds[::2], seeds[1::2])))
+        return sum(values) / self.num_probes, list(probes)
+
+    def _series(self, vjp, y, seed, seed_of_n):
         v = samplers.normal(ps.shape(y), dtype=y.dtype, seed=seed)
         u = samplers.uniform([], dtype=y.dtype, seed=seed_of_n)
         num_exact = self.num_exact if self._is_training(u) else self.num_exact_evaluation
@@ -259,15 +311,12 @@ class RussianRoulette:
 
         def add(k, w, value, neumann):
             w = vjp(w)
-            order = tf.cast(k, y.dtype)
             weight = tf.where(k <= num_exact, tf.ones([], y.dtype), 1.0 / self.survival(beyond(k)))
-            sign = tf.where(k % 2 == 0, -weight, weight)
-            return k + 1, w, value + sign / order * w * v, neumann - sign * w
+            weight = tf.where(k % 2 == 0, -weight, weight)
+            return k + 1, w, value + weight / tf.cast(k, y.dtype) * w * v, neumann - weight * w
 
-        with record.stop_recording():
-            _, _, value, neumann = tf.while_loop(goes_on, add, [1, v, tf.zeros_like(v), v], parallel_iterations=1)
-        surrogate = vjp(tf.stop_gradient(neumann)) * v
-        return tf.stop_gradient(value - surrogate) + surrogate
+        _, _, value, neumann = tf.while_loop(goes_on, add, [1, v, tf.zeros_like(v), v], parallel_iterations=1)
+        return value, (neumann, v)
 
 
 class _IsTraining(keras.layers.Layer):

@@ -1,0 +1,75 @@
+"""Peak memory of a training step of residual blocks, with and without `memory_saving`, over depth.
+
+Run as `python -m benchmarks.speed.residual_memory` from the repository's root. Each measurement has a process of its own.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+import tfp_dimflows as dimflows
+from benchmarks import machine
+
+tfd = tfp.distributions
+
+DEPTHS, IMAGE, WIDTH, BATCH, STEPS = (2, 4, 8, 16), [16, 16, 3], 64, 128, 3
+
+
+def measure(depth, memory_saving):
+    """MiB that the process grows by, and seconds, of the steps."""
+    dfb = dimflows.bijectors
+    blocks = [
+        dfb.InvertibleResidual(
+            dimflows.networks.lipschitz_conv(IMAGE, WIDTH, seed=k),
+            dfb.residual.RussianRoulette(num_exact_evaluation=2),
+            event_ndims=3,
+            memory_saving=memory_saving,
+        )
+        for k in range(depth)
+    ]
+    flow = dfb.Multiscale([dfb.Chain(blocks)], event_shape=IMAGE)
+    distribution = tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [int(np.prod(IMAGE))]), flow)
+    variables = [v.value for v in dimflows.FlowModel(distribution).trainable_variables]
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE])])
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(distribution.log_prob(x))
+        return [tf.reduce_sum(g) for g in tape.gradient(loss, variables)]
+
+    step(tf.zeros([1, *IMAGE]))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = tf.random.stateless_normal([BATCH, *IMAGE], [0, 0])
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step(x)
+    seconds = time.perf_counter() - start
+    return {"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "seconds_per_step": seconds / STEPS}
+
+
+def main():
+    if len(sys.argv) == 3:
+        print(json.dumps(measure(int(sys.argv[1]), sys.argv[2] == "True")))
+        return
+    rows = []
+    for depth in DEPTHS:
+        row = {"depth": depth}
+        for saving in (False, True):
+            command = [sys.executable, "-m", "benchmarks.speed.residual_memory", str(depth), str(saving)]
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            row |= {f"{'saving' if saving else 'plain'}_{key}": round(value, 2) for key, value in result.items()}
+        row["memory_ratio"] = round(row["saving_mib"] / row["plain_mib"], 3)
+        row["time_ratio"] = round(row["saving_seconds_per_step"] / row["plain_seconds_per_step"], 3)
+        rows.append(row)
+    setting = {"image": IMAGE, "width": WIDTH, "batch_size": BATCH}
+    machine.write("residual_memory", {"setting": setting, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
