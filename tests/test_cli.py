@@ -108,7 +108,8 @@ def test_training_lowers_the_bits(finished):
 def test_the_factorization_follows_the_contributions(finished):
     out, _, _ = finished
     with np.load(out / "contributions.npz") as stored:
-        contributions = [stored[key] for key in stored.files]
+        contributions, errors = ([stored[f"{key}_0"]] for key in ("factor_out", "standard_error"))
+    assert errors[0].shape == (8, 8, 1) and (errors[0] > 0.0).all()
     assert [c.shape for c in contributions] == [(8, 8, 1)] and np.ptp(contributions[0]) > 0.0
 
     def factorization(part):

@@ -69,7 +69,7 @@ def perturb(distribution, scale=0.1, seed=0):
 
 def test_names():
     lcma = [f"lcma-{base}" for base in ("glow", "iresnet", "realnvp", "residual-flow")]
-    others = ["flow-vae", "flowpp", "glow", "iresnet"], ["pnf", "realnvp", "residual-flow", "vflow", "vflow-glow"]
+    others = ["ffjord", "flow-vae", "flowpp", "glow", "iresnet"], ["pnf", "realnvp", "residual-flow", "vflow", "vflow-glow"]
     assert recipes.names() == [*others[0], *lcma, *others[1]]
     assert {name: recipes.base_of(name) for name in recipes.names() if recipes.base_of(name)} == {
         f"lcma-{base}": base for base in ("glow", "iresnet", "realnvp", "residual-flow")

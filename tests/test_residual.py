@@ -246,6 +246,35 @@ def test_gradients_through_the_fixed_point_are_the_implicit_ones(branch):
         assert gradient[index] == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
 
 
+def test_small_gradients_through_the_fixed_point_are_as_exact_as_large_ones():
+    block = dfb.InvertibleResidual(lambda y: 0.8 * tf.sin(y), residual.PowerSeries(1))
+    x = normal([2, D], 5)
+    gradients = []
+    for scale in (1.0, 1e-12):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = scale * tf.reduce_sum(block.forward(x))
+        gradients.append(tape.gradient(loss, x) / scale)
+    assert_close(gradients[1], gradients[0], 1e-6)
+
+
+@pytest.mark.parametrize(("low", "high"), [("float16", "float32"), ("bfloat16", "float32"), ("float32", "float64")])
+def test_a_branch_of_lower_precision_than_the_values_reaches_its_fixed_point(low, high):
+    block = dfb.InvertibleResidual(lambda y: 0.5 * tf.tanh(tf.cast(y, low)), residual.PowerSeries(1))
+    x = normal([5, D], 4, high)
+    assert_close(block.inverse(fresh(block.forward(x))), x, 1e-5 if low == "float32" else 0.1)
+
+
+def test_a_kernel_of_zeros_does_not_lose_the_bound():
+    layer = networks.SpectralDense(4, 4, coeff=0.9, seed=0)
+    kernel = layer.kernel.numpy()
+    layer.kernel.assign(0.0 * kernel)
+    layer.converge()
+    layer.kernel.assign(10.0 * kernel)
+    layer.converge()
+    assert np.linalg.norm(layer(tf.eye(4)) - layer(tf.zeros([4, 4])), 2) == pytest.approx(0.9, rel=1e-3)
+
+
 def test_a_branch_that_is_no_contraction_is_detected():
     block = dfb.InvertibleResidual(lambda y: 3.0 * tf.sin(2.0 * y), residual.ExactLogDet(), max_iterations=50, name="wild")
     x = normal([5, D], 7)
@@ -285,6 +314,10 @@ def test_values_that_are_reached_are_given_under_xla():
             lambda: dfb.InvertibleResidual(tf.tanh, residual.ExactLogDet(), memory_saving=True),
             r"InvertibleResidual: got memory_saving with ExactLogDet, needs a RussianRoulette",
         ),
+        (lambda: residual.PowerSeries(num_probes=0), r"PowerSeries: got num_probes=0, needs a positive integer"),
+        (lambda: residual.RussianRoulette(num_probes=0), r"RussianRoulette: got num_probes=0"),
+        (lambda: recipes.residual_flow([4], coeff=1.5), r"residual-flow: got coeff=1.5, needs a bound between 0 and 1"),
+        (lambda: recipes.residual_flow([4], num_dense_blocks=-1), r"residual-flow: got num_dense_blocks=-1, needs 0 or more"),
         (lambda: networks.SpectralConv2D(1, 1, 2, (4, 4)), r"SpectralConv2D: got kernel_size=2, needs an odd size"),
         (lambda: networks.SpectralDense(1, 1, coeff=0.0), r"got coeff=0.0, needs a positive bound"),
     ],
@@ -459,6 +492,17 @@ def test_lcma_follows_contributions(name):
     assert_close(third.bijector.forward(fresh(third.bijector.inverse(x))), x, 1e-4)
     with pytest.raises(ValueError, match="lcma: got num_scales=1, needs at least 2"):
         recipes.get(f"lcma-{name}")([4, 4, 1], num_scales=1)
+
+
+def test_standard_errors_of_stochastic_contributions():
+    flow = recipes.iresnet([4, 4, 1], factorization=None, num_terms=3, **SMALL).bijector
+    data = [normal([200, 4, 4, 1], seed, "float32") for seed in range(3)]
+    repeats = np.array([dimflows.likelihood_contributions(flow, data) for _ in range(12)])
+    means, errors = dimflows.likelihood_contributions(flow, data, standard_errors=True)
+    assert means[0].shape == errors[0].shape == (4, 4, 1)
+    assert (np.abs(means[0] - repeats[:, 0].mean(axis=0)) < 6.0 * errors[0]).all()
+    # The data are the same in each repeat, so that these vary no more than the errors say.
+    assert 0.2 < (repeats[:, 0].std(axis=0, ddof=1) / errors[0]).mean() < 1.2
 
 
 @pytest.fixture(scope="module")

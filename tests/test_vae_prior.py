@@ -378,6 +378,23 @@ def test_warmup_weights_the_kl_in_the_loss_only():
     assert (kl > 0.01).all()
 
 
+def test_warmup_with_sample_weights():
+    """The KL term has the weights of the bound that it is part of."""
+    model, x, w = small_model(), np.float32(random([4, D], 3)), np.float32([0.0, 0.5, 1.0, 2.0])
+    seen = []
+    original = model.compute_loss
+
+    def compute_loss(x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = original(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+        seen.append((float(loss), float(-tf.reduce_mean(sample_weight * (y_pred + model._kl)))))
+        return loss
+
+    model.compute_loss = compute_loss
+    model.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.fit(x, sample_weight=w, batch_size=4, verbose=0, callbacks=[dimflows.training.KLWarmup(10)])
+    assert seen[0][0] == pytest.approx(seen[0][1], rel=1e-5)
+
+
 def test_validation_during_warmup_is_of_the_bound():
     model = small_model()
     x = np.float32(random([4, D], 3))

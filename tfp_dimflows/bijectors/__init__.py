@@ -1,10 +1,11 @@
 """Bijectors: the mathematics. Networks come in as callables."""
 
-from tfp_dimflows.bijectors import masks, residual, transformers
+from tfp_dimflows.bijectors import continuous, masks, residual, transformers
 from tfp_dimflows.bijectors.actnorm import ActNorm
 from tfp_dimflows.bijectors.augmented import VFlow
 from tfp_dimflows.bijectors.base import FlowBijector
 from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.bijectors.continuous import ffjord
 from tfp_dimflows.bijectors.coupling import (
     AdditiveCoupling,
     AffineCoupling,
@@ -52,6 +53,8 @@ __all__ = [
     "Squeeze",
     "Transformer",
     "VFlow",
+    "continuous",
+    "ffjord",
     "masks",
     "residual",
     "transformers",

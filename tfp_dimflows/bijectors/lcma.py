@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
@@ -61,7 +62,9 @@ class LCMA(Multiscale):
         super().__init__(levels, factorization, exits=exits, validate_args=validate_args, parameters=parameters, name=name)
 
 
-def likelihood_contributions(bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0) -> list[np.ndarray]:
+def likelihood_contributions(
+    bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: bool = False
+) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
     """Each dimension's cumulative likelihood contribution at each factor-out, averaged over a dataset.
 
     With L_k the per-dimension inverse log-det (data to latent) summed over levels 0 to k, in the data's frame, the result is
@@ -72,9 +75,12 @@ def likelihood_contributions(bijector: tfb.Bijector, dataset: Iterable[Any], see
       bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`.
       dataset: batches of events. Integer images get uniform noise in [0, 1).
       seed: integer seed of that noise.
+      standard_errors: whether to return the standard errors of the means too. They tell how far a ranking of stochastic
+        contributions (those of residual blocks) can be trusted. They take examples as independent; the number of terms that
+        `dfb.residual.RussianRoulette` draws for a whole batch matters little with its 20 exact terms.
 
     Returns:
-      A list of float64 arrays of the event's shape, one per factor-out.
+      A list of float64 arrays of the event's shape, one per factor-out; with `standard_errors` a pair of such lists.
 
     Raises:
       ValueError: if there is no `Multiscale` in the bijector, it has a single level, or the dataset is empty.
@@ -94,23 +100,26 @@ def likelihood_contributions(bijector: tfb.Bijector, dataset: Iterable[Any], see
     @tf.function(autograph=False, reduce_retracing=True)
     def batch_sums(y):
         y = Chain(outer).inverse(y) if outer else y
-        sums = [tf.reduce_sum(tf.cast(c, tf.float64), axis=0) for c in multiscale.likelihood_contributions(y)]
+        contributions = [tf.cast(c, tf.float64) for c in multiscale.likelihood_contributions(y)]
+        sums = [tf.reduce_sum(power, axis=0) for c in contributions for power in (c, c**2)]
         for b in reversed(outer):
             sums = [per_dimension.transport_forward(b, s) for s in sums]
         return sums
 
-    totals, count = None, 0
+    totals, count = 0.0, 0
     for step, batch in enumerate(dataset):
         y = tf.convert_to_tensor(batch)
         if y.dtype.is_integer:
-            noise = tf.random.stateless_uniform(tf.shape(y), seed=[seed, step])
+            noise = tf.random.stateless_uniform(tf.shape(y), seed=[seed, step], dtype=keras.config.floatx())
             y = tf.cast(y, noise.dtype) + noise
-        sums = [s.numpy() for s in batch_sums(y)]
-        totals = sums if totals is None else [t + s for t, s in zip(totals, sums)]
+        totals = totals + np.stack(batch_sums(y))
         count += int(y.shape[0])
     if not count:
         raise ValueError("likelihood_contributions: the dataset is empty")
-    return [t / count for t in totals]
+    means, squares = totals[::2] / count, totals[1::2] / count
+    if not standard_errors:
+        return list(means)
+    return list(means), list(np.sqrt(np.maximum(squares - means**2, 0.0) / count))
 
 
 def _locate(bijector) -> tuple[list[tfb.Bijector], Multiscale]:

@@ -17,6 +17,8 @@ from tfp_dimflows.bijectors import base
 tfb = tfp.bijectors
 
 _NODES = 64
+# What a fixed point can be expected to reach in the precision of its values, or of the branch if that is lower.
+_TOLERANCES = {tf.float64: 1e-12, tf.float32: 1e-6, tf.float16: 1e-2, tf.bfloat16: 1e-1}
 
 
 class InvertibleResidual(base.FlowBijector):
@@ -26,7 +28,7 @@ class InvertibleResidual(base.FlowBijector):
 
     The contribution of dimension i is the i-th diagonal entry of log(I + J) or of its estimate. The other direction is the
     fixed point of y <- x - g(y), whose error shrinks by Lip(g) in each step; its gradients are those of the implicit function,
-    from a second fixed point.
+    from a second fixed point (first derivatives only).
 
     Nothing here makes g contractive: the networks `lipschitz_mlp` and `lipschitz_conv` are. A branch that is no contraction
     shows when the fixed point is not reached.
@@ -36,9 +38,10 @@ class InvertibleResidual(base.FlowBijector):
       log_det: `ExactLogDet()`, `PowerSeries(...)` or `RussianRoulette(...)`.
       event_ndims: 1 for vectors, 3 for images.
       memory_saving: evaluates the branch once more for the gradients instead of keeping its activations; needs a
-        `RussianRoulette`. The gradients are the same, for any weights of the examples.
+        `RussianRoulette`. The gradients are the same, for any weights of the examples, if the branch does not depend on
+        Keras's training flag (no dropout, no batch normalisation).
       tolerance: the fixed point is reached when no value changes by more than this, absolutely or relatively; None: 1e-6, for
-        64 bits 1e-12.
+        64 bits 1e-12, in half precision 0.01 (bfloat16: 0.1), whatever is less precise, values or branch.
       max_iterations: how often to try.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
@@ -97,6 +100,7 @@ class InvertibleResidual(base.FlowBijector):
         g = self._network(y, condition, event_ndims=self._event_ndims)
         if not g.shape.is_compatible_with(y.shape):
             raise ValueError(f"{self.name}: the branch maps values of shape {y.shape} to {g.shape}, must keep the shape")
+        self._precision = max(_TOLERANCES[g.dtype], _TOLERANCES[y.dtype])
         return tf.cast(g, y.dtype)
 
     def _inverse_and_log_det_per_dim(self, y, condition):
@@ -145,25 +149,29 @@ class InvertibleResidual(base.FlowBijector):
     def _solve(self, x, condition):
         """The solution y of y = x - g(y), with the gradients of the implicit function."""
         with record.stop_recording():
-            y = tf.stop_gradient(self._fixed_point(lambda y: x - self._branch(y, condition), x))
+            y = tf.stop_gradient(self._fixed_point(lambda y: x - self._branch(y, condition), x, 1.0))
         g, vjp = _with_vjp(lambda value: self._branch(value, condition), y)
 
         @tf.custom_gradient
         def solution(right_hand_side):
             # dy = (I + J)^-1 d(x - g at fixed y).
             def gradient(upstream):
-                return self._fixed_point(lambda w: upstream - vjp(w), upstream)
+                axes = list(range(-self._event_ndims, 0))
+                size = tf.reduce_max(tf.abs(upstream), axis=axes, keepdims=True)
+                return self._fixed_point(lambda w: upstream - vjp(w), upstream, size)
 
             return tf.identity(y) + tf.zeros_like(right_hand_side), gradient
 
         return solution(x - g)
 
-    def _fixed_point(self, function, start):
-        tolerance = self._tolerance or (1e-12 if start.dtype == tf.float64 else 1e-6)
+    def _fixed_point(self, function, start, floor):
+        """Iterates from `start` until no change exceeds the tolerance times `floor` and the value."""
+        first = function(start)
+        tolerance = self._precision if self._tolerance is None else self._tolerance
         axes = list(range(-self._event_ndims, 0))
 
         def is_close(new, old):
-            near = tf.abs(new - old) <= tolerance * (1.0 + tf.abs(new))
+            near = tf.abs(new - old) <= tolerance * (floor + tf.abs(new))
             return tf.reduce_all(near & tf.math.is_finite(new), axis=axes)
 
         def unfinished(step, value, reached):
@@ -173,7 +181,6 @@ class InvertibleResidual(base.FlowBijector):
             new = function(value)
             return step + 1, new, is_close(new, value)
 
-        first = function(start)
         _, value, reached = tf.while_loop(unfinished, iterate, [1, first, is_close(first, start)], parallel_iterations=1)
         message = f"{self.name}: the fixed point was not reached in {self._max_iterations} steps; is the branch a contraction?"
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(reached), [message])]):
@@ -220,6 +227,7 @@ class PowerSeries:
     """
 
     def __init__(self, num_terms: int = 5, num_probes: int = 1, seed: Any = None):
+        _check_positive("PowerSeries", num_terms=num_terms, num_probes=num_probes)
         self.num_terms, self.num_probes, self.seed = num_terms, num_probes, seed
 
     def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
@@ -242,6 +250,9 @@ class RussianRoulette:
     products: unbiased, and nothing but the last product is differentiated. The value is the estimate above, never the
     surrogate that is differentiated. (The gradient of the sum over dimensions is the log-det's; those of single dimensions
     have no meaning.)
+
+    Noise in the log-det biases an importance-weighted `log_prob` of several samples upwards, so that it is no lower bound; the
+    mean of log-weights (`elbo`, one sample) stays unbiased.
 
     Args:
       distribution: of N: `"poisson"` on 0, 1, ... or `"geometric"` on 1, 2, ...
@@ -270,6 +281,7 @@ class RussianRoulette:
         self.rate = {"poisson": 2.0, "geometric": 0.5}[distribution] if rate is None else rate
         if not 0.0 < self.rate or (distribution == "geometric" and self.rate >= 1.0):
             raise ValueError(f"RussianRoulette: got rate={rate!r}, needs a positive number (geometric: below 1)")
+        _check_positive("RussianRoulette", num_probes=num_probes)
         self.num_exact, self.num_exact_evaluation = num_exact, num_exact_evaluation
         self.num_probes, self.seed = num_probes, seed
         self._is_training = _IsTraining()
@@ -299,15 +311,15 @@ class RussianRoulette:
 
     def _series(self, vjp, y, seed, seed_of_n):
         v = samplers.normal(ps.shape(y), dtype=y.dtype, seed=seed)
-        u = samplers.uniform([], dtype=y.dtype, seed=seed_of_n)
+        u = 1.0 - samplers.uniform([], dtype=y.dtype, seed=seed_of_n)  # in (0, 1]: with u = 0 the series would not end
         num_exact = self.num_exact if self._is_training(u) else self.num_exact_evaluation
 
         def beyond(k):
             return tf.maximum(tf.cast(k - num_exact, y.dtype), 1.0)
 
         def goes_on(k, w, value, neumann):
-            # N >= m exactly if u < P(N >= m).
-            return (k <= num_exact) | (u < self.survival(beyond(k)))
+            # N >= m exactly if u <= P(N >= m).
+            return (k <= num_exact) | (u <= self.survival(beyond(k)))
 
         def add(k, w, value, neumann):
             w = vjp(w)
@@ -334,6 +346,12 @@ class _IsTraining(keras.layers.Layer):
         """`x`; the flag is left in the layer."""
         self._flag = bool(training)
         return x
+
+
+def _check_positive(name, **sizes):
+    for key, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {key}={size!r}, needs a positive integer")
 
 
 def _with_vjp(function, y):

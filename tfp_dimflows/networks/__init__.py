@@ -1,5 +1,6 @@
 """Keras 3 layers that serve as conditioners: `(x, condition) -> parameters`."""
 
+from tfp_dimflows.networks.continuous import ConcatSquashNet
 from tfp_dimflows.networks.flowpp import DataDependentConv2D, FlowPPContext, FlowPPNet, GatedConv2D, GatedSelfAttention
 from tfp_dimflows.networks.glow import ActNormLayer, EdgeConv2D, GlowConvNet, ZeroConv2D
 from tfp_dimflows.networks.lipschitz import LipSwish, SpectralConv2D, SpectralDense, lipschitz_conv, lipschitz_mlp
@@ -10,6 +11,7 @@ from tfp_dimflows.networks.vae import conv_decoder, conv_encoder
 __all__ = [
     "MLP",
     "ActNormLayer",
+    "ConcatSquashNet",
     "DataDependentConv2D",
     "EdgeConv2D",
     "FlowPPContext",

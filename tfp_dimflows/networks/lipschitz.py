@@ -85,8 +85,8 @@ class _Spectral(keras.layers.Layer):
 
     def _iterate(self, right, left):
         kernel = tf.stop_gradient(self.kernel.value)
-        right = _normalized(self._apply_transposed(kernel, left))
-        return right, _normalized(self._apply(kernel, right))
+        right = _normalized(self._apply_transposed(kernel, left), right)
+        return right, _normalized(self._apply(kernel, right), left)
 
     def spectral_norm(self) -> tf.Tensor:
         """The present estimate s of the norm of W, from below."""
@@ -302,5 +302,7 @@ def _alternating(shape, linear, activation, first_activation):
     return keras.Sequential(layers)
 
 
-def _normalized(x):
-    return x / (tf.norm(x) + 1e-12)
+def _normalized(x, old):
+    """Scales `x` to unit length; if it is zero, as for a kernel of zeros, `old`, from which iteration can recover."""
+    norm = tf.norm(x)
+    return tf.where(norm > 0.0, x / tf.where(norm > 0.0, norm, tf.ones_like(norm)), old)

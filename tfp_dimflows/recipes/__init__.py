@@ -1,5 +1,6 @@
 """Recipes: named models from plain values."""
 
+from tfp_dimflows.recipes.ffjord import ffjord
 from tfp_dimflows.recipes.flow_vae import flow_vae
 from tfp_dimflows.recipes.flowpp import flowpp
 from tfp_dimflows.recipes.glow import glow
@@ -13,6 +14,7 @@ from tfp_dimflows.recipes.vflow import vflow, vflow_glow
 __all__ = [
     "base_of",
     "config_of",
+    "ffjord",
     "flow_vae",
     "flowpp",
     "get",

@@ -80,6 +80,7 @@ def iresnet(
     shape = common.checked_event_shape(event_shape, "iresnet")
     sizes = common.resolve_config("iresnet", IRESNET, config, given)
     common.check_sizes("iresnet", **sizes, num_terms=num_terms)
+    _check_coeff("iresnet", coeff)
     num_scales, is_image = sizes["num_scales"], len(shape) == 3
     split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
     grids = common.grid_shapes(shape, num_scales + is_image, split is None)[:num_scales]
@@ -88,7 +89,7 @@ def iresnet(
     flow_levels = []
     for k, grid in enumerate(grids):
         inner = (grid[0] // 2, grid[1] // 2, 4 * grid[2]) if is_image else grid
-        parts = [dfb.Squeeze(order="position_major")] if is_image else []
+        parts = [dfb.Squeeze()] if is_image else []
         for i in range(sizes["num_blocks"]):
             network = _branch(inner, sizes["width"], "elu", coeff, bool(k or i), next(seeds))
             parts += [_actnorm(inner), dfb.InvertibleResidual(network, log_det, len(shape))]
@@ -161,6 +162,9 @@ def residual_flow(
     shape = common.checked_event_shape(event_shape, "residual-flow")
     sizes = common.resolve_config("residual-flow", RESIDUAL_FLOW, config, given)
     common.check_sizes("residual-flow", **{name: sizes[name] for name in ("num_scales", "num_blocks", "width")})
+    _check_coeff("residual-flow", coeff)
+    if sizes["num_dense_blocks"] < 0:
+        raise ValueError(f"residual-flow: got num_dense_blocks={sizes['num_dense_blocks']}, needs 0 or more")
     num_scales, is_image = sizes["num_scales"], len(shape) == 3
     split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
     grids = common.grid_shapes(shape, num_scales, split is None)
@@ -189,6 +193,11 @@ def residual_flow(
     flow = dfb.Multiscale([dfb.Chain(parts) for parts in flow_levels], split, event_shape=shape)
     preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
     return common.as_distribution(flow, shape, levels, preprocess)
+
+
+def _check_coeff(recipe, coeff):
+    if not 0.0 < coeff < 1.0:
+        raise ValueError(f"{recipe}: got coeff={coeff!r}, needs a bound between 0 and 1 for blocks to be invertible")
 
 
 def _branch(shape, width, activation, coeff, first_activation, seed) -> Callable:

@@ -67,6 +67,7 @@ class FlowModel(keras.Model):
         self._bits_per_dim = keras.metrics.Mean(name="bits_per_dim") if len(self.event_shape) == 3 else None
         self._terms = {name: keras.metrics.Mean(name=name) for name in variational.terms_of(distribution)}
         self._kl_weight = tf.Variable(1.0, trainable=False) if "kl" in self._terms else None
+        self._kl = None
         self._compiled_sample = tf.function(self._sample, autograph=False, reduce_retracing=True)
         self._compiled_log_prob = tf.function(self._log_prob_by_rank, autograph=False, reduce_retracing=True)
         self.built = True
@@ -126,10 +127,9 @@ class FlowModel(keras.Model):
         self._check_first_batch(x)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
-        try:
-            return super().fit(x, *args, **_with_labels(x, args, kwargs))
-        finally:
-            self._converge()
+        history = super().fit(x, *args, **_with_labels(x, args, kwargs))
+        self._converge()
+        return history
 
     def _converge(self):
         """Brings what layers estimate iteratively in training (spectral norms) to convergence."""
@@ -172,12 +172,15 @@ class FlowModel(keras.Model):
             log_prob = self._log_prob(x, seed=self._next_seed())
         for name, metric in self._terms.items():
             metric.update_state(terms[name])
+        self._kl = None
         if training and self._kl_weight is not None:
-            self.add_loss((self._kl_weight - 1.0) * tf.cast(tf.reduce_mean(terms["kl"]), tf.float32))
+            self._kl = tf.reduce_mean(tf.reshape(terms["kl"], [-1, tf.shape(log_prob)[0]]), axis=0)
         return log_prob
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Mean negative log-probability plus regularisation losses."""
+        """Mean negative log-probability plus regularisation losses, with a KL term of the weight `kl_weight`."""
+        if training and self._kl_weight is not None:
+            y_pred = y_pred + (1.0 - tf.cast(self._kl_weight, y_pred.dtype)) * tf.cast(self._kl, y_pred.dtype)
         if sample_weight is None:
             nll = -tf.reduce_mean(y_pred)
         else:
@@ -263,7 +266,7 @@ class FlowModel(keras.Model):
 
     def decode(self, z: Any) -> tf.Tensor:
         """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means."""
-        return variational.decode(self._distribution, tf.convert_to_tensor(z))
+        return variational.decode(self._distribution, self._tensors(z))
 
     def _log_prob(self, x, seed=None, num_samples=None):
         kwargs = {}

@@ -243,11 +243,12 @@ def _keep_rows(path, epochs):
 def _contributions(path, pretrained, train_data, steps_per_epoch):
     if path.is_file():
         with np.load(path) as stored:
-            return [stored[key] for key in stored.files]
+            return [stored[key] for key in stored.files if key.startswith("factor_out")]
     data = train_data.take(steps_per_epoch) if steps_per_epoch else train_data
-    contributions = likelihood_contributions(pretrained.distribution.distribution.bijector, data)
+    contributions, errors = likelihood_contributions(pretrained.distribution.distribution.bijector, data, standard_errors=True)
     with open(f"{path}.unfinished", "wb") as file:
-        np.savez(file, **{f"factor_out_{k}": c for k, c in enumerate(contributions)})
+        arrays = {f"factor_out_{k}": c for k, c in enumerate(contributions)}
+        np.savez(file, **arrays, **{f"standard_error_{k}": e for k, e in enumerate(errors)})
     os.replace(f"{path}.unfinished", path)
     return contributions
 

@@ -1,0 +1,95 @@
+"""FFJORD: continuous flows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_probability as tfp
+
+from tfp_dimflows import bijectors as dfb
+from tfp_dimflows import networks
+from tfp_dimflows.recipes import common
+from tfp_dimflows.recipes.registry import recipe
+
+tfd = tfp.distributions
+
+
+@recipe
+def ffjord(
+    event_shape: Sequence[int],
+    *,
+    num_scales: int = 1,
+    num_blocks: int = 1,
+    hidden: Sequence[int] = (64, 64, 64),
+    activation: str | None = None,
+    end_time: float = 0.5,
+    trace: str | None = None,
+    num_steps: int | None = None,
+    factorization: Any = "conventional",
+    alpha: float = 0.05,
+    levels: int | None = None,
+    seed: int = 0,
+) -> tfd.Distribution:
+    """FFJORD: levels of continuous flows, each the solution of an ordinary differential equation.
+
+    The velocities are `ConcatSquashNet`s, dense for vectors and convolutional for images. Between levels images are squeezed
+    and half of the dimensions leave.
+
+    Args:
+      event_shape: `[H, W, C]` whose sides are divisible by `2**(num_scales - 1)`, or `[D]`.
+      num_scales: number of levels.
+      num_blocks: continuous flows per level.
+      hidden: widths of the networks' hidden layers.
+      activation: name of a smooth Keras activation; None: tanh for vectors, softplus for images.
+      end_time: the time over which the equation is solved.
+      trace: `"exact"` or `"hutchinson"`, as in `dfb.ffjord`; None: exact for vectors.
+      num_steps: steps of a Runge-Kutta solver; None: the adaptive Dormand-Prince solver with adjoint gradients.
+      factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
+        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+      alpha: margin of the logit preprocessing.
+      levels: number of grey levels of integer images; None for continuous events.
+      seed: integer seed.
+
+    Returns:
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+
+    Raises:
+      ValueError: if shape, number of scales and factorization do not fit each other.
+
+    References: Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD", 2019.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.ffjord([2], hidden=[8], num_steps=4)
+    >>> flow.sample(3, seed=0).shape
+    TensorShape([3, 2])
+    """
+    shape = common.checked_event_shape(event_shape, "ffjord")
+    common.check_sizes("ffjord", num_scales=num_scales, num_blocks=num_blocks)
+    is_image = len(shape) == 3
+    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
+    grids = common.grid_shapes(shape, num_scales, split is None)
+    seeds = iter(np.random.SeedSequence(seed).generate_state(num_scales * num_blocks).tolist())
+    options = {
+        "event_ndims": len(shape),
+        "end_time": end_time,
+        "trace": trace or ("hutchinson" if is_image else "exact"),
+        "solver": None if num_steps is None else dfb.continuous.RungeKutta4(num_steps),
+        "dtype": common.floatx(),
+    }
+    flow_levels = []
+    for k, grid in enumerate(grids):
+        parts = []
+        for _ in range(num_blocks):
+            network = networks.ConcatSquashNet(
+                grid,
+                hidden=hidden,
+                activation=activation or ("softplus" if is_image else "tanh"),
+                seed=next(seeds) % 2**31,
+            )
+            parts.append(dfb.ffjord(network, **options))
+        if is_image and k < num_scales - 1:
+            parts.append(dfb.Squeeze())
+        flow_levels.append(dfb.Chain(parts))
+    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
+    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, preprocess)
