@@ -109,7 +109,7 @@ def test_the_factorization_follows_the_contributions(finished):
     out, _, _ = finished
     with np.load(out / "contributions.npz") as stored:
         contributions, errors = ([stored[f"{key}_0"]] for key in ("factor_out", "standard_error"))
-    assert errors[0].shape == (8, 8, 1) and (errors[0] > 0.0).all()
+    assert errors[0].shape == (8, 8, 1) and errors[0].min() >= 0.0 and errors[0].max() > 0.0
     assert [c.shape for c in contributions] == [(8, 8, 1)] and np.ptp(contributions[0]) > 0.0
 
     def factorization(part):

@@ -247,9 +247,11 @@ class FlowModel(keras.Model):
         if num_steps < 2:
             raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
         start, end = self._tensors(start), self._tensors(end)
+        self._check(start)
+        self._check(end)
         if start.shape != end.shape:
             raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
-        z_start, z_end = self.encode(start), self.encode(end)
+        z_start, z_end = variational.encode(self._distribution, start), variational.encode(self._distribution, end)
         weights = tf.reshape(tf.linspace(0.0, 1.0, num_steps), [num_steps] + [1] * z_start.shape.rank)
         weights = tf.cast(weights, z_start.dtype)
         return self.decode((1.0 - weights) * z_start + weights * z_end)
