@@ -113,8 +113,8 @@ def test_the_value_is_the_series_and_not_the_surrogate(branch):
     assert_close(estimate, total)
 
 
-@pytest.mark.parametrize(("distribution", "rate", "ends"), [("poisson", 2.0, 0), ("geometric", 0.3, 1)])
-def test_survival(distribution, rate, ends):
+@pytest.mark.parametrize(("distribution", "rate"), [("poisson", 2.0), ("geometric", 0.3)])
+def test_survival(distribution, rate):
     m = np.arange(1.0, 12.0)
     survival = residual.RussianRoulette(distribution, rate).survival(tf.constant(m)).numpy()
     if distribution == "poisson":

@@ -141,7 +141,6 @@ def test_gaussian_likelihood(kind):
     assert raw.shape == ([D] if kind == "per_dimension" else [])
     raw.assign(random(raw.shape, 5, 4.0))
     scale = np.exp(3.0 * np.tanh(raw / 3.0))
-    e = random([6, K], 6)
     with variational.reports() as terms:
         prior.log_weights(Z, num_samples=1, seed=(0, 1))
     h = prior._encode(Z)

@@ -12,7 +12,7 @@ from tfp_dimflows.networks.base import Conditioner, seed_stream
 class ConcatSquashNet(Conditioner):
     """Velocity field f(y, t) of a continuous flow, whose layers are gated and shifted by the time.
 
-        layer: h -> (W h + b) sigmoid(g(t)) + c(t),   g and c affine in t
+        layer: h -> (W h + b) sigmoid(g(t)) + c(t),   g affine and c linear in t
 
     with an activation between the layers. W is a matrix for vectors, a 3x3 convolution for images.
 
