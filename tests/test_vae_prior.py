@@ -144,7 +144,7 @@ def test_gaussian_likelihood(kind):
     with variational.reports() as terms:
         prior.log_weights(Z, num_samples=1, seed=(0, 1))
     h = prior._encode(Z)
-    e = prior._draw(h, [], (0, 1))[0]
+    e = prior._draw(h, 1, (0, 1))[0][0]
     expected = tfd.MultivariateNormalDiag(prior.decode(e), scale * np.ones(D)).log_prob(Z)
     assert_close(terms["reconstruction"][0], expected)
 

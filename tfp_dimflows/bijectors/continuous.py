@@ -79,7 +79,7 @@ class RungeKutta4:
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
 
-    def solve(self, ode_fn: Callable, initial_time: Any, initial_state: Any, solution_times: Any, **kwargs) -> "Solution":
+    def solve(self, ode_fn: Callable, initial_time: Any, initial_state: Any, solution_times: Any) -> "Solution":
         """The state at the only entry of `solution_times`; arguments as in `tfp.math.ode.Solver.solve`."""
         dtype = tf.nest.flatten(initial_state)[0].dtype
         start, end = tf.cast(initial_time, dtype), tf.cast(solution_times[0], dtype)

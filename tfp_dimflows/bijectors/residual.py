@@ -100,8 +100,7 @@ class InvertibleResidual(base.FlowBijector):
         g = self._network(y, condition, event_ndims=self._event_ndims)
         if not g.shape.is_compatible_with(y.shape):
             raise ValueError(f"{self.name}: the branch maps values of shape {y.shape} to {g.shape}, must keep the shape")
-        self._precision = max(_TOLERANCES[g.dtype], _TOLERANCES[y.dtype])
-        return tf.cast(g, y.dtype)
+        return g
 
     def _inverse_and_log_det_per_dim(self, y, condition):
         if self._memory_saving:
@@ -149,7 +148,11 @@ class InvertibleResidual(base.FlowBijector):
     def _solve(self, x, condition):
         """The solution y of y = x - g(y), with the gradients of the implicit function."""
         with record.stop_recording():
-            y = tf.stop_gradient(self._fixed_point(lambda y: x - self._branch(y, condition), x, 1.0))
+            g = self._branch(x, condition)
+            tolerance = max(_TOLERANCES[g.dtype], _TOLERANCES[x.dtype]) if self._tolerance is None else self._tolerance
+            start = x - tf.cast(g, x.dtype)
+            y = self._fixed_point(lambda y: x - tf.cast(self._branch(y, condition), x.dtype), start, 1.0, tolerance)
+            y = tf.stop_gradient(y)
         g, vjp = _with_vjp(lambda value: self._branch(value, condition), y)
 
         @tf.custom_gradient
@@ -158,16 +161,15 @@ class InvertibleResidual(base.FlowBijector):
             def gradient(upstream):
                 axes = list(range(-self._event_ndims, 0))
                 size = tf.reduce_max(tf.abs(upstream), axis=axes, keepdims=True)
-                return self._fixed_point(lambda w: upstream - vjp(w), upstream, size)
+                return self._fixed_point(lambda w: upstream - vjp(w), upstream, size, tolerance)
 
             return tf.identity(y) + tf.zeros_like(right_hand_side), gradient
 
         return solution(x - g)
 
-    def _fixed_point(self, function, start, floor):
+    def _fixed_point(self, function, start, floor, tolerance):
         """Iterates from `start` until no change exceeds the tolerance times `floor` and the value."""
         first = function(start)
-        tolerance = self._precision if self._tolerance is None else self._tolerance
         axes = list(range(-self._event_ndims, 0))
 
         def is_close(new, old):
@@ -338,14 +340,9 @@ class _IsTraining(keras.layers.Layer):
         super().__init__(name="is_training")
         self.built = True
 
-    def __call__(self, x):
-        super().__call__(x)
-        return self._flag
-
     def call(self, x, training=False):
-        """`x`; the flag is left in the layer."""
-        self._flag = bool(training)
-        return x
+        """The flag, whatever `x`."""
+        return bool(training)
 
 
 def _check_positive(name, **sizes):
@@ -358,7 +355,7 @@ def _with_vjp(function, y):
     """The value of a function, and its vector-Jacobian product, which can be differentiated."""
     with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
         tape.watch(y)
-        value = function(y)
+        value = tf.cast(function(y), y.dtype)
 
     def vjp(w):
         return tape.gradient(value, y, output_gradients=w, unconnected_gradients=tf.UnconnectedGradients.ZERO)

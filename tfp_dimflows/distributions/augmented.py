@@ -5,7 +5,7 @@ import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
-from tfp_dimflows.distributions.variational import VariationalDistribution, decode, encode, with_sample_axis
+from tfp_dimflows.distributions.variational import VariationalDistribution, decode, encode, noise_log_prob, with_sample_axis
 
 tfd = tfp.distributions
 
@@ -68,7 +68,7 @@ class Augmented(VariationalDistribution):
             num_samples=num_samples,
             validate_args=validate_args,
             allow_nan_stats=allow_nan_stats,
-            parameters={k: v for k, v in parameters.items() if k not in ("self", "__class__")},
+            parameters=parameters,
             name=name,
         )
 
@@ -101,8 +101,8 @@ class Augmented(VariationalDistribution):
 
     def _log_weight(self, x, seed, **kwargs):
         e = samplers.normal(self._noise_shape(x), dtype=x.dtype, seed=seed)
-        noise = tfd.Independent(tfd.Normal(tf.zeros_like(e), tf.ones([], e.dtype)), self.event_shape.rank)
-        return self._distribution.log_prob(tf.concat([x, e], axis=-1), **kwargs) - noise.log_prob(e)
+        log_noise = noise_log_prob(e, self.event_shape.rank)
+        return self._distribution.log_prob(tf.concat([x, e], axis=-1), **kwargs) - log_noise
 
     def _noise_shape(self, x):
         return ps.concat([ps.shape(x)[:-1], [self._num_extra]], axis=0)

@@ -71,7 +71,7 @@ class Dequantized(VariationalDistribution):
             num_samples=num_samples,
             validate_args=validate_args,
             allow_nan_stats=allow_nan_stats,
-            parameters={k: v for k, v in parameters.items() if k not in ("self", "__class__")},
+            parameters=parameters,
             name=name,
         )
 

@@ -106,7 +106,7 @@ class VAEPrior(VariationalDistribution):
             num_samples=num_samples,
             validate_args=validate_args,
             allow_nan_stats=allow_nan_stats,
-            parameters={k: v for k, v in parameters.items() if k not in ("self", "__class__")},
+            parameters=parameters,
             name=name,
         )
 
@@ -140,27 +140,20 @@ class VAEPrior(VariationalDistribution):
         mean, log_scale = tf.split(h, 2, axis=-1)
         return tfd.MultivariateNormalDiag(mean, tf.exp(log_scale))
 
-    def _draw(self, h, sample_shape, seed):
-        """Latent values from the posterior, and log q of them."""
+    def _draw(self, h, num_samples, seed):
+        """Latent values from the posterior, `[num_samples] + batch + [d]`, and log q of them."""
         if not isinstance(self._posterior, tfb.Bijector):
-            return self._given(h).experimental_sample_and_log_prob(sample_shape, seed=seed)
-        shape = ps.concat([sample_shape, ps.shape(h)[:-1], [self._latent_dims]], axis=0)
+            return self._given(h).experimental_sample_and_log_prob([num_samples], seed=seed)
+        shape = ps.concat([[num_samples], ps.shape(h)[:-1], [self._latent_dims]], axis=0)
         noise = samplers.normal(shape, dtype=self.dtype, seed=seed)
-        return variational.push_noise(self._posterior, noise, h[tf.newaxis] if sample_shape else h, event_ndims=1)
+        return variational.push_noise(self._posterior, noise, h[tf.newaxis], event_ndims=1)
 
     def _log_weights(self, z, num_samples, seed):
         z = tf.cast(z, self.dtype)
-        # Spares the decoder the folding of a second batch axis.
-        sample_shape = [] if num_samples == 1 else [num_samples]
-        e, log_q = self._draw(self._encode(z), sample_shape, seed)
-        prior = tfd.MultivariateNormalDiag(tf.zeros([self._latent_dims], self.dtype))
-        kl, reconstruction = log_q - prior.log_prob(e), self._decode(e).log_prob(z)
-        log_weights, kl, reconstruction = (
-            tf.reshape(t, ps.concat([[num_samples], ps.shape(z)[: ps.rank(z) - self._event_rank]], axis=0))
-            for t in (reconstruction - kl, kl, reconstruction)
-        )
+        e, log_q = self._draw(self._encode(z), num_samples, seed)
+        kl, reconstruction = log_q - variational.noise_log_prob(e, event_ndims=1), self._decode(e).log_prob(z)
         variational.report(kl=kl, reconstruction=reconstruction)
-        return log_weights
+        return reconstruction - kl
 
     def _sample_n(self, n, seed=None):
         seed, seed_below = samplers.split_seed(seed, n=2, salt="vae_prior")

@@ -72,6 +72,8 @@ class VariationalDistribution(tfd.Distribution):
     ):
         self._static_event_shape = tf.TensorShape(event_shape)
         self._num_samples = _checked_num_samples(num_samples, name)
+        if parameters is not None:
+            parameters = {k: v for k, v in parameters.items() if k not in ("self", "__class__")}
         super().__init__(
             dtype=dtype,
             reparameterization_type=tfd.NOT_REPARAMETERIZED,
@@ -182,8 +184,12 @@ def push_noise(flow: tfb.Bijector, noise: tf.Tensor, condition: tf.Tensor, event
     """The image u of standard normal noise under a flow given a condition, and the log-density of u."""
     kwargs = per_dimension.condition_kwargs(flow, condition)
     u, fldj = per_dimension.forward_and_log_det(flow, noise, event_ndims, **kwargs)
-    normal = tfd.Independent(tfd.Normal(tf.zeros_like(noise), tf.ones([], noise.dtype)), event_ndims)
-    return u, normal.log_prob(noise) - fldj
+    return u, noise_log_prob(noise, event_ndims) - fldj
+
+
+def noise_log_prob(noise: tf.Tensor, event_ndims: int) -> tf.Tensor:
+    """The standard normal log-density of events."""
+    return tfd.Independent(tfd.Normal(tf.zeros_like(noise), tf.ones([], noise.dtype)), event_ndims).log_prob(noise)
 
 
 def is_bound(distribution: tfd.Distribution) -> bool:

@@ -44,17 +44,17 @@ class _Spectral(keras.layers.Layer):
     `converge`, which `FlowModel` calls before it evaluates; gradients pass s, but not the iteration.
     """
 
-    def __init__(self, kernel_shape, input_shape, output_shape, coeff, num_iterations, use_bias, seed, **kwargs):
+    def __init__(self, kernel_shape, input_shape, output_shape, coeff, num_iterations, seed, **kwargs):
         super().__init__(**kwargs)
         if not 0.0 < coeff:
             raise ValueError(f"{self.name}: got coeff={coeff!r}, needs a positive bound")
-        self.coeff, self.num_iterations, self.use_bias, self.seed = coeff, num_iterations, use_bias, seed
+        self.coeff, self.num_iterations, self.seed = coeff, num_iterations, seed
         seeds = seed_stream(seed)
         options = {"autocast": False, "trainable": False}
         self.kernel = self.add_weight(
             shape=kernel_shape, initializer=keras.initializers.GlorotUniform(next(seeds)), autocast=False, name="kernel"
         )
-        self.bias = self.add_weight(shape=kernel_shape[-1:], initializer="zeros", name="bias") if use_bias else None
+        self.bias = self.add_weight(shape=kernel_shape[-1:], initializer="zeros", name="bias")
         normal = keras.initializers.RandomNormal(stddev=1.0, seed=next(seeds))
         self.right = self.add_weight(shape=(1, *input_shape), initializer="zeros", name="right_singular_vector", **options)
         self.left = self.add_weight(shape=(1, *output_shape), initializer=normal, name="left_singular_vector", **options)
@@ -102,11 +102,11 @@ class _Spectral(keras.layers.Layer):
             self.left.assign(left)
         kernel = self.kernel / ops.maximum(1.0, self.spectral_norm() / self.coeff)
         y = self._apply(ops.cast(kernel, x.dtype), x)
-        return y if self.bias is None else y + self.bias
+        return y + self.bias
 
     def get_config(self) -> dict:
         """The constructor's arguments."""
-        own = {key: getattr(self, key) for key in ("coeff", "num_iterations", "use_bias", "seed")}
+        own = {key: getattr(self, key) for key in ("coeff", "num_iterations", "seed")}
         return {**super().get_config(), **own}
 
 
@@ -121,7 +121,6 @@ class SpectralDense(_Spectral):
       outputs: number of features of the result.
       coeff: bound of the norm.
       num_iterations: steps of power iteration per training call.
-      use_bias: whether there is a bias.
       seed: integer for reproducible initial weights.
       **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
@@ -144,12 +143,11 @@ class SpectralDense(_Spectral):
         *,
         coeff: float = 0.9,
         num_iterations: int = 5,
-        use_bias: bool = True,
         seed: int | None = None,
         **kwargs,
     ):
         self.inputs, self.outputs = inputs, outputs
-        super().__init__((inputs, outputs), (inputs,), (outputs,), coeff, num_iterations, use_bias, seed, **kwargs)
+        super().__init__((inputs, outputs), (inputs,), (outputs,), coeff, num_iterations, seed, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: inputs})
 
     def _apply(self, kernel, x):
@@ -178,7 +176,6 @@ class SpectralConv2D(_Spectral):
       image_size: `(H, W)`.
       coeff: bound of the norm.
       num_iterations: steps of power iteration per training call.
-      use_bias: whether there is a bias.
       seed: integer for reproducible initial weights.
       **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
@@ -199,7 +196,6 @@ class SpectralConv2D(_Spectral):
         *,
         coeff: float = 0.9,
         num_iterations: int = 5,
-        use_bias: bool = True,
         seed: int | None = None,
         **kwargs,
     ):
@@ -209,7 +205,7 @@ class SpectralConv2D(_Spectral):
         kernel_shape = (kernel_size, kernel_size, inputs, outputs)
         operated_on = (1, 1) if kernel_size == 1 else self.image_size  # one pixel is as good as all
         shapes = (*operated_on, inputs), (*operated_on, outputs)
-        super().__init__(kernel_shape, *shapes, coeff, num_iterations, use_bias, seed, **kwargs)
+        super().__init__(kernel_shape, *shapes, coeff, num_iterations, seed, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={1: image_size[0], 2: image_size[1], 3: inputs})
 
     def _apply(self, kernel, x):

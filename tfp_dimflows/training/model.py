@@ -127,6 +127,8 @@ class FlowModel(keras.Model):
         self._check_first_batch(x)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
+        if self._kl_weight is not None:
+            self._kl_weight.assign(1.0)  # a training that was interrupted may have left a warm-up's
         history = super().fit(x, *args, **_with_labels(x, args, kwargs))
         self._converge()
         return history

@@ -1,0 +1,89 @@
+"""LCMA against the conventional factorization on four families of flows (after table 2: rows B9 to B16), CIFAR-10 at 16x16.
+
+Run as `python -m benchmarks.paper.lcma_families [SEEDS]` from the repository's root; the runs go to `runs/paper_lcma_families`.
+A killed benchmark goes on from its last epoch when run again.
+"""
+
+import pathlib
+import statistics
+import sys
+
+import numpy as np
+
+import tfp_dimflows as dimflows
+from benchmarks import machine
+
+IMAGE_SIZE, EPOCHS, STEPS_PER_EPOCH, BATCH = 16, 2, 300, 64
+FAMILIES = {
+    "realnvp": {"num_scales": 2, "num_couplings": 2, "width": 16, "num_blocks": 1},
+    "glow": {"num_scales": 2, "depth": 4, "width": 32},
+    "iresnet": {"num_scales": 2, "num_blocks": 3, "width": 32},
+    "residual-flow": {"num_scales": 2, "num_blocks": 3, "width": 32},
+}
+PAPER_GAIN = {"realnvp": 0.06, "glow": 0.04, "iresnet": 0.05, "residual-flow": 0.03}
+
+
+def train(family, seed):
+    """Test bits/dim of the three factorizations, parameters, and how far the ranking can be trusted."""
+    directory = pathlib.Path("runs/paper_lcma_families") / f"{family}-seed{seed}"
+    train_data, test_data = (
+        dimflows.data.load("cifar10", split, batch_size=BATCH, image_size=IMAGE_SIZE, seed=seed) for split in ("train", "test")
+    )
+
+    def run(recipe, where, arguments):
+        dimflows.training.train(
+            recipe,
+            where,
+            train_data,
+            test_data,
+            event_shape=[IMAGE_SIZE, IMAGE_SIZE, 3],
+            levels=256,
+            epochs=EPOCHS,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            pretrain_epochs=EPOCHS,
+            arguments=FAMILIES[family] | arguments,
+            seed=seed,
+            resume=where.is_dir(),
+        )
+        return dimflows.training.read_metrics(where)
+
+    metrics = run(f"lcma-{family}", directory / "block", {})
+    with np.load(directory / "block" / "contributions.npz") as stored:
+        contributions, error = stored["factor_out_0"], stored["standard_error_0"]
+    channel = dimflows.bijectors.DimensionFactorization.from_contributions([contributions], granularity="channel")
+    metrics["channel"] = run(family, directory / "channel", {"factorization": channel.get_config()})["."]
+    blocks = contributions.reshape(IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3)
+    return {
+        "family": family,
+        "seed": seed,
+        "parameters": metrics["."]["parameters"],
+        "conventional": round(metrics["conventional"]["bits_per_dim"], 4),
+        "lcma_block": round(metrics["."]["bits_per_dim"], 4),
+        "lcma_channel": round(metrics["channel"]["bits_per_dim"], 4),
+        "contribution_spread_in_blocks": float(f"{blocks.std(axis=(1, 3)).mean():.3g}"),
+        "contribution_standard_error": float(f"{error.mean():.3g}"),
+    }
+
+
+def gain(rows, kind):
+    """Mean and standard error over the seeds of conventional minus LCMA, trained from the same seed."""
+    gains = [row["conventional"] - row[kind] for row in rows]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+    return {"mean": round(statistics.mean(gains), 4), "standard_error": error and round(error, 4)}
+
+
+def main():
+    seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    rows = [train(family, seed) for seed in seeds for family in FAMILIES]
+    gains = {}
+    for family in FAMILIES:
+        own = [row for row in rows if row["family"] == family]
+        gains[family] = {kind: gain(own, kind) for kind in ("lcma_block", "lcma_channel")} | {"paper": PAPER_GAIN[family]}
+    budget = {"steps": EPOCHS * STEPS_PER_EPOCH, "pretraining_steps": EPOCHS * STEPS_PER_EPOCH, "batch_size": BATCH}
+    budget |= {"optimizer": "Adam, 1e-3", "seeds": len(seeds)}
+    data = f"CIFAR-10 at {IMAGE_SIZE}x{IMAGE_SIZE}"
+    machine.write("paper_lcma_families", {"data": data, "budget": budget, "recipes": FAMILIES, "gains": gains, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
