@@ -1756,8 +1756,8 @@ class ConditionalContraction(ConditionalMixer):
         return contracted(self, super().call(x, condition))
 
 
-def residual_reference(bijector, y, condition):
-    """The diagonal of log(I + J) from the eigenvalues of the Jacobian J."""
+def log_diagonal_reference(bijector, y, condition):
+    """The diagonal of the logarithm of the inverse's Jacobian, from its eigenvalues."""
 
     def both(value, condition=None):
         return bijector.inverse(value) if condition is None else bijector.inverse(value, condition=condition)
@@ -1782,10 +1782,181 @@ def _residuals():
             make,
             shape,
             condition_shape=condition_shape,
-            reference=residual_reference,
+            reference=log_diagonal_reference,
             xla=name == "vector",
-            half=False,
         )
+
+
+# Classic flows.
+
+
+def sylvester_parts(bijector):
+    """Q, R, R' and b of a Sylvester flow with unbatched parameters."""
+    p = bijector.parameters
+    params = np.asarray(bijector.variables[0] if p["params"] is None else p["params"])
+    dims, variant = p["dims"], p["variant"]
+    columns = dims if variant != "orthogonal" else p["num_columns"] or min(8, dims)
+    matrix, rest = params[: columns**2].reshape(columns, columns), params[columns**2 :]
+    diagonal, bias, vectors = rest[:columns], rest[columns : 2 * columns], rest[2 * columns :]
+    if variant == "orthogonal":
+        q = vectors.reshape(dims, columns).copy()
+        for j in range(columns):
+            q[:, j] -= q[:, :j] @ (q[:, :j].T @ q[:, j])
+            q[:, j] /= np.linalg.norm(q[:, j])
+    elif variant == "householder":
+        q = np.eye(dims)
+        for v in vectors.reshape(-1, dims):
+            q = q - 2.0 * q @ np.outer(v, v) / (v @ v)
+    else:
+        q = np.eye(dims)[::-1] if p["reverse"] else np.eye(dims)
+    r, r_tilde = (np.triu(m, 1) + np.diag(np.tanh(d)) for m, d in ((matrix, np.diag(matrix)), (matrix.T, diagonal)))
+    return q, r, r_tilde, bias
+
+
+def sylvester_reference(bijector, y, condition):
+    q, r, r_tilde, bias = sylvester_parts(bijector)
+    w = bijector.inverse(y).numpy() @ q @ r_tilde.T + bias
+    return -np.log1p((1.0 - np.tanh(w) ** 2) * np.diag(r) * np.diag(r_tilde)) @ np.square(q).T
+
+
+def prelu_reference(bijector, y, condition):
+    return np.where(y.numpy() < 0.0, -np.log(np.log1p(np.exp(variable(bijector, "slope")))), 0.0)
+
+
+def _classics():
+    for name, shape, data_shape in (("shared", (), (3,)), ("per_dimension", (3,), (3,)), ("per_channel", (2,), IMAGE)):
+        yield Entry(
+            f"prelu_{name}",
+            functools.partial(lambda s, t, shape: dfb.PReLU(shape, 0.4, t), shape=shape),
+            data_shape,
+            reference=prelu_reference,
+            triangular=True,
+            xla=name == "shared",
+        )
+    for family in (dfb.Planar, dfb.Radial):
+        name = family.__name__.lower()
+        yield Entry(
+            name,
+            functools.partial(lambda s, t, family: family(4, seed=s, dtype=t), family=family),
+            VECTOR,
+            reference=log_diagonal_reference,
+            xla=True,
+        )
+        yield Entry(
+            f"{name}_batched",
+            functools.partial(lambda s, t, family: family(3, tf.Variable(normal([family.num_params(3)], s, t))), family=family),
+            (3,),
+            reference=log_diagonal_reference,
+        )
+        yield Entry(
+            f"{name}_amortised",
+            functools.partial(
+                lambda s, t, family: dfb.ConditionalTransform(
+                    Mixer([3], [family.num_params(4)], s, t), functools.partial(family, 4), event_ndims=1
+                ),
+                family=family,
+            ),
+            VECTOR,
+            condition_shape=(3,),
+            reference=log_diagonal_reference,
+        )
+    for name, options in (
+        ("orthogonal", {"num_columns": 2}),
+        ("householder", {"variant": "householder", "num_reflections": 3}),
+        ("triangular", {"variant": "triangular"}),
+        ("reversed", {"variant": "triangular", "reverse": True}),
+    ):
+        yield Entry(
+            f"sylvester_{name}",
+            functools.partial(lambda s, t, options: dfb.Sylvester(4, seed=s, dtype=t, **options), options=options),
+            VECTOR,
+            reference=sylvester_reference,
+            xla=True,
+        )
+    for variant in ("orthogonal", "householder"):
+
+        def make(seed, dtype, variant=variant):
+            size = dfb.Sylvester.num_params(3, variant)
+            return dfb.ConditionalTransform(
+                Mixer([2], [size], seed, dtype), lambda params: dfb.Sylvester(3, params, variant), event_ndims=1
+            )
+
+        yield Entry(f"sylvester_{variant}_amortised", make, (3,), condition_shape=(2,))
+
+
+# Autoregressive flows.
+
+
+def weighted(network, seed):
+    """The network with normal weights, the same in every dtype."""
+    for k, v in enumerate(network.trainable_variables):
+        v.assign(normal(v.shape, 100 * seed + k, v.dtype) / np.sqrt(np.prod(v.shape[:-1])))
+    return network
+
+
+def made(dims, params_per_dim, seed, dtype, condition_channels=0, ordering="natural"):
+    """A small `networks.MADE` with smooth activations."""
+    options = {"hidden": (7,), "ordering": ordering, "activation": "tanh", "condition_channels": condition_channels}
+    return weighted(dimflows.networks.MADE(dims, dims * params_per_dim, seed=seed, dtype=dtype, **options), seed)
+
+
+def _autoregressives():
+    kinds = {
+        "tanh": (lambda dtype: dfb.transformers.Affine("tanh", 0.7, dtype), 2),
+        "gated": (lambda dtype: dfb.transformers.Gated(), 2),
+        "mixture": (lambda dtype: dfb.transformers.MixtureLogistic(COMPONENTS), 2 + 3 * COMPONENTS),
+        "spline": (lambda dtype: spline(), 3 * SPLINE_BINS - 1),
+    }
+    orderings = {"tanh": "natural", "gated": "reversed", "mixture": [1, 3, 0, 2], "spline": "random"}
+    for kind, (transformer, params_per_dim) in kinds.items():
+
+        def make(seed, dtype, kind=kind, transformer=transformer, params_per_dim=params_per_dim):
+            network = made(4, params_per_dim, seed, dtype, ordering=orderings[kind])
+            return dfb.Autoregressive(network, transformer(dtype))
+
+        yield Entry(
+            f"autoregressive_{kind}", make, VECTOR, triangular=True, xla=kind in ("tanh", "mixture"), half=kind != "spline"
+        )
+    yield Entry(
+        "autoregressive_conditional",
+        lambda s, t: dfb.Autoregressive(made(3, 2, s, t, condition_channels=2), dfb.transformers.Affine("exp")),
+        (3,),
+        condition_shape=(2,),
+        triangular=True,
+        xla=True,
+    )
+    yield Entry(
+        "autoregressive_chain",
+        lambda s, t: dfb.Chain(
+            [
+                dfb.Autoregressive(made(3, 2, s, t), dfb.transformers.Affine("sigmoid")),
+                dfb.ActNorm(3, dtype=t),
+                tfb.Invert(
+                    dfb.Autoregressive(made(3, 2, s + 1, t, 2, "reversed"), dfb.transformers.Gated(), name="gated"),
+                ),
+            ]
+        ),
+        (3,),
+        condition_shape=(2,),
+    )
+    yield Entry(
+        "autoregressive_image",
+        lambda s, t: dfb.Autoregressive(
+            weighted(dimflows.networks.PixelCNN(2, 4, width=8, num_blocks=1, dtype=t), s),
+            dfb.transformers.Affine("sigmoid"),
+            event_ndims=3,
+        ),
+        (2, 2, 2),
+        triangular=True,
+    )
+    yield Entry(
+        "autoregressive_signal",
+        lambda s, t: dfb.Autoregressive(
+            weighted(dimflows.networks.WaveNet(4, 8, width=4, dtype=t), s), dfb.transformers.Affine("sigmoid")
+        ),
+        VECTOR,
+        triangular=True,
+    )
 
 
 FAMILIES = (
@@ -1801,5 +1972,7 @@ FAMILIES = (
     _progressive,
     _augmented,
     _residuals,
+    _classics,
+    _autoregressives,
 )
 ENTRIES = {entry.name: entry for family in FAMILIES for entry in family()}

@@ -23,6 +23,7 @@ PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales
 PROGRESSIVE = ["train", "pnf", "--batch-size", "128", "--set", "network=dense", "width=8", "num_scales=1", "num_couplings=1"]
 
 FLOW_VAE = ["train", "flow-vae", "--batch-size", "128", "--set", "width=4", "num_blocks=1", "depth=1", "latent_dims=3"]
+VAE_FLOW = ["train", "vae-flow", "--batch-size", "128", "--set", "width=4", "latent_dims=3", "posterior=planar"]
 
 
 def arguments(command, out, data_dir, *more):
@@ -209,9 +210,18 @@ def test_sample_means_and_walks_of_a_flow_vae(tmp_path, data_dir, capsys):
     assert (run / "samples-0.png").read_bytes() != (run / "means-0.png").read_bytes()
 
 
-def test_means_need_a_flow_vae(finished, tmp_path, capsys):
+def test_means_of_a_vae_whose_posterior_is_a_flow(tmp_path, data_dir, capsys):
+    run = tmp_path / "run"
+    assert cli.main(arguments(VAE_FLOW, run, data_dir, "--epochs", "1")) == 0
+    for kind in ("samples", "means", "walks"):
+        assert cli.main(["sample", str(run), "--num", "4", "--kind", kind, "--data-dir", str(data_dir)]) == 0
+        assert_picture(run / f"{kind}-0.png")
+    capsys.readouterr()
+
+
+def test_means_need_a_vae(finished, tmp_path, capsys):
     assert cli.main(["sample", str(finished[0]), "--kind", "means", "--out", str(tmp_path / "means.png")]) == 2
-    assert "lcma-realnvp, means need one of flow-vae" in capsys.readouterr().err
+    assert "lcma-realnvp, means need a VAE (flow-vae, vae-flow)" in capsys.readouterr().err
     assert not (tmp_path / "means.png").exists()
 
 

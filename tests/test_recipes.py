@@ -69,8 +69,9 @@ def perturb(distribution, scale=0.1, seed=0):
 
 def test_names():
     lcma = [f"lcma-{base}" for base in ("glow", "iresnet", "realnvp", "residual-flow")]
-    others = ["ffjord", "flow-vae", "flowpp", "glow", "iresnet"], ["pnf", "realnvp", "residual-flow", "vflow", "vflow-glow"]
-    assert recipes.names() == [*others[0], *lcma, *others[1]]
+    others = ["ffjord", "flow-vae", "flowpp", "glow", "iaf", "iresnet", "maf", "nice", "pixelcnn-flow", "pnf", "realnvp"]
+    others += ["residual-flow", "vae-flow", "vflow", "vflow-glow", "wavenet-flow"]
+    assert recipes.names() == sorted([*others, *lcma])
     assert {name: recipes.base_of(name) for name in recipes.names() if recipes.base_of(name)} == {
         f"lcma-{base}": base for base in ("glow", "iresnet", "realnvp", "residual-flow")
     }

@@ -202,9 +202,13 @@ def _sample(arguments):
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"{arguments.kind}-{arguments.seed}.png")
     model = training.load_run(arguments.run)
-    prior = model.distribution.distribution.distribution
+    prior = model.distribution
+    while not isinstance(prior, VAEPrior) and hasattr(prior, "distribution"):
+        prior = prior.distribution
     if arguments.kind != "samples" and not isinstance(prior, VAEPrior):
-        raise ValueError(f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.kind} need one of flow-vae")
+        raise ValueError(
+            f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.kind} need a VAE (flow-vae, vae-flow)"
+        )
     if arguments.kind == "walks":
         grid = _walks(arguments, model, steps=8)
     elif arguments.kind == "means":

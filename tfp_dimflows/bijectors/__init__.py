@@ -3,6 +3,7 @@
 from tfp_dimflows.bijectors import continuous, masks, residual, transformers
 from tfp_dimflows.bijectors.actnorm import ActNorm
 from tfp_dimflows.bijectors.augmented import VFlow
+from tfp_dimflows.bijectors.autoregressive import Autoregressive
 from tfp_dimflows.bijectors.base import FlowBijector
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.continuous import ffjord
@@ -22,16 +23,21 @@ from tfp_dimflows.bijectors.invertible_conv import InvertibleConv1x1
 from tfp_dimflows.bijectors.lcma import LCMA
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.bijectors.multiscale import Multiscale
+from tfp_dimflows.bijectors.planar import Planar
+from tfp_dimflows.bijectors.prelu import PReLU
 from tfp_dimflows.bijectors.preprocess import LogitPreprocess
 from tfp_dimflows.bijectors.progressive import PNF
+from tfp_dimflows.bijectors.radial import Radial
 from tfp_dimflows.bijectors.reorder import Squeeze
 from tfp_dimflows.bijectors.residual import InvertibleResidual
+from tfp_dimflows.bijectors.sylvester import Sylvester
 from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
 
 __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "Autoregressive",
     "Blockwise",
     "Chain",
     "ConditionalTransform",
@@ -49,8 +55,12 @@ __all__ = [
     "MixtureLogisticCoupling",
     "Multiscale",
     "PNF",
+    "PReLU",
+    "Planar",
+    "Radial",
     "SplineCoupling",
     "Squeeze",
+    "Sylvester",
     "Transformer",
     "VFlow",
     "continuous",

@@ -85,7 +85,7 @@ class Coupling(base.FlowBijector):
     def _transform(self, value, condition, direction):
         conditioning, transformed = self._mask.split(value)
         params = self._network(conditioning, condition, event_ndims=self._mask.event_ndims)
-        params = _unpack(params, transformed, self._transformer.params_per_dim, self.name)
+        params = transformers.unpack(params, transformed, self._transformer.params_per_dim, self.name)
         bijector = self._transformer(self._mask.select(params))
         shape = transformed.shape
         transformed, log_det = direction(bijector, transformed)
@@ -93,19 +93,6 @@ class Coupling(base.FlowBijector):
         log_det = base._fill(log_det, transformed)
         zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
         return self._mask.join(conditioning, transformed), self._mask.join(zeros, log_det)
-
-
-def _unpack(params, transformed, params_per_dim, name):
-    """Network output `[..., C * P]` to `[..., C, P]`, in float32 at least."""
-    expected = transformed.shape[-1] * params_per_dim
-    if params.shape[-1] != expected or params.shape.rank != transformed.shape.rank:
-        raise ValueError(
-            f"{name}: the network returned parameters of shape {params.shape} for a transformed part of shape "
-            f"{transformed.shape}, needs {params_per_dim} per entry: a last axis of {expected}"
-        )
-    dtype = base.log_det_dtype(transformed.dtype)
-    shape = ps.concat([ps.shape(params)[:-1], [transformed.shape[-1], params_per_dim]], axis=0)
-    return tf.cast(tf.reshape(params, shape), dtype)
 
 
 class AffineCoupling(Coupling):
@@ -241,16 +228,18 @@ class SplineCoupling(Coupling):
 
 
 class ConditionalTransform(base.FlowBijector):
-    """Elementwise bijector of the whole event whose parameters a network predicts from the condition alone.
+    """Bijector of the whole event whose parameters a network predicts from the condition alone (amortised parameters).
 
         forward: y = T(x; network(condition)),   inverse: x = T^-1(y; network(condition))
 
     With the affine transformer this is a conditional diagonal Gaussian on a standard normal base, such as Glow's prior of the
-    dimensions that leave, given those that stay.
+    dimensions that leave, given those that stay. With planar, radial or Sylvester flows it is a posterior of variational
+    inference.
 
     Args:
-      network: callable `condition -> parameters`, `params_per_dim` numbers for every entry of the event.
-      transformer: a `dfb.Transformer`.
+      network: callable `condition -> parameters`, `params_per_dim` numbers for every entry of the event, or as many as T takes.
+      transformer: a `dfb.Transformer`; or a function from the network's output to a bijector, whose parameters have the
+        condition's batch axes, such as `functools.partial(dfb.Planar, dims)`.
       event_ndims: event axes of the value and of the condition: 1 or 3.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
@@ -260,6 +249,11 @@ class ConditionalTransform(base.FlowBijector):
     >>> exit = dfb.ConditionalTransform(lambda kept: tf.repeat(kept, 2, axis=-1), dfb.transformers.Affine("exp"), event_ndims=1)
     >>> exit.inverse_log_det_per_dim([3.0, 4.0], condition=tf.constant([0.5, 0.25])).numpy()
     array([0.5 , 0.25], dtype=float32)
+    >>> network = keras.layers.Dense(dfb.Radial.num_params(2))
+    >>> dfb.ConditionalTransform(network, lambda params: dfb.Radial(2, params), event_ndims=1).forward(
+    ...     tf.zeros([5, 2]), condition=tf.ones([5, 8])
+    ... ).shape
+    TensorShape([5, 2])
     """
 
     _uses_condition = True
@@ -267,7 +261,7 @@ class ConditionalTransform(base.FlowBijector):
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
-        transformer: transformers.Transformer,
+        transformer: transformers.Transformer | Callable[[tf.Tensor], tfb.Bijector],
         event_ndims: int = 3,
         validate_args: bool = False,
         name: str = "conditional_transform",
@@ -284,11 +278,19 @@ class ConditionalTransform(base.FlowBijector):
     def _inverse_and_log_det_per_dim(self, y, condition):
         return per_dimension.inverse_and_log_det_per_dim(self._bijector(y, condition), y)
 
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        return per_dimension.forward_and_log_det(self._bijector(x, condition), x, event_ndims)
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        return per_dimension.inverse_and_log_det(self._bijector(y, condition), y, event_ndims)
+
     def _bijector(self, value, condition):
         if condition is None:
             raise ValueError(f"{self.name}: got no condition, needs one")
         params = self._network(tf.convert_to_tensor(condition), event_ndims=self._event_ndims)
-        return self._transformer(_unpack(params, value, self._transformer.params_per_dim, self.name))
+        if isinstance(self._transformer, transformers.Transformer):
+            params = transformers.unpack(params, value, self._transformer.params_per_dim, self.name)
+        return self._transformer(params)
 
 
 class Blockwise(base.FlowBijector):

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors import base, implicit
 
 _SMOOTH = 0.05
 
@@ -64,11 +64,7 @@ class MixtureLogisticCDF(base.FlowBijector):
 
     def _forward_and_log_det_per_dim(self, x, condition):
         logit = (tf.cast(x, self._logits.dtype) - self._shift) * tf.exp(-self._log_scale)
-        y = tf.stop_gradient(self._solve(logit))
-        value, log_slope = self._logit_and_log_slope(y)
-        # Zero, but with the derivatives of the implicit function logit(F(y)) = logit.
-        residual = logit - value
-        y += (residual - tf.stop_gradient(residual)) * tf.exp(-tf.maximum(log_slope, -80.0))
+        y = implicit.increasing_root(self._logit_and_log_slope, logit, *self._bracket(logit))
         _, log_slope = self._logit_and_log_slope(y)
         return tf.cast(y, x.dtype), -(log_slope + self._log_scale)
 
@@ -89,21 +85,11 @@ class MixtureLogisticCDF(base.FlowBijector):
         logs = (log_weights + below, log_weights + above, log_weights + below + above - self._log_scales)
         return tuple(tf.reduce_logsumexp(log, axis=-1) for log in logs)
 
-    def _solve(self, logit):
-        """The x with logit(F(x)) = logit, by bisection."""
+    def _bracket(self, logit):
+        """The smallest and the largest of the components' own solutions."""
         if self._smooth:
             tiny = np.finfo(logit.dtype.as_numpy_dtype).eps
             p = tf.clip_by_value((tf.sigmoid(logit) - _SMOOTH) / (1.0 - 2.0 * _SMOOTH), tiny, 1.0 - tiny)
             logit = tf.math.log(p) - tf.math.log1p(-p)
         ends = self._means + tf.exp(self._log_scales) * logit[..., tf.newaxis]
-
-        def halve(low, high):
-            middle = 0.5 * (low + high)
-            log_cdf, log_survival, _ = self._logs(middle)
-            is_low = log_cdf - log_survival < logit
-            return tf.where(is_low, middle, low), tf.where(is_low, high, middle)
-
-        low, high = tf.reduce_min(ends, axis=-1), tf.reduce_max(ends, axis=-1)
-        steps = 40 if logit.dtype == tf.float32 else 70
-        low, high = tf.while_loop(lambda *_: True, halve, (low, high), maximum_iterations=steps)
-        return 0.5 * (low + high)
+        return tf.reduce_min(ends, axis=-1), tf.reduce_max(ends, axis=-1)

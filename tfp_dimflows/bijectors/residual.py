@@ -12,7 +12,7 @@ from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows import keras_bridge
-from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors import base, implicit
 
 tfb = tfp.bijectors
 
@@ -41,7 +41,7 @@ class InvertibleResidual(base.FlowBijector):
         `RussianRoulette`. The gradients are the same, for any weights of the examples, if the branch does not depend on
         Keras's training flag (no dropout, no batch normalisation).
       tolerance: the fixed point is reached when no value changes by more than this, absolutely or relatively; None: 1e-6, for
-        64 bits 1e-12, in half precision 0.01 (bfloat16: 0.1), whatever is less precise, values or branch.
+        64 bits 1e-12, for a branch in half precision 0.01 (bfloat16: 0.1).
       max_iterations: how often to try.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
@@ -103,11 +103,13 @@ class InvertibleResidual(base.FlowBijector):
         return g
 
     def _inverse_and_log_det_per_dim(self, y, condition):
+        value = tf.cast(y, base.log_det_dtype(y.dtype))
         if self._memory_saving:
-            g, log_det = self._recomputed(y, condition)
-            return y + g, log_det
-        g, vjp = _with_vjp(lambda value: self._branch(value, condition), y)
-        return y + g, self._log_det.per_dim(vjp, y, self._event_ndims)
+            g, log_det = self._recomputed(value, condition)
+        else:
+            g, vjp = implicit.with_vjp(lambda value: self._branch(value, condition), value)
+            log_det = self._log_det.per_dim(vjp, value, self._event_ndims)
+        return tf.cast(value + g, y.dtype), log_det
 
     def _recomputed(self, y, condition):
         """g(y) and the log-det, whose gradients evaluate the branch again."""
@@ -115,7 +117,7 @@ class InvertibleResidual(base.FlowBijector):
 
         def evaluate(y, leaves):
             given = tf.nest.pack_sequence_as(condition, leaves) if leaves else None
-            return _with_vjp(lambda value: self._branch(value, given), y)
+            return implicit.with_vjp(lambda value: self._branch(value, given), y)
 
         @tf.custom_gradient
         def block(y, *leaves):
@@ -141,9 +143,9 @@ class InvertibleResidual(base.FlowBijector):
         return block(y, *leaves)
 
     def _forward_and_log_det_per_dim(self, x, condition):
-        y = self._solve(x, condition)
-        _, vjp = _with_vjp(lambda value: self._branch(value, condition), y)
-        return y, -self._log_det.per_dim(vjp, y, self._event_ndims)
+        y = self._solve(tf.cast(x, base.log_det_dtype(x.dtype)), condition)
+        _, vjp = implicit.with_vjp(lambda value: self._branch(value, condition), y)
+        return tf.cast(y, x.dtype), -self._log_det.per_dim(vjp, y, self._event_ndims)
 
     def _solve(self, x, condition):
         """The solution y of y = x - g(y), with the gradients of the implicit function."""
@@ -153,19 +155,14 @@ class InvertibleResidual(base.FlowBijector):
             start = x - tf.cast(g, x.dtype)
             y = self._fixed_point(lambda y: x - tf.cast(self._branch(y, condition), x.dtype), start, 1.0, tolerance)
             y = tf.stop_gradient(y)
-        g, vjp = _with_vjp(lambda value: self._branch(value, condition), y)
+        g, vjp = implicit.with_vjp(lambda value: self._branch(value, condition), y)
 
-        @tf.custom_gradient
-        def solution(right_hand_side):
-            # dy = (I + J)^-1 d(x - g at fixed y).
-            def gradient(upstream):
-                axes = list(range(-self._event_ndims, 0))
-                size = tf.reduce_max(tf.abs(upstream), axis=axes, keepdims=True)
-                return self._fixed_point(lambda w: upstream - vjp(w), upstream, size, tolerance)
+        def adjoint(upstream):
+            axes = list(range(-self._event_ndims, 0))
+            size = tf.reduce_max(tf.abs(upstream), axis=axes, keepdims=True)
+            return self._fixed_point(lambda w: upstream - vjp(w), upstream, size, tolerance)
 
-            return tf.identity(y) + tf.zeros_like(right_hand_side), gradient
-
-        return solution(x - g)
+        return implicit.with_adjoint(y, x - g, adjoint)
 
     def _fixed_point(self, function, start, floor, tolerance):
         """Iterates from `start` until no change exceeds the tolerance times `floor` and the value."""
@@ -349,15 +346,3 @@ def _check_positive(name, **sizes):
     for key, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}: got {key}={size!r}, needs a positive integer")
-
-
-def _with_vjp(function, y):
-    """The value of a function, and its vector-Jacobian product, which can be differentiated."""
-    with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-        tape.watch(y)
-        value = tf.cast(function(y), y.dtype)
-
-    def vjp(w):
-        return tape.gradient(value, y, output_gradients=w, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-
-    return value, vjp

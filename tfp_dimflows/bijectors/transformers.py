@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import tensor_util
 
 from tfp_dimflows.bijectors import base
@@ -40,6 +41,22 @@ class Transformer(tf.Module):
     def __call__(self, params: tf.Tensor) -> tfb.Bijector:
         """The elementwise bijector with these parameters."""
         return self._function(params)
+
+
+def unpack(params: tf.Tensor, value: tf.Tensor, params_per_dim: int, name: str) -> tf.Tensor:
+    """A network's output `[..., C * P]` for values `[..., C]`, as `[..., C, P]` in float32 at least.
+
+    Raises:
+      ValueError: if the network returned another number of parameters.
+    """
+    expected = value.shape[-1] * params_per_dim
+    if params.shape[-1] != expected or params.shape.rank != value.shape.rank:
+        raise ValueError(
+            f"{name}: the network returned parameters of shape {params.shape} for a transformed part of shape "
+            f"{value.shape}, needs {params_per_dim} per entry: a last axis of {expected}"
+        )
+    shape = ps.concat([ps.shape(params)[:-1], [value.shape[-1], params_per_dim]], axis=0)
+    return tf.cast(tf.reshape(params, shape), base.log_det_dtype(value.dtype))
 
 
 class Additive(Transformer):
@@ -90,6 +107,33 @@ class Affine(Transformer):
         else:
             log_scale = raw
         return ElementwiseAffine(shift, log_scale)
+
+
+class Gated(Transformer):
+    """Elementwise gate of an inverse autoregressive flow, from data to latent `z = g x + (1 - g) m`; parameters (m, raw).
+
+    g = sigmoid(raw + bias), so the log-det of a dimension is log(g). In an IAF, `tfb.Invert(dfb.Autoregressive(...))`, this is
+    the step from its argument to its result.
+
+    Args:
+      bias: with a positive one a network that starts at zero starts near the identity.
+
+    References: Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016.
+
+    #### Example
+
+    >>> dfb.transformers.Gated(bias=0.0)(tf.constant([[4.0, 0.0]])).inverse([1.0]).numpy()
+    array([2.5], dtype=float32)
+    """
+
+    def __init__(self, bias: float = 1.0):
+        super().__init__(self._bijector, params_per_dim=2)
+        self._bias = bias
+
+    def _bijector(self, params):
+        m, raw = tf.unstack(params, axis=-1)
+        raw = tf.maximum(raw + self._bias, -50.0)  # keeps the shift (1 - g) m / g finite
+        return ElementwiseAffine(m * tf.exp(-raw), tf.math.log_sigmoid(raw))
 
 
 class MixtureLogistic(Transformer):

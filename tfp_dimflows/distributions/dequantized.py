@@ -133,7 +133,9 @@ class Dequantized(VariationalDistribution):
         return self._quantize(self._distribution.sample(n, seed=seed, **kwargs))
 
     def _quantize(self, y):
-        return tf.cast(tf.clip_by_value(tf.floor(y), 0.0, self._levels - 1.0), self.dtype)
+        # A barely trained flow can overflow on its way to the data: NaN has no place among integers.
+        y = tf.where(tf.math.is_nan(y), tf.zeros_like(y), tf.floor(y))
+        return tf.cast(tf.clip_by_value(y, 0.0, self._levels - 1.0), self.dtype)
 
     def check_values(self, x: tf.Tensor) -> None:
         """Raises a ValueError unless all values of an eager tensor are numbers 0 ... n - 1."""

@@ -117,7 +117,7 @@ class VAEPrior(VariationalDistribution):
 
     def encode(self, z) -> tf.Tensor:
         """Latent values e, `batch + [d]`: the posterior's mean; with a flow as posterior, the image of its noise's mean."""
-        h = self._encode(tf.convert_to_tensor(z, dtype=self.dtype))
+        h = self._encode(tf.cast(z, self.dtype))
         if isinstance(self._posterior, tfb.Bijector):
             e = tf.zeros(ps.concat([ps.shape(h)[:-1], [self._latent_dims]], axis=0), self.dtype)
             return variational.push_noise(self._posterior, e, h, event_ndims=1)[0]

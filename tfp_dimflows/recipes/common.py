@@ -146,6 +146,11 @@ def grid_shapes(event_shape: tuple[int, ...], num_scales: int, nothing_leaves: b
     return shapes
 
 
+def from_flat(event_shape: tuple[int, ...]) -> list[tfb.Bijector]:
+    """The parts of a chain that lay a flat vector out as the event: none if it is one."""
+    return [tfb.Reshape(event_shape_out=event_shape, event_shape_in=[math.prod(event_shape)])] if len(event_shape) == 3 else []
+
+
 def centred(levels: int) -> tfb.Bijector:
     """Preprocessing of values in [0, levels): from [-1/2, 1/2) to them."""
     scale, shift = tf.constant([levels, 0.5], floatx())

@@ -147,4 +147,4 @@ def _share_of_range(levels, event_ndims):
 
 
 def _flattening(shape, is_dense):
-    return [tfb.Reshape(event_shape_out=shape, event_shape_in=(math.prod(shape),))] if is_dense and len(shape) == 3 else []
+    return common.from_flat(shape) if is_dense else []

@@ -129,7 +129,7 @@ def realnvp_flow(
         raise ValueError(f"realnvp: got condition_shape={list(condition_shape)}, dense networks need a vector [n]")
     channels = common.condition_channels("realnvp", condition_shape, flat)
     flow = dfb.Multiscale([_vector_level(grid[0], width, channels, **options) for grid in grids], split, event_shape=flat)
-    return flow if flat == shape else dfb.Chain([tfb.Reshape(event_shape_out=shape, event_shape_in=flat), flow])
+    return flow if flat == shape else dfb.Chain([*common.from_flat(shape), flow])
 
 
 def _image_level(grid, width, condition_channels, *, num_couplings, num_blocks, batch_norm, l2, is_last, seeds):

@@ -1,0 +1,89 @@
+"""`Parametric`: what planar, radial and Sylvester flows share: raw parameters in one tensor."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_probability.python.internal import dtype_util, parameter_properties, tensor_util
+from tensorflow_probability.python.internal import prefer_static as ps
+
+from tfp_dimflows.bijectors import base
+
+
+class Parametric(base.FlowBijector):
+    """Base of bijectors of vectors whose unconstrained parameters are one tensor.
+
+    A family writes `_parts`, the shapes of its parameters in the order in which `params` holds them, and the two methods
+    `_forward_pass(x, parts)` and `_inverse_pass(y, parts)`. Both return the value, the *forward* log-det of the event, and a
+    function that returns the forward log-det of every dimension.
+
+    Args:
+      dims: number of dimensions of an event.
+      params: as in the families.
+      initial: function of a NumPy random generator that returns initial values of trainable parameters.
+      seed: integer seed of `initial`.
+      dtype: dtype of trainable parameters.
+      validate_args: as in `tfb.Bijector`.
+      parameters: the constructor's arguments.
+      name: the name of the operations.
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        params: Any,
+        initial: Callable[[np.random.Generator], Sequence[Any]],
+        seed: int | None,
+        dtype: tf.DType,
+        validate_args: bool,
+        parameters: dict,
+        name: str,
+    ):
+        self._dims = dims
+        if params is None:
+            values = [np.reshape(part, [-1]) for part in initial(np.random.default_rng(seed))]
+            params = tf.Variable(tf.constant(np.concatenate(values), dtype), name="params")
+        dtype = dtype_util.common_dtype([params], dtype)
+        self._params = tensor_util.convert_nonref_to_tensor(params, dtype=dtype)
+        size = sum(math.prod(shape) for shape in self._parts)
+        if self._params.shape[-1] != size:
+            raise ValueError(f"{name}: got params of shape {self._params.shape}, {dims} dimensions need a last axis of {size}")
+        super().__init__(forward_min_event_ndims=1, validate_args=validate_args, parameters=parameters, name=name)
+
+    @classmethod
+    def _parameter_properties(cls, dtype, num_classes=None):
+        return {"params": parameter_properties.ParameterProperties(event_ndims=1)}
+
+    def _split(self, value):
+        """The value and the parameters, in the precision of log-dets."""
+        if value.shape[-1] != self._dims:
+            raise ValueError(f"{self.name}: got events of shape {value.shape[-1:]}, needs {self._dims} dimensions")
+        dtype = base.log_det_dtype(value.dtype)
+        params = tf.cast(tf.convert_to_tensor(self._params), dtype)
+        parts = tf.split(params, [math.prod(shape) for shape in self._parts], axis=-1)
+        batch = ps.shape(params)[:-1]
+        return tf.cast(value, dtype), [tf.reshape(p, ps.concat([batch, s], axis=0)) for p, s in zip(parts, self._parts)]
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        y, _, per_dim = self._forward_pass(*self._split(x))
+        return tf.cast(y, x.dtype), per_dim()
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        x, _, per_dim = self._inverse_pass(*self._split(y))
+        return tf.cast(x, y.dtype), -per_dim()
+
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        y, fldj, _ = self._forward_pass(*self._split(x))
+        return tf.cast(y, x.dtype), tf.reduce_sum(fldj, axis=list(range(1 - event_ndims, 0)))
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        x, fldj, _ = self._inverse_pass(*self._split(y))
+        return tf.cast(x, y.dtype), -tf.reduce_sum(fldj, axis=list(range(1 - event_ndims, 0)))
+
+
+def tanh_slope(a: tf.Tensor) -> tf.Tensor:
+    """1 - tanh(a)^2, without cancellation."""
+    e = tf.exp(-2.0 * tf.abs(a))
+    return 4.0 * e / tf.square(1.0 + e)

@@ -1,0 +1,180 @@
+"""Sylvester flows."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow_probability.python.internal import prefer_static as ps
+
+from tfp_dimflows.bijectors import implicit
+from tfp_dimflows.bijectors.parametric import Parametric, tanh_slope
+
+VARIANTS = ("orthogonal", "householder", "triangular")
+
+
+class Sylvester(Parametric):
+    r"""Sylvester flow: planar flows along M orthogonal directions at once, which the triangular matrices R and R' couple.
+
+        forward:  y = x + Q R tanh(w),   w = R' Q^T x + b;   Q: D x M with orthonormal columns, R, R': M x M, upper triangular
+        log |det dy/dx| = sum_j l_j,   l_j = log(1 + (1 - tanh(w_j)^2) R_jj R'_jj);   that of dimension i: sum_j Q_ij^2 l_j
+        inverse:  x = y - Q R tanh(w),   where w solves w + R' R tanh(w) = R' Q^T y + b
+
+    With tanh on the diagonals of R and R' it is invertible for any parameters. The triangular system for w is solved from the
+    last entry to the first, each by bisection in a fixed number of steps down to float precision, with implicit derivatives
+    (first derivatives only). The shares of the dimensions are a convention: they have the right sum, and are exact where R and
+    R' are diagonal.
+
+    Q is, by `variant`:
+
+    * `"orthogonal"`: M <= D columns, a D x M matrix made orthonormal (Gram-Schmidt; any matrix of full rank),
+    * `"householder"`: M = D, a product of reflections I - 2 v v^T / v^T v,
+    * `"triangular"`: M = D, the identity, or the reversal of the dimensions with `reverse` (to alternate with).
+
+    Cost: forward O(D M + M^2), and O(D M^2) for Gram-Schmidt or O(D H) for H reflections; inverse O(M^2) more for w, in M
+    steps one after the other.
+
+    Parameters are trainable, or a tensor with batch axes, or predicted from a condition:
+    `dfb.ConditionalTransform(network, functools.partial(dfb.Sylvester, dims), event_ndims=1)`, where the network has
+    `dfb.Sylvester.num_params(dims)` outputs.
+
+    Args:
+      dims: number D of dimensions.
+      params: a matrix `[M, M]` whose upper triangle is R's and whose strict lower triangle is that of R' transposed, the
+        diagonal of R' `[M]`, b `[M]`, and Q's `[D, M]` or `[num_reflections, D]`, all in one last axis, a tensor or variable
+        whose other axes broadcast to the batch; the diagonals are those before tanh. None: trainable ones.
+      variant: `"orthogonal"`, `"householder"` or `"triangular"`.
+      num_columns: M of `"orthogonal"`; None: 8, or D if that is less.
+      num_reflections: number of reflections of `"householder"`.
+      reverse: whether Q of `"triangular"` reverses the dimensions.
+      seed: integer seed of the initial values of trainable parameters.
+      dtype: dtype of trainable parameters.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    Raises:
+      ValueError: for another variant or number of columns, or if `params` or a value has another last axis.
+
+    References: van den Berg, Hasenclever, Tomczak, Welling, "Sylvester normalizing flows for variational inference", 2018.
+
+    #### Example
+
+    >>> sylvester = dfb.Sylvester(3, num_columns=2, seed=0)
+    >>> y = sylvester.forward([[1.0, 5.0, -2.0]])
+    >>> sylvester.inverse(tf.identity(y)).numpy().round(3)
+    array([[ 1.,  5., -2.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        dims: int,
+        params: Any = None,
+        variant: str = "orthogonal",
+        num_columns: int | None = None,
+        num_reflections: int = 8,
+        reverse: bool = False,
+        seed: int | None = None,
+        dtype: tf.DType = tf.float32,
+        validate_args: bool = False,
+        name: str = "sylvester",
+    ):
+        parameters = dict(locals())
+        self._parts = _parts(dims, variant, num_columns, num_reflections)
+        self._variant, self._reverse = variant, reverse
+
+        def initial(generator):
+            matrices, vectors = self._parts[:3], self._parts[3]
+            return *(0.1 * generator.normal(size=shape) for shape in matrices), generator.normal(size=vectors)
+
+        super().__init__(dims, params, initial, seed, dtype, validate_args, parameters, name)
+
+    @staticmethod
+    def num_params(dims: int, variant: str = "orthogonal", num_columns: int | None = None, num_reflections: int = 8) -> int:
+        """The size of `params`' last axis; arguments as in the constructor."""
+        return sum(int(np.prod(shape)) for shape in _parts(dims, variant, num_columns, num_reflections))
+
+    def _forward_pass(self, x, parts):
+        q, r, r_tilde, bias, slopes_at_0 = self._matrices(parts)
+        w = tf.linalg.matvec(r_tilde, q.matvec(x, adjoint=True)) + bias
+        y = x + q.matvec(tf.linalg.matvec(r, tf.tanh(w)))
+        return y, *_log_dets(w, q, slopes_at_0)
+
+    def _inverse_pass(self, y, parts):
+        q, r, r_tilde, bias, slopes_at_0 = self._matrices(parts)
+        target = tf.linalg.matvec(r_tilde, q.matvec(y, adjoint=True)) + bias
+        w = _solve(tf.matmul(r_tilde, r), target)
+        x = y - q.matvec(tf.linalg.matvec(r, tf.tanh(w)))
+        return x, *_log_dets(w, q, slopes_at_0)
+
+    def _matrices(self, parts):
+        """Q as a linear operator, R, R', b and 1 + R_jj R'_jj."""
+        matrix, raw_tilde, bias, vectors = parts
+        raw = tf.linalg.diag_part(matrix)
+        r = tf.linalg.set_diag(tf.linalg.band_part(matrix, 0, -1), tf.tanh(raw))
+        r_tilde = tf.linalg.set_diag(tf.linalg.band_part(tf.linalg.matrix_transpose(matrix), 0, -1), tf.tanh(raw_tilde))
+        # 1 + tanh(a) tanh(b) = cosh(a + b) / (cosh(a) cosh(b)): never rounded to 0.
+        slopes_at_0 = tf.exp(_log_cosh(raw + raw_tilde) - _log_cosh(raw) - _log_cosh(raw_tilde))
+        return self._q(vectors), r, r_tilde, bias, slopes_at_0
+
+    def _q(self, vectors):
+        if self._variant == "orthogonal":
+            q, upper = tf.linalg.qr(vectors)
+            # A positive diagonal makes the decomposition unique, and so continuous in the parameters.
+            signs = tf.where(tf.linalg.diag_part(upper) < 0.0, -tf.ones([], q.dtype), tf.ones([], q.dtype))
+            return tf.linalg.LinearOperatorFullMatrix(q * signs[..., tf.newaxis, :])
+        if self._variant == "householder":
+            reflections = [tf.linalg.LinearOperatorHouseholder(v) for v in tf.unstack(vectors, axis=-2)]
+            return tf.linalg.LinearOperatorComposition(reflections)
+        if self._reverse:
+            return tf.linalg.LinearOperatorPermutation(range(self._dims)[::-1], dtype=vectors.dtype)
+        return tf.linalg.LinearOperatorIdentity(self._dims, dtype=vectors.dtype)
+
+
+def _parts(dims, variant, num_columns, num_reflections):
+    if variant not in VARIANTS:
+        raise ValueError(f"Sylvester: got variant={variant!r}, needs one of {VARIANTS}")
+    if variant != "orthogonal":
+        columns = dims
+        if num_columns not in (None, dims):
+            raise ValueError(f"Sylvester: got num_columns={num_columns}, variant {variant} of {dims} dimensions has {dims}")
+    else:
+        columns = min(8, dims) if num_columns is None else num_columns
+        if not 1 <= columns <= dims:
+            raise ValueError(f"Sylvester: got num_columns={num_columns}, needs 1 to {dims} for {dims} dimensions")
+    vectors = {"orthogonal": (dims, columns), "householder": (num_reflections, dims), "triangular": (0,)}[variant]
+    return [(columns, columns), (columns,), (columns,), vectors]
+
+
+def _log_cosh(x):
+    x = tf.abs(x)
+    return x + tf.math.log1p(tf.exp(-2.0 * x)) - np.log(2.0)
+
+
+def _log_dets(w, q, slopes_at_0):
+    """The forward log-det, and a function that returns that of every dimension."""
+    # log(1 + (1 - tanh^2) R_jj R'_jj), as the logarithm of a sum of positive numbers.
+    log_dets = tf.math.log(tf.square(tf.tanh(w)) + tanh_slope(w) * slopes_at_0)
+    return tf.reduce_sum(log_dets, axis=-1), lambda: tf.linalg.matvec(tf.square(q.to_dense()), log_dets)
+
+
+def _solve(matrix, target):
+    """The w with w + matrix tanh(w) = target, for an upper triangular matrix whose diagonal is above -1."""
+    columns = target.shape[-1]
+    diagonal = tf.linalg.diag_part(matrix)
+    above = matrix - tf.linalg.diag(diagonal)
+
+    def entry(k, w):
+        j = columns - 1 - k
+        slope = diagonal[..., j]
+        rest = target[..., j] - tf.reduce_sum(above[..., j, :] * tf.tanh(w), axis=-1)
+        root = implicit.bisect(lambda p: p + slope * tf.tanh(p), rest, rest - tf.abs(slope), rest + tf.abs(slope))
+        return k + 1, tf.where(tf.range(columns) == j, root[..., tf.newaxis], w)
+
+    shape = ps.broadcast_shape(ps.shape(target), ps.shape(diagonal))
+    start = tf.zeros(shape, target.dtype)
+    _, w = tf.while_loop(lambda *_: True, entry, (0, start), maximum_iterations=columns)
+    w = tf.stop_gradient(w)
+    # Zero, but with the derivatives of the implicit function.
+    residual = target - w - tf.linalg.matvec(matrix, tf.tanh(w))
+    residual -= tf.stop_gradient(residual)
+    jacobian = tf.eye(columns, dtype=w.dtype) + matrix * tanh_slope(w)[..., tf.newaxis, :]
+    return w + tf.linalg.triangular_solve(jacobian, residual[..., tf.newaxis], lower=False)[..., 0]

@@ -1,0 +1,242 @@
+"""MAF, IAF, and autoregressive flows of images and signals."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow_probability as tfp
+
+from tfp_dimflows import bijectors as dfb
+from tfp_dimflows import networks
+from tfp_dimflows.recipes import common
+from tfp_dimflows.recipes.registry import recipe
+
+tfb, tfd = tfp.bijectors, tfp.distributions
+
+
+@recipe
+def maf(
+    event_shape: Sequence[int],
+    *,
+    num_layers: int = 5,
+    hidden: Sequence[int] | None = None,
+    condition_shape: Sequence[int] | None = None,
+    alpha: float = 0.05,
+    levels: int | None = None,
+    seed: int = 0,
+) -> tfd.Distribution:
+    """Masked autoregressive flow: affine layers on MADE networks, with the order reversed and an ActNorm from one to the next.
+
+    Images are flattened. A log-density takes one evaluation of each network, a sample as many as there are dimensions.
+
+    Args:
+      event_shape: `[D]` or `[H, W, C]`.
+      num_layers: number of autoregressive layers.
+      hidden: widths of the networks' hidden layers; None: two layers of 64 units, or of as many as there are dimensions if
+        that is more.
+      condition_shape: `[n]`, shape of the condition of a conditional flow.
+      alpha: margin of the logit preprocessing.
+      levels: number of grey levels of integer images; None for continuous events.
+      seed: integer seed.
+
+    Returns:
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+
+    Raises:
+      ValueError: for other shapes or sizes.
+
+    References: Papamakarios, Pavlakou, Murray, "Masked autoregressive flow for density estimation", 2017.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.maf([3], num_layers=2, hidden=[8])
+    >>> flow.log_prob(tf.zeros([4, 3])).shape
+    TensorShape([4])
+    """
+    given = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
+    affine = functools.partial(dfb.transformers.Affine, dtype=common.floatx())
+    return _made_flow("maf", event_shape, affine, lambda layer: layer, alpha, levels, **given)
+
+
+@recipe
+def iaf(
+    event_shape: Sequence[int],
+    *,
+    num_layers: int = 4,
+    hidden: Sequence[int] | None = None,
+    condition_shape: Sequence[int] | None = None,
+    alpha: float = 0.05,
+    levels: int | None = None,
+    seed: int = 0,
+) -> tfd.Distribution:
+    """Inverse autoregressive flow: gated layers on MADE networks, with the order reversed and an ActNorm from one to the next.
+
+    Images are flattened. A sample takes one evaluation of each network, the log-density of a given event as many as there are
+    dimensions. So it is meant for variational inference; training by maximum likelihood is for few dimensions.
+
+    Args:
+      event_shape: `[D]` or `[H, W, C]`.
+      num_layers: number of autoregressive layers.
+      hidden: widths of the networks' hidden layers; None: two layers of 64 units, or of as many as there are dimensions if
+        that is more.
+      condition_shape: `[n]`, shape of the condition of a conditional flow.
+      alpha: margin of the logit preprocessing.
+      levels: number of grey levels of integer images; None for continuous events.
+      seed: integer seed.
+
+    Returns:
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+
+    Raises:
+      ValueError: for other shapes or sizes.
+
+    References: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference with inverse
+    autoregressive flow", 2016.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.iaf([3], num_layers=2, hidden=[8])
+    >>> flow.sample(4, seed=0).shape
+    TensorShape([4, 3])
+    """
+    given = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
+    return _made_flow("iaf", event_shape, dfb.transformers.Gated, tfb.Invert, alpha, levels, **given)
+
+
+def made_layers(
+    dims: int, num_layers: int, hidden: Sequence[int], condition_channels: int, transformer: Callable, wrap: Callable, seed: int
+) -> list[tfb.Bijector]:
+    """Autoregressive layers with the order reversed from one to the next, each wrapped by a function."""
+    layers = []
+    for k, layer_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_layers).tolist()):
+        network = networks.MADE(
+            dims,
+            2 * dims,
+            hidden=hidden,
+            ordering="reversed" if k % 2 else "natural",
+            condition_channels=condition_channels,
+            seed=layer_seed % 2**31,
+        )
+        layers.append(wrap(dfb.Autoregressive(network, transformer())))
+    return layers
+
+
+def _made_flow(name, event_shape, transformer, wrap, alpha, levels, *, num_layers, hidden, condition_shape, seed):
+    shape = common.checked_event_shape(event_shape, name)
+    dims = math.prod(shape)
+    common.check_sizes(name, num_layers=num_layers)
+    condition = common.condition_channels(name, condition_shape, (dims,))
+    hidden = [max(64, dims)] * 2 if hidden is None else hidden
+    layers = made_layers(dims, num_layers, hidden, condition, transformer, wrap, seed)
+    parts = [part for layer in layers for part in (layer, dfb.ActNorm(dims, dtype=common.floatx()))]
+    return _as_distribution([*common.from_flat(shape), *parts[:-1]], shape, levels, alpha)
+
+
+@recipe
+def pixelcnn_flow(
+    event_shape: Sequence[int],
+    *,
+    num_layers: int = 2,
+    width: int = 32,
+    num_blocks: int = 3,
+    kernel_size: int = 3,
+    condition_shape: Sequence[int] | None = None,
+    alpha: float = 0.05,
+    levels: int | None = None,
+    seed: int = 0,
+) -> tfd.Distribution:
+    """Autoregressive flow of images: affine layers on gated PixelCNNs, with the order reversed from one to the next.
+
+    A log-density takes one evaluation of each network, a sample as many as there are dimensions.
+
+    Args:
+      event_shape: `[H, W, C]`.
+      num_layers: number of autoregressive layers.
+      width: channels of the networks' hidden layers, at least C.
+      num_blocks: layers of each network.
+      kernel_size: odd size of the networks' filters.
+      condition_shape: shape of the condition of a conditional flow: `[n]` or `[H, W, n]`.
+      alpha: margin of the logit preprocessing.
+      levels: number of grey levels of integer images; None for continuous events.
+      seed: integer seed.
+
+    Returns:
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+
+    Raises:
+      ValueError: for other shapes or sizes.
+
+    References: van den Oord et al., "Conditional image generation with PixelCNN decoders", 2016.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.pixelcnn_flow([4, 4, 1], num_layers=1, width=4)
+    >>> flow.log_prob(tf.zeros([2, 4, 4, 1])).shape
+    TensorShape([2])
+    """
+    shape = common.checked_event_shape(event_shape, "pixelcnn-flow", ranks=(3,))
+    common.check_sizes("pixelcnn-flow", num_layers=num_layers)
+    condition = common.condition_channels("pixelcnn-flow", condition_shape, shape)
+    sizes = {"width": width, "num_blocks": num_blocks, "kernel_size": kernel_size, "condition_channels": condition}
+    layers = []
+    for k, layer_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_layers).tolist()):
+        network = networks.PixelCNN(shape[-1], 2 * shape[-1], reverse=bool(k % 2), seed=layer_seed % 2**31, **sizes)
+        layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx()), event_ndims=3))
+    return _as_distribution([*layers, *common.from_flat(shape)], shape, levels, alpha)
+
+
+@recipe
+def wavenet_flow(
+    event_shape: Sequence[int],
+    *,
+    num_layers: int = 2,
+    width: int = 32,
+    depth: int | None = None,
+    condition_shape: Sequence[int] | None = None,
+    alpha: float = 0.05,
+    levels: int | None = None,
+    seed: int = 0,
+) -> tfd.Distribution:
+    """Autoregressive flow of 1-D signals: affine layers on WaveNets, with time reversed from one to the next.
+
+    A log-density takes one evaluation of each network, a sample as many as the signal is long.
+
+    Args:
+      event_shape: `[T]`, the length of a signal.
+      num_layers: number of autoregressive layers.
+      width: channels of the networks' hidden layers.
+      depth: dilated convolutions of each network; None: as many as it takes to see the whole signal.
+      condition_shape: `[n]`, shape of the condition of a conditional flow.
+      alpha: margin of the logit preprocessing.
+      levels: number of levels of integer signals; None for continuous ones.
+      seed: integer seed.
+
+    Returns:
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+
+    Raises:
+      ValueError: for other shapes or sizes.
+
+    References: van den Oord et al., "WaveNet: a generative model for raw audio", 2016.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.wavenet_flow([16], num_layers=1, width=4)
+    >>> flow.log_prob(tf.zeros([2, 16])).shape
+    TensorShape([2])
+    """
+    shape = common.checked_event_shape(event_shape, "wavenet-flow", ranks=(1,))
+    common.check_sizes("wavenet-flow", num_layers=num_layers)
+    condition = common.condition_channels("wavenet-flow", condition_shape, shape)
+    sizes = {"width": width, "num_layers": depth, "condition_channels": condition}
+    layers = []
+    for k, layer_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_layers).tolist()):
+        network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed % 2**31, **sizes)
+        layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx())))
+    return _as_distribution(layers, shape, levels, alpha)
+
+
+def _as_distribution(parts, shape, levels, alpha):
+    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
+    return common.as_distribution(dfb.Chain(parts), shape, levels, preprocess)
