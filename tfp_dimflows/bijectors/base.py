@@ -1,5 +1,8 @@
 """`FlowBijector`: one fused pass per direction, and the log-det of every dimension."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -7,6 +10,7 @@ import tensorflow_probability as tfp
 from tensorflow.python.eager import record
 from tensorflow_probability.python.internal import cache_util, nest_util
 from tensorflow_probability.python.internal import prefer_static as ps
+from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows.keras_bridge import adapting
 
@@ -243,6 +247,28 @@ class FlowBijector(tfb.Bijector):
 
     def __eq__(self, other):
         return self is other
+
+
+_PROBE_SEEDS = contextvars.ContextVar("probe_seeds", default=None)
+
+
+@contextlib.contextmanager
+def probes_from(seed: Any) -> Iterator[None]:
+    """Context in which stochastic log-dets draw their probes from a stateless seed, each from one of its own."""
+    token = _PROBE_SEEDS.set([samplers.sanitize_seed(seed, salt="probes"), 0])
+    try:
+        yield
+    finally:
+        _PROBE_SEEDS.reset(token)
+
+
+def probe_seed(seed: Any = None) -> Any:
+    """The seed that is given, else the next of `probes_from`; outside it None, which draws anew at every call."""
+    state = _PROBE_SEEDS.get()
+    if seed is not None or state is None:
+        return seed
+    state[1] += 1
+    return samplers.fold_in(state[0], state[1])
 
 
 def to_tensor(value, dtype):

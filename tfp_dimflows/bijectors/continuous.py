@@ -62,7 +62,8 @@ def ffjord(
         return tf.cast(field(y, times, event_ndims=event_ndims), y.dtype)
 
     def hutchinson(ode_fn, shape, dtype):
-        return tfb.ffjord.trace_jacobian_hutchinson(ode_fn, shape, dtype, sample_fn=tfp.random.rademacher)
+        options = {"sample_fn": tfp.random.rademacher, "seed": base.probe_seed()}
+        return tfb.ffjord.trace_jacobian_hutchinson(ode_fn, shape, dtype, **options)
 
     augment = hutchinson if trace == "hutchinson" else tfb.ffjord.trace_jacobian_exact
     solver = tfp.math.ode.DormandPrince(rtol=1e-5, atol=1e-5) if solver is None else solver

@@ -12,7 +12,7 @@ from tfp_dimflows.bijectors import base, per_dimension, reorder
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 
-tfb = tfp.bijectors
+tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class Multiscale(base.FlowBijector):
@@ -151,6 +151,41 @@ class Multiscale(base.FlowBijector):
         steps = [(log_det, kept, None if left is None else tf.zeros_like(left)) for log_det, kept, left in steps]
         return [self._carry_to_data([*steps[:k], (log_det, None, None)]) for k, (log_det, _, _) in enumerate(steps)]
 
+    def level_log_prob(self, y: tf.Tensor, condition: Any = None, noise: tfd.Distribution | None = None) -> tf.Tensor:
+        """Log-density of events as one term for each level; their sum is the log-density of `noise` after this flow.
+
+            term k = log p(z_k) + inverse log-det of level k + that of its exit
+
+        with z_k the latent values of the dimensions that leave after level k; for a level that none leaves, the log-det alone.
+
+        Args:
+          y: events, `batch + event`.
+          condition: as in `inverse`.
+          noise: distribution of the flat latent values, with independent dimensions: a `tfd.Sample` or a `tfd.Independent` of
+            scalar ones; None: standard normal.
+
+        Returns:
+          `batch + [number of levels]`, the finest first.
+
+        Raises:
+          ValueError: for another noise, or another event shape.
+
+        #### Example
+
+        >>> flow = dfb.Multiscale([tfb.Scale(2.0), tfb.Identity()], dfb.DimensionFactorization.channels([4], num_levels=2))
+        >>> terms = flow.level_log_prob(tf.ones([4]))
+        >>> terms.numpy().round(3)
+        array([-4.86 , -2.088], dtype=float32)
+        >>> tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [4]), flow).log_prob(tf.ones([4])).numpy().round(3)
+        -6.948
+        """
+        y = self._checked_event(base.to_tensor(y, self.forward_dtype()))
+        parts, log_dets = self._walk_levels(y, self._route(condition, {}), self.inverse_min_event_ndims)
+        x = self.join_latent([part for part in parts[::-1] if part is not None])
+        by_part = iter(self.split_latent(_log_prob_per_dim(noise, x, self.name))[::-1])
+        terms = [d if part is None else d + tf.reduce_sum(next(by_part), axis=-1) for part, d in zip(parts, log_dets)]
+        return tf.stack(terms, axis=-1)
+
     @property
     def _uses_condition(self):
         return any(per_dimension.condition_kwargs(level, True) for level in self._levels)
@@ -158,18 +193,22 @@ class Multiscale(base.FlowBijector):
     # Data to latent.
 
     def _inverse_and_log_det(self, y, condition, event_ndims):
-        h, parts, log_dets = self._checked_event(y), [], []
+        parts, log_dets = self._walk_levels(self._checked_event(y), condition, event_ndims)
+        return self.join_latent([part for part in parts[::-1] if part is not None]), sum(log_dets)
+
+    def _walk_levels(self, h, condition, event_ndims):
+        """For each level, the flat latent values of what leaves after it (or None), and its summed log-det with its exit's."""
+        parts, log_dets = [], []
         for k, level in enumerate(self._levels):
             kwargs = per_dimension.condition_kwargs(level, condition)
             h, log_det = per_dimension.inverse_and_log_det(level, h, event_ndims, **kwargs)
-            log_dets.append(log_det)
             h, left, given = self._release(k, h)
-            if left is not None:
-                if self._exits[k] is not None:
-                    left, log_det = self._exit(per_dimension.inverse_and_log_det, k, given, left, event_ndims)
-                    log_dets.append(log_det)
-                parts.append(self._to_vector(left))
-        return self.join_latent(parts[::-1]), sum(log_dets)
+            if left is not None and self._exits[k] is not None:
+                left, exit_log_det = self._exit(per_dimension.inverse_and_log_det, k, given, left, event_ndims)
+                log_det = log_det + exit_log_det
+            parts.append(None if left is None else self._to_vector(left))
+            log_dets.append(log_det)
+        return parts, log_dets
 
     def _inverse_and_log_det_per_dim(self, y, condition):
         x, steps = self._walk_inverse(self._checked_event(y), condition, len(self._levels))
@@ -332,6 +371,20 @@ class Multiscale(base.FlowBijector):
 
     def _inverse_event_shape_tensor(self, shape):
         return shape if self._event_shape is None else tf.constant([np.prod(self._event_shape)], tf.int32)
+
+
+def _log_prob_per_dim(noise, x, name):
+    """The log-density of every dimension of flat latent values."""
+    if noise is None:
+        dtype = base.log_det_dtype(x.dtype)
+        return tfd.Normal(tf.zeros([], dtype), tf.ones([], dtype)).log_prob(tf.cast(x, dtype))
+    is_known = isinstance(noise, (tfd.Sample, tfd.Independent)) and noise.distribution.event_shape.rank == 0
+    if not is_known or noise.event_shape != x.shape[-1:]:
+        raise ValueError(
+            f"{name}: got the noise {noise.name} with event shape {noise.event_shape}, needs a tfd.Sample or tfd.Independent of "
+            f"scalar distributions with event shape {x.shape[-1:]}, whose log-density is a sum over dimensions"
+        )
+    return noise.distribution.log_prob(tf.cast(x, noise.dtype))
 
 
 def _transport_ids(bijector, ids):

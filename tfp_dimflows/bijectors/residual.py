@@ -222,7 +222,7 @@ class PowerSeries:
     Args:
       num_terms: number n of terms.
       num_probes: number of probes to average over.
-      seed: as in `tfd.Distribution.sample`; None draws anew at every call.
+      seed: as in `tfd.Distribution.sample`; None draws anew at every call, in a `FlowModel` from the model's seed.
     """
 
     def __init__(self, num_terms: int = 5, num_probes: int = 1, seed: Any = None):
@@ -232,7 +232,7 @@ class PowerSeries:
     def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
         """Estimate of the diagonal of log(I + J), of the shape of `y`."""
         total = 0.0
-        for seed in samplers.split_seed(self.seed, n=self.num_probes, salt="power_series"):
+        for seed in samplers.split_seed(base.probe_seed(self.seed), n=self.num_probes, salt="power_series"):
             v = w = samplers.normal(ps.shape(y), dtype=y.dtype, seed=seed)
             for k in range(1, self.num_terms + 1):
                 w = vjp(w)
@@ -259,7 +259,7 @@ class RussianRoulette:
       num_exact: number of terms that are always there, in training.
       num_exact_evaluation: the same outside training (Keras's training flag).
       num_probes: number of probes v to average over.
-      seed: as in `tfd.Distribution.sample`; None draws anew at every call.
+      seed: as in `tfd.Distribution.sample`; None draws anew at every call, in a `FlowModel` from the model's seed.
 
     Raises:
       ValueError: for another distribution or rate.
@@ -304,7 +304,8 @@ class RussianRoulette:
 
     def estimate(self, vjp: Callable, y: tf.Tensor) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
         """The value without gradients, and for each probe its Neumann series v^T (I - J + J^2 ...) and itself."""
-        seeds = tf.unstack(samplers.split_seed(self.seed, n=2 * self.num_probes, salt="russian_roulette"))
+        seeds = samplers.split_seed(base.probe_seed(self.seed), n=2 * self.num_probes, salt="russian_roulette")
+        seeds = tf.unstack(seeds)
         values, probes = zip(*(self._series(vjp, y, *pair) for pair in zip(seeds[::2], seeds[1::2])))
         return sum(values) / self.num_probes, list(probes)
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,6 +12,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tfp_dimflows import keras_bridge, recipes
+from tfp_dimflows.bijectors.base import probes_from
 from tfp_dimflows.distributions import variational
 
 tfd = tfp.distributions
@@ -30,7 +33,8 @@ class FlowModel(keras.Model):
 
     Args:
       distribution: any `tfd.Distribution` with a scalar batch shape; integer images: a `dfd.Dequantized`.
-      seed: integer seed of the noise of bounds (dequantisation) and of `sample`; None: a random one.
+      seed: integer seed of the noise of bounds (dequantisation), of the probes of stochastic log-dets, and of `sample`; None: a
+        random one.
       name: the model's name.
 
     Raises:
@@ -207,7 +211,7 @@ class FlowModel(keras.Model):
         Args:
           x: events (or a dict with `x` and `condition`), a whole batch.
           num_samples: noise samples of an importance-weighted bound, if the distribution is one.
-          seed: integer seed of that noise; None: the model's own stream.
+          seed: integer seed of that noise, and of the probes of stochastic log-dets; None: the model's own stream.
 
         Returns:
           `[batch]`.
@@ -279,7 +283,8 @@ class FlowModel(keras.Model):
         if num_samples is not None and not variational.is_bound(self._distribution):
             raise ValueError(f"FlowModel.log_prob: got num_samples, but the density of {self._distribution.name} is exact")
         kwargs = variational.with_noise(self._distribution, kwargs, seed=seed, num_samples=num_samples)
-        return self._distribution.log_prob(x, **kwargs)
+        with probes_from(seed):
+            return self._distribution.log_prob(x, **kwargs)
 
     def _log_prob_by_rank(self, ranks, x, seed, num_samples):
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
@@ -340,6 +345,55 @@ class FlowModel(keras.Model):
         """
         self.get_config()
         return super().save(filepath, *args, **kwargs)
+
+    def export(
+        self, filepath: str | os.PathLike, *, num_samples: int | None = None, condition_shape: Sequence[int] | None = None
+    ) -> None:
+        """Writes a TensorFlow SavedModel, which `tf.saved_model.load` reads without this package.
+
+        It has, as methods and signatures, with seeds of two int32 numbers for all noise,
+
+        * `log_prob(x, seed)`, and `sample(num, seed)` with a scalar int32 `num`,
+        * `encode(x)` and `decode(z)`, as in this class,
+
+        of a conditional distribution `log_prob(x, seed, condition)` and `sample(num, seed, condition)` alone. `x` has the
+        distribution's dtype.
+
+        Args:
+          filepath: a folder that does not exist yet.
+          num_samples: noise samples of an importance-weighted bound, if the distribution is one.
+          condition_shape: shape of one condition of a conditional distribution.
+
+        Raises:
+          ValueError: if the folder exists, or `num_samples` is given for an exact density.
+        """
+        if os.path.exists(filepath):
+            raise ValueError(f"FlowModel.export: {filepath} exists already; choose another folder")
+        self._converge()
+        events = tf.TensorSpec([None, *self.event_shape], self._distribution.dtype, name="x")
+        seed, num = tf.TensorSpec([2], tf.int32, name="seed"), tf.TensorSpec([], tf.int32, name="num")
+        archive = keras.export.ExportArchive()
+        archive.track(self)
+
+        def log_prob(x, seed, condition=None):
+            batch = x if condition is None else {"x": x, "condition": condition}
+            return self._log_prob(batch, seed, num_samples)
+
+        def sample(num, seed, condition=None):
+            return self._sample(num, seed, condition)
+
+        given = []
+        if condition_shape is not None:
+            given = [tf.TensorSpec([None, *condition_shape], keras.config.floatx(), name="condition")]
+        archive.add_endpoint("log_prob", log_prob, [events, seed, *given])
+        archive.add_endpoint("sample", sample, [num, seed, *given])
+        if not given:
+            z = tf.function(lambda x: variational.encode(self._distribution, x), autograph=False)
+            latent = z.get_concrete_function(events).structured_outputs
+            archive.add_endpoint("encode", lambda x: variational.encode(self._distribution, x), [events])
+            decode = [tf.TensorSpec(latent.shape, latent.dtype, name="z")]
+            archive.add_endpoint("decode", lambda z: variational.decode(self._distribution, z), decode)
+        archive.write_out(str(filepath), verbose=False)
 
     def load_weights(self, filepath, *args, **kwargs):
         """As `keras.Model.load_weights`.
