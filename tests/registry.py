@@ -1809,7 +1809,9 @@ def sylvester_parts(bijector):
             q = q - 2.0 * q @ np.outer(v, v) / (v @ v)
     else:
         q = np.eye(dims)[::-1] if p["reverse"] else np.eye(dims)
-    r, r_tilde = (np.triu(m, 1) + np.diag(np.tanh(d)) for m, d in ((matrix, np.diag(matrix)), (matrix.T, diagonal)))
+    r, r_tilde = (
+        np.triu(m, 1) + (1.0 - 5e-7) * np.diag(np.tanh(d)) for m, d in ((matrix, np.diag(matrix)), (matrix.T, diagonal))
+    )
     return q, r, r_tilde, bias
 
 

@@ -11,19 +11,11 @@ import tensorflow as tf
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
+from tfp_dimflows.recipes.vae_flow import POSTERIORS
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 6, 468, 128, 0
 TEST_IMAGES, IMPORTANCE_SAMPLES = 1_000, 500
 ARGUMENTS = {"latent_dims": 32, "features": 128, "width": 16, "hidden": [128]}
-POSTERIORS = (
-    "gaussian",
-    "planar",
-    "radial",
-    "sylvester-orthogonal",
-    "sylvester-householder",
-    "sylvester-triangular",
-    "iaf",
-)
 
 
 def train(posterior):
@@ -46,7 +38,8 @@ def train(posterior):
     )
     metrics = dimflows.training.read_metrics(directory)["."]
     images = next(iter(test_data.unbatch().batch(TEST_IMAGES)))
-    log_prob = np.concatenate([model.log_prob(x, IMPORTANCE_SAMPLES, seed=SEED) for x in tf.split(images, TEST_IMAGES // 20)])
+    chunks = enumerate(tf.split(images, TEST_IMAGES // 20))
+    log_prob = np.concatenate([model.log_prob(x, IMPORTANCE_SAMPLES, seed=k) for k, x in chunks])
     row = {
         "posterior": posterior,
         "parameters": metrics["parameters"],

@@ -84,7 +84,8 @@ class Autoregressive(base.FlowBijector):
 
         def function(y):
             # Until its predecessors are right, a dimension may overflow, and infinity times a mask's 0 would reach them.
-            return self._bijector(tf.where(tf.math.is_finite(y), y, 0.0), condition).forward(x)
+            bijector = self._bijector(tf.where(tf.math.is_finite(y), y, 0.0), condition)
+            return per_dimension.forward_and_log_det_per_dim(bijector, x)[0]
 
         with record.stop_recording():
             y = tf.stop_gradient(self._repeat(function, x))

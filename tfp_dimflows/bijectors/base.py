@@ -8,9 +8,8 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow.python.eager import record
-from tensorflow_probability.python.internal import cache_util, nest_util
+from tensorflow_probability.python.internal import cache_util, nest_util, samplers
 from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows.keras_bridge import adapting
 

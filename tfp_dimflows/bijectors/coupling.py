@@ -8,7 +8,7 @@ import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base, masks, per_dimension, transformers
-from tfp_dimflows.keras_bridge import Network
+from tfp_dimflows.keras_bridge import Network, variables_of
 
 tfb = tfp.bijectors
 
@@ -269,6 +269,7 @@ class ConditionalTransform(base.FlowBijector):
         parameters = dict(locals())
         self._network = Network(network)
         self._transformer = transformer
+        self._variables = variables_of(transformer)
         self._event_ndims = base.event_ndims_static(event_ndims, "ConditionalTransform")
         super().__init__(forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import tensorflow as tf
+from tensorflow.python.eager import record
 
 
 def bisect(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
@@ -17,8 +18,9 @@ def bisect(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tenso
         return tf.where(is_low, middle, low), tf.where(is_low, high, middle)
 
     steps = 40 if target.dtype == tf.float32 else 70
-    low, high = tf.while_loop(lambda *_: True, halve, (low, high), maximum_iterations=steps)
-    return tf.stop_gradient(0.5 * (low + high))
+    with record.stop_recording():
+        low, high = tf.while_loop(lambda *_: True, halve, (low, high), maximum_iterations=steps)
+        return tf.stop_gradient(0.5 * (low + high))
 
 
 def increasing_root(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:

@@ -43,12 +43,14 @@ class Parametric(base.FlowBijector):
     ):
         self._dims = dims
         if params is None:
-            values = [np.reshape(part, [-1]) for part in initial(np.random.default_rng(seed))]
+            generator = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
+            values = [np.reshape(part, [-1]) for part in initial(generator)]
             params = tf.Variable(tf.constant(np.concatenate(values), dtype), name="params")
         dtype = dtype_util.common_dtype([params], dtype)
         self._params = tensor_util.convert_nonref_to_tensor(params, dtype=dtype)
+        parameters["params"] = self._params  # shared by copies, and by the slices that TFP makes of distributions
         size = sum(math.prod(shape) for shape in self._parts)
-        if self._params.shape[-1] != size:
+        if self._params.shape[-1:] != [size]:
             raise ValueError(f"{name}: got params of shape {self._params.shape}, {dims} dimensions need a last axis of {size}")
         super().__init__(forward_min_event_ndims=1, validate_args=validate_args, parameters=parameters, name=name)
 
@@ -81,6 +83,16 @@ class Parametric(base.FlowBijector):
     def _inverse_and_log_det(self, y, condition, event_ndims):
         x, fldj, _ = self._inverse_pass(*self._split(y))
         return tf.cast(x, y.dtype), -tf.reduce_sum(fldj, axis=list(range(1 - event_ndims, 0)))
+
+
+def positive(raw: tf.Tensor) -> tf.Tensor:
+    """softplus(raw), but at least 1e-6, so that rounding never makes it 0."""
+    return tf.maximum(tf.nn.softplus(raw), 1e-6)
+
+
+def log_tanh_sum_slope(p: tf.Tensor, slope_at_0: tf.Tensor) -> tf.Tensor:
+    """log(1 + m (1 - tanh(p)^2)) with slope_at_0 = 1 + m > 0, as the logarithm of a sum of positive numbers."""
+    return tf.math.log(tf.square(tf.tanh(p)) + tanh_slope(p) * slope_at_0)
 
 
 def tanh_slope(a: tf.Tensor) -> tf.Tensor:

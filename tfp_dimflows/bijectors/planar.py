@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import implicit
-from tfp_dimflows.bijectors.parametric import Parametric, tanh_slope
+from tfp_dimflows.bijectors.parametric import Parametric, log_tanh_sum_slope, positive, tanh_slope
 
 
 class Planar(Parametric):
@@ -18,8 +18,9 @@ class Planar(Parametric):
         inverse:  x = y - u' tanh(p),   p + m tanh(p) = w^T y + b
 
     It is invertible for any w, u and b, and the identity where w^T u = log(e - 1) and u is parallel to w. The scalar p is found
-    by bisection, in a fixed number of steps down to float precision, with implicit derivatives (first derivatives only). Cost:
-    O(D) in both directions.
+    by bisection, in a fixed number of steps down to float precision, with implicit derivatives (first derivatives only). 1 + m
+    is kept above 1e-6. At w = 0, where u' is not continuous, this is the shift by u tanh(b); a network that predicts parameters
+    should not start there. Cost: O(D) in both directions.
 
     Parameters are trainable, or a tensor with batch axes, or predicted from a condition:
     `dfb.ConditionalTransform(network, functools.partial(dfb.Planar, dims), event_ndims=1)`, where the network has
@@ -28,7 +29,7 @@ class Planar(Parametric):
     Args:
       dims: number D of dimensions.
       params: w, u and b, `[..., 2 D + 1]`, a tensor or variable whose other axes broadcast to the batch; None: trainable ones.
-      seed: integer seed of the initial values of trainable parameters.
+      seed: integer seed of the initial values of trainable parameters; None: one from NumPy's global generator.
       dtype: dtype of trainable parameters.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
@@ -80,7 +81,7 @@ class Planar(Parametric):
         target = tf.reduce_sum(w * y, axis=-1) + parts[2]
 
         def function(p):
-            return p + m * tf.tanh(p), _log_slope(p, slope_at_0)
+            return p + m * tf.tanh(p), log_tanh_sum_slope(p, slope_at_0)
 
         p = implicit.increasing_root(function, target, target - tf.abs(m), target + tf.abs(m))
         return y - u * tf.tanh(p)[..., tf.newaxis], *_log_dets(p, w, u, m, slope_at_0)
@@ -88,16 +89,17 @@ class Planar(Parametric):
 
 def _constrained(w, u):
     """w, u', m = w^T u' and 1 + m."""
-    product, square = tf.reduce_sum(w * u, axis=-1), tf.reduce_sum(tf.square(w), axis=-1)
-    tiny = np.finfo(w.dtype.as_numpy_dtype).tiny
-    slope_at_0 = tf.where(square > tiny, tf.nn.softplus(product), 1.0 + product)
+    product, square = _dot(w, u), _dot(w, w)
+    slope_at_0 = tf.where(square > 0.0, positive(product), 1.0)
     m = slope_at_0 - 1.0
-    return w, u + ((m - product) / tf.maximum(square, tiny))[..., tf.newaxis] * w, m, slope_at_0
+    along_w = w / tf.where(square > 0.0, square, 1.0)[..., tf.newaxis]
+    for _ in range(2):  # twice, since after a cancellation the rest is not orthogonal to w
+        u -= _dot(w, u)[..., tf.newaxis] * along_w
+    return w, u + m[..., tf.newaxis] * along_w, m, slope_at_0
 
 
-def _log_slope(p, slope_at_0):
-    """log(1 + m (1 - tanh(p)^2)), as the logarithm of a sum of positive numbers."""
-    return tf.math.log(tf.square(tf.tanh(p)) + tanh_slope(p) * slope_at_0)
+def _dot(a, b):
+    return tf.reduce_sum(a * b, axis=-1)
 
 
 def _log_dets(p, w, u, m, slope_at_0):
@@ -106,12 +108,14 @@ def _log_dets(p, w, u, m, slope_at_0):
     def per_dim():
         return w * u * (tanh_slope(p) * _log1p_quotient(m * tanh_slope(p), log_det))[..., tf.newaxis]
 
-    log_det = _log_slope(p, slope_at_0)
+    log_det = log_tanh_sum_slope(p, slope_at_0)
     return log_det, per_dim
 
 
 def _log1p_quotient(c, log1p):
-    """log(1 + c) / c."""
+    """log(1 + c) / c, near 0 its series 1 - c / 2 + c^2 / 3 - ..."""
     close = tf.abs(c) < 1e-2
-    series = sum((-c) ** k / (k + 1) for k in range(9))
+    series = tf.zeros_like(c)
+    for k in range(9, 0, -1):
+        series = 1.0 / k - c * series
     return tf.where(close, series, log1p / tf.where(close, tf.ones_like(c), c))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.parametric import positive
 
 
 class PReLU(base.FlowBijector):
-    """Parametric rectifier with a trainable slope a = softplus(raw) > 0 of negative values.
+    """Parametric rectifier with a trainable slope a = softplus(raw), at least 1e-6, of negative values.
 
         forward:  y = x where x >= 0, a x elsewhere
         inverse:  x = y where y >= 0, y / a elsewhere
@@ -59,7 +60,7 @@ class PReLU(base.FlowBijector):
         if value.shape[value.shape.rank - shape.rank :] != shape:
             raise ValueError(f"{self.name}: got values of shape {value.shape}, has slopes of shape {shape}")
         raw = tf.cast(self._raw, base.log_det_dtype(value.dtype))
-        log_slope = power * tf.math.log(tf.nn.softplus(raw))
+        log_slope = power * tf.math.log(positive(raw))
         negative = value < 0
         result = tf.where(negative, value * tf.cast(tf.exp(log_slope), value.dtype), value)
         return result, tf.where(negative, log_slope, 0.0)

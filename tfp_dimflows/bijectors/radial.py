@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tfp_dimflows.bijectors.parametric import Parametric
+from tfp_dimflows.bijectors.parametric import Parametric, positive
 
 
 class Radial(Parametric):
@@ -17,7 +17,7 @@ class Radial(Parametric):
         inverse:  x = c + (y - c) / A,   where r solves r^2 + (alpha + beta - rho) r - alpha rho = 0 with rho = |y - c|
 
     with alpha = softplus(a) > 0 and beta = softplus(b) - alpha > -alpha, so that it is invertible for any a, b and c, and the
-    identity where a = b. Both directions are formulas. Cost: O(D).
+    identity where a = b. Both softplus are kept above 1e-6. Both directions are formulas. Cost: O(D).
 
     Parameters are trainable, or a tensor with batch axes, or predicted from a condition:
     `dfb.ConditionalTransform(network, functools.partial(dfb.Radial, dims), event_ndims=1)`, where the network has
@@ -27,7 +27,7 @@ class Radial(Parametric):
       dims: number D of dimensions.
       params: c, a and b, `[..., D + 2]`, a tensor or variable whose other axes broadcast to the batch; None: trainable ones,
         of a flow that starts as the identity.
-      seed: integer seed of the initial values of trainable parameters.
+      seed: integer seed of the initial values of trainable parameters; None: one from NumPy's global generator.
       dtype: dtype of trainable parameters.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
@@ -106,7 +106,7 @@ class Radial(Parametric):
 
 def _constrained(center, a, b):
     """c, alpha and alpha + beta, the latter two with an axis for the dimensions."""
-    return center, tf.nn.softplus(a)[..., tf.newaxis], tf.nn.softplus(b)[..., tf.newaxis]
+    return center, positive(a)[..., tf.newaxis], positive(b)[..., tf.newaxis]
 
 
 def _norm(offset):

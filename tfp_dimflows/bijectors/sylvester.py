@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import record
 from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import implicit
-from tfp_dimflows.bijectors.parametric import Parametric, tanh_slope
+from tfp_dimflows.bijectors.parametric import Parametric, log_tanh_sum_slope, tanh_slope
 
 VARIANTS = ("orthogonal", "householder", "triangular")
+_LIMIT = 1.0 - 5e-7
 
 
 class Sylvester(Parametric):
@@ -19,19 +21,20 @@ class Sylvester(Parametric):
         log |det dy/dx| = sum_j l_j,   l_j = log(1 + (1 - tanh(w_j)^2) R_jj R'_jj);   that of dimension i: sum_j Q_ij^2 l_j
         inverse:  x = y - Q R tanh(w),   where w solves w + R' R tanh(w) = R' Q^T y + b
 
-    With tanh on the diagonals of R and R' it is invertible for any parameters. The triangular system for w is solved from the
-    last entry to the first, each by bisection in a fixed number of steps down to float precision, with implicit derivatives
-    (first derivatives only). The shares of the dimensions are a convention: they have the right sum, and are exact where R and
-    R' are diagonal.
+    The diagonals of R and R' are (1 - 5e-7) tanh of their parameters, so that it is invertible for any, if Q has full rank. The
+    triangular system for w is solved from the last entry to the first, each by bisection in a fixed number of steps down to
+    float precision, with implicit derivatives (first derivatives only). The shares of the dimensions are a convention: they
+    have the right sum, and are exact where R and R' are diagonal.
 
     Q is, by `variant`:
 
-    * `"orthogonal"`: M <= D columns, a D x M matrix made orthonormal (Gram-Schmidt; any matrix of full rank),
+    * `"orthogonal"`: M <= D columns, a D x M matrix made orthonormal (Gram-Schmidt; a network that predicts it should not
+      start at zero, where the gradients are not finite),
     * `"householder"`: M = D, a product of reflections I - 2 v v^T / v^T v,
     * `"triangular"`: M = D, the identity, or the reversal of the dimensions with `reverse` (to alternate with).
 
-    Cost: forward O(D M + M^2), and O(D M^2) for Gram-Schmidt or O(D H) for H reflections; inverse O(M^2) more for w, in M
-    steps one after the other.
+    Cost: forward O(D M + M^2), and O(D M^2) for Gram-Schmidt or O(D H) for H reflections; inverse O(M^3) more for R' R, and
+    O(M^2) for w in M steps one after the other. The hook needs Q's entries, O(D^2 H) for reflections.
 
     Parameters are trainable, or a tensor with batch axes, or predicted from a condition:
     `dfb.ConditionalTransform(network, functools.partial(dfb.Sylvester, dims), event_ndims=1)`, where the network has
@@ -46,7 +49,7 @@ class Sylvester(Parametric):
       num_columns: M of `"orthogonal"`; None: 8, or D if that is less.
       num_reflections: number of reflections of `"householder"`.
       reverse: whether Q of `"triangular"` reverses the dimensions.
-      seed: integer seed of the initial values of trainable parameters.
+      seed: integer seed of the initial values of trainable parameters; None: one from NumPy's global generator.
       dtype: dtype of trainable parameters.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
@@ -79,6 +82,8 @@ class Sylvester(Parametric):
     ):
         parameters = dict(locals())
         self._parts = _parts(dims, variant, num_columns, num_reflections)
+        if reverse and variant != "triangular":
+            raise ValueError(f"Sylvester: got reverse with variant {variant}, it is for triangular")
         self._variant, self._reverse = variant, reverse
 
         def initial(generator):
@@ -108,12 +113,10 @@ class Sylvester(Parametric):
     def _matrices(self, parts):
         """Q as a linear operator, R, R', b and 1 + R_jj R'_jj."""
         matrix, raw_tilde, bias, vectors = parts
-        raw = tf.linalg.diag_part(matrix)
-        r = tf.linalg.set_diag(tf.linalg.band_part(matrix, 0, -1), tf.tanh(raw))
-        r_tilde = tf.linalg.set_diag(tf.linalg.band_part(tf.linalg.matrix_transpose(matrix), 0, -1), tf.tanh(raw_tilde))
-        # 1 + tanh(a) tanh(b) = cosh(a + b) / (cosh(a) cosh(b)): never rounded to 0.
-        slopes_at_0 = tf.exp(_log_cosh(raw + raw_tilde) - _log_cosh(raw) - _log_cosh(raw_tilde))
-        return self._q(vectors), r, r_tilde, bias, slopes_at_0
+        diagonal, diagonal_tilde = (_LIMIT * tf.tanh(raw) for raw in (tf.linalg.diag_part(matrix), raw_tilde))
+        r = tf.linalg.set_diag(tf.linalg.band_part(matrix, 0, -1), diagonal)
+        r_tilde = tf.linalg.set_diag(tf.linalg.band_part(tf.linalg.matrix_transpose(matrix), 0, -1), diagonal_tilde)
+        return self._q(vectors), r, r_tilde, bias, 1.0 + diagonal * diagonal_tilde
 
     def _q(self, vectors):
         if self._variant == "orthogonal":
@@ -122,6 +125,9 @@ class Sylvester(Parametric):
             signs = tf.where(tf.linalg.diag_part(upper) < 0.0, -tf.ones([], q.dtype), tf.ones([], q.dtype))
             return tf.linalg.LinearOperatorFullMatrix(q * signs[..., tf.newaxis, :])
         if self._variant == "householder":
+            # Their lengths do not matter, but TensorFlow's operator is no reflection for tiny ones.
+            size = tf.stop_gradient(tf.reduce_max(tf.abs(vectors), axis=-1, keepdims=True))
+            vectors = vectors / tf.where(size > 0.0, size, 1.0)
             reflections = [tf.linalg.LinearOperatorHouseholder(v) for v in tf.unstack(vectors, axis=-2)]
             return tf.linalg.LinearOperatorComposition(reflections)
         if self._reverse:
@@ -140,19 +146,15 @@ def _parts(dims, variant, num_columns, num_reflections):
         columns = min(8, dims) if num_columns is None else num_columns
         if not 1 <= columns <= dims:
             raise ValueError(f"Sylvester: got num_columns={num_columns}, needs 1 to {dims} for {dims} dimensions")
+    if num_reflections < 1:
+        raise ValueError(f"Sylvester: got num_reflections={num_reflections}, needs at least 1")
     vectors = {"orthogonal": (dims, columns), "householder": (num_reflections, dims), "triangular": (0,)}[variant]
     return [(columns, columns), (columns,), (columns,), vectors]
 
 
-def _log_cosh(x):
-    x = tf.abs(x)
-    return x + tf.math.log1p(tf.exp(-2.0 * x)) - np.log(2.0)
-
-
 def _log_dets(w, q, slopes_at_0):
     """The forward log-det, and a function that returns that of every dimension."""
-    # log(1 + (1 - tanh^2) R_jj R'_jj), as the logarithm of a sum of positive numbers.
-    log_dets = tf.math.log(tf.square(tf.tanh(w)) + tanh_slope(w) * slopes_at_0)
+    log_dets = log_tanh_sum_slope(w, slopes_at_0)
     return tf.reduce_sum(log_dets, axis=-1), lambda: tf.linalg.matvec(tf.square(q.to_dense()), log_dets)
 
 
@@ -169,12 +171,13 @@ def _solve(matrix, target):
         root = implicit.bisect(lambda p: p + slope * tf.tanh(p), rest, rest - tf.abs(slope), rest + tf.abs(slope))
         return k + 1, tf.where(tf.range(columns) == j, root[..., tf.newaxis], w)
 
-    shape = ps.broadcast_shape(ps.shape(target), ps.shape(diagonal))
-    start = tf.zeros(shape, target.dtype)
-    _, w = tf.while_loop(lambda *_: True, entry, (0, start), maximum_iterations=columns)
-    w = tf.stop_gradient(w)
-    # Zero, but with the derivatives of the implicit function.
-    residual = target - w - tf.linalg.matvec(matrix, tf.tanh(w))
-    residual -= tf.stop_gradient(residual)
-    jacobian = tf.eye(columns, dtype=w.dtype) + matrix * tanh_slope(w)[..., tf.newaxis, :]
-    return w + tf.linalg.triangular_solve(jacobian, residual[..., tf.newaxis], lower=False)[..., 0]
+    with record.stop_recording():
+        start = tf.zeros(ps.broadcast_shape(ps.shape(target), ps.shape(diagonal)), target.dtype)
+        _, w = tf.while_loop(lambda *_: True, entry, (0, start), maximum_iterations=columns)
+        w = tf.stop_gradient(w)
+
+    def adjoint(upstream):
+        jacobian = tf.eye(columns, dtype=w.dtype) + matrix * tanh_slope(w)[..., tf.newaxis, :]
+        return tf.linalg.triangular_solve(jacobian, upstream[..., tf.newaxis], lower=False, adjoint=True)[..., 0]
+
+    return implicit.with_adjoint(w, target - tf.linalg.matvec(matrix, tf.tanh(w)), adjoint)

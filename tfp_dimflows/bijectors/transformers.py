@@ -116,7 +116,7 @@ class Gated(Transformer):
     the step from its argument to its result.
 
     Args:
-      bias: with a positive one a network that starts at zero starts near the identity.
+      bias: a network that starts at zero starts as the scaling by sigmoid(bias), near the identity if that is large.
 
     References: Kingma et al., "Improving variational inference with inverse autoregressive flow", 2016.
 
@@ -127,13 +127,24 @@ class Gated(Transformer):
     """
 
     def __init__(self, bias: float = 1.0):
-        super().__init__(self._bijector, params_per_dim=2)
-        self._bias = bias
+        super().__init__(lambda params: _Gate(params[..., 0], params[..., 1] + bias), params_per_dim=2)
 
-    def _bijector(self, params):
-        m, raw = tf.unstack(params, axis=-1)
-        raw = tf.maximum(raw + self._bias, -50.0)  # keeps the shift (1 - g) m / g finite
-        return ElementwiseAffine(m * tf.exp(-raw), tf.math.log_sigmoid(raw))
+
+class _Gate(base.FlowBijector):
+    """Data to latent `z = g x + (1 - g) m`, g = sigmoid(raw), elementwise."""
+
+    def __init__(self, m, raw, name: str = "gate"):
+        self._m, self._raw = m, raw
+        super().__init__(forward_min_event_ndims=0, parameters={"m": m, "raw": raw, "name": name}, name=name)
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        x = tf.sigmoid(self._raw) * tf.cast(y, self._m.dtype) + tf.sigmoid(-self._raw) * self._m
+        return tf.cast(x, y.dtype), tf.math.log_sigmoid(self._raw)
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        log_gate = tf.math.log_sigmoid(self._raw)
+        y = (tf.cast(x, self._m.dtype) - tf.sigmoid(-self._raw) * self._m) * tf.exp(-log_gate)
+        return tf.cast(y, x.dtype), -log_gate
 
 
 class MixtureLogistic(Transformer):

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import tensorflow_probability as tfp
 
 from tfp_dimflows import bijectors as dfb
@@ -109,14 +108,14 @@ def made_layers(
 ) -> list[tfb.Bijector]:
     """Autoregressive layers with the order reversed from one to the next, each wrapped by a function."""
     layers = []
-    for k, layer_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_layers).tolist()):
+    for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
         network = networks.MADE(
             dims,
             2 * dims,
             hidden=hidden,
             ordering="reversed" if k % 2 else "natural",
             condition_channels=condition_channels,
-            seed=layer_seed % 2**31,
+            seed=layer_seed,
         )
         layers.append(wrap(dfb.Autoregressive(network, transformer())))
     return layers
@@ -128,6 +127,7 @@ def _made_flow(name, event_shape, transformer, wrap, alpha, levels, *, num_layer
     common.check_sizes(name, num_layers=num_layers)
     condition = common.condition_channels(name, condition_shape, (dims,))
     hidden = [max(64, dims)] * 2 if hidden is None else hidden
+    common.check_sizes(name, **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
     layers = made_layers(dims, num_layers, hidden, condition, transformer, wrap, seed)
     parts = [part for layer in layers for part in (layer, dfb.ActNorm(dims, dtype=common.floatx()))]
     return _as_distribution([*common.from_flat(shape), *parts[:-1]], shape, levels, alpha)
@@ -176,12 +176,12 @@ def pixelcnn_flow(
     TensorShape([2])
     """
     shape = common.checked_event_shape(event_shape, "pixelcnn-flow", ranks=(3,))
-    common.check_sizes("pixelcnn-flow", num_layers=num_layers)
+    common.check_sizes("pixelcnn-flow", num_layers=num_layers, width=width, num_blocks=num_blocks, kernel_size=kernel_size)
     condition = common.condition_channels("pixelcnn-flow", condition_shape, shape)
     sizes = {"width": width, "num_blocks": num_blocks, "kernel_size": kernel_size, "condition_channels": condition}
     layers = []
-    for k, layer_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_layers).tolist()):
-        network = networks.PixelCNN(shape[-1], 2 * shape[-1], reverse=bool(k % 2), seed=layer_seed % 2**31, **sizes)
+    for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
+        network = networks.PixelCNN(shape[-1], 2 * shape[-1], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx()), event_ndims=3))
     return _as_distribution([*layers, *common.from_flat(shape)], shape, levels, alpha)
 
@@ -227,12 +227,12 @@ def wavenet_flow(
     TensorShape([2])
     """
     shape = common.checked_event_shape(event_shape, "wavenet-flow", ranks=(1,))
-    common.check_sizes("wavenet-flow", num_layers=num_layers)
+    common.check_sizes("wavenet-flow", num_layers=num_layers, width=width, **({} if depth is None else {"depth": depth}))
     condition = common.condition_channels("wavenet-flow", condition_shape, shape)
     sizes = {"width": width, "num_layers": depth, "condition_channels": condition}
     layers = []
-    for k, layer_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_layers).tolist()):
-        network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed % 2**31, **sizes)
+    for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
+        network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx())))
     return _as_distribution(layers, shape, levels, alpha)
 

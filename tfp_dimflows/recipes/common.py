@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 
@@ -18,6 +19,11 @@ tfd = tfp.distributions
 def floatx() -> tf.DType:
     """Keras's default float type, which all variables of a recipe have."""
     return tf.as_dtype(keras.config.floatx())
+
+
+def seeds(seed: int, num: int) -> list[int]:
+    """Seeds of a recipe's parts, derived from its own."""
+    return [int(s) % 2**31 for s in np.random.SeedSequence(seed).generate_state(num)]
 
 
 def checked_event_shape(event_shape: Sequence[int], recipe: str, ranks: tuple[int, ...] = (1, 3)) -> tuple[int, ...]:

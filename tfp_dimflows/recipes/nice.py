@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 
@@ -29,7 +28,7 @@ def nice(
 ) -> tfd.Distribution:
     """NICE: additive couplings between even and odd dimensions, in turns, and a learned scale of every latent dimension.
 
-    Images are flattened. Only the scale contributes to the log-det, so `likelihood_contributions` are the same everywhere.
+    Images are flattened. The contribution of a dimension to the log-det is its log-scale, whatever the data.
 
     Reference size: MNIST `num_couplings=4, width=1000, num_hidden=5`.
 
@@ -65,11 +64,9 @@ def nice(
     condition = common.condition_channels("nice", condition_shape, (dims,))
     even = dfb.masks.Index(range(0, dims, 2), dims)
     parts = common.from_flat(shape)
-    for k, network_seed in enumerate(np.random.SeedSequence(seed).generate_state(num_couplings).tolist()):
+    for k, network_seed in enumerate(common.seeds(seed, num_couplings)):
         mask = even.complement() if k % 2 else even
-        network = networks.MLP(
-            *mask.sizes(dims), hidden=[width] * num_hidden, condition_channels=condition, seed=network_seed % 2**31
-        )
+        network = networks.MLP(*mask.sizes(dims), hidden=[width] * num_hidden, condition_channels=condition, seed=network_seed)
         parts.append(dfb.AdditiveCoupling(network, mask))
     parts.append(dfb.ElementwiseAffine(0.0, tf.Variable(tf.zeros([dims], common.floatx()), name="log_scale")))
     preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)

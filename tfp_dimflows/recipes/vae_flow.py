@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 
 import keras
-import numpy as np
 import tensorflow_probability as tfp
 
 from tfp_dimflows import bijectors as dfb
@@ -74,13 +73,17 @@ def vae_flow(
         raise ValueError(f"vae-flow: got posterior={posterior!r}, needs one of {POSTERIORS}")
     if levels is None or levels < 2:
         raise ValueError(f"vae-flow: got levels={levels!r}, needs the number of grey levels, 2 or more")
-    seeds = (s % 2**31 for s in np.random.SeedSequence(seed).generate_state(4 + num_flows).tolist())
+    common.check_sizes("vae-flow", **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
+    seeds = iter(common.seeds(seed, 5 + 2 * num_flows))
     encoder = networks.conv_encoder(shape, features, width=width, seed=next(seeds))
     scaled = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(2.0 / (levels - 1), -1.0), *encoder.layers])
 
     def amortised(transformer, size):
         """A bijector with `size` parameters given h."""
-        kernel, bias = keras.initializers.GlorotUniform(next(seeds)), keras.initializers.RandomNormal(0.0, 0.1, seed=seed)
+        kernel, bias = (
+            keras.initializers.GlorotUniform(next(seeds)),
+            keras.initializers.RandomNormal(0.0, 0.1, seed=next(seeds)),
+        )
         network = keras.layers.Dense(size, kernel_initializer=kernel, bias_initializer=bias)
         network.build((None, features))
         return dfb.ConditionalTransform(network, transformer, event_ndims=1)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows import keras_bridge, recipes
 from tfp_dimflows.bijectors.base import probes_from
@@ -201,7 +202,11 @@ class FlowModel(keras.Model):
         if self._bits_per_dim is not None:
             dims = self.event_shape.num_elements()
             self._bits_per_dim.update_state(-y_pred / (dims * math.log(2.0)), sample_weight=sample_weight)
-        return self.get_metrics_result()
+        results = self.get_metrics_result()
+        if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+            # Keras averages the workers' results over their first axis, which scalars do not have.
+            results = {name: tf.reshape(value, [1]) for name, value in results.items()}
+        return results
 
     # Use.
 
@@ -295,7 +300,11 @@ class FlowModel(keras.Model):
         return self._distribution.sample(sample_shape, seed=seed, **kwargs)
 
     def _next_seed(self):
-        return tf.cast(self._seed_generator.next(), tf.int32)
+        seed = tf.cast(self._seed_generator.next(), tf.int32)
+        replica = tf.distribute.get_replica_context()
+        if replica is None or replica.num_replicas_in_sync == 1:
+            return seed
+        return samplers.fold_in(seed, replica.replica_id_in_sync_group)  # replicas draw different noise
 
     def _seed(self, seed):
         return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
