@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import json
 import math
@@ -438,6 +440,40 @@ def test_a_killed_lcma_run_goes_on_from_its_last_full_epoch(tmp_path, data_dir, 
     assert int(loaded.optimizer.iterations.numpy()) == 3 * 2
     for mine, theirs in zip(loaded.trainable_variables, fits[0].model.trainable_variables):
         np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+
+
+def test_a_run_directory_is_for_one_process(tmp_path, data_dir, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert cli.main(arguments(PLAIN, out, data_dir)) == 2
+    assert f"another process writes to {out}" in capsys.readouterr().err
+    assert not list(out.iterdir())
+    os.close(other)
+
+
+def test_a_full_disk_is_an_error_that_leaves_what_was_written(tmp_path, data_dir, capsys, monkeypatch):
+    out = tmp_path / "run"
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(training.runs, "_save_samples", full)
+    assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1")) == 2
+    assert f"cannot write to the run directory {out}: No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    before = contents(out)
+    assert cli.main([*arguments(PLAIN, out, data_dir, "--epochs", "1"), "--resume"]) == 0
+    assert contents(out) == before | {"samples.png": (out / "samples.png").read_bytes()}
+
+
+def test_training_on_all_devices(tmp_path, data_dir, capsys):
+    out = tmp_path / "run"
+    assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1", "--strategy", "mirrored")) == 0
+    assert "test bits/dim" in capsys.readouterr().out
+    assert_picture(out / "samples.png")
+    assert cli.main(["evaluate", str(out), "--data-dir", str(data_dir)]) == 0
 
 
 @pytest.mark.parametrize("when", [None, 0], ids=["first_batch", "first_epoch_end"])

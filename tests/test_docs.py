@@ -14,10 +14,21 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
-from tfp_dimflows import bijectors, data, distributions, networks, recipes, training
+from tfp_dimflows import bijectors, data, distributions, networks, plot, recipes, training
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-PACKAGES = [dimflows, bijectors, bijectors.masks, bijectors.transformers, distributions, networks, recipes, training, data]
+PACKAGES = [
+    dimflows,
+    bijectors,
+    bijectors.masks,
+    bijectors.transformers,
+    distributions,
+    networks,
+    recipes,
+    training,
+    data,
+    plot,
+]
 NAMES = {  # what every example may use without an import
     "np": np,
     "tf": tf,

@@ -621,6 +621,54 @@ def test_integer_data_gets_uniform_noise_that_the_seed_determines():
     assert_close(dimflows.likelihood_contributions(flow, [tf.ones([3, 2])])[0], np.zeros(2))
 
 
+@pytest.mark.parametrize("name", MULTISCALES)
+def test_the_terms_of_the_levels_sum_to_the_log_density(name):
+    entry = ENTRIES[name]
+    flow, _ = build(entry, "large")
+    kwargs, y = entry.kwargs(), entry.data()
+    terms = flow.level_log_prob(y, **kwargs)
+    assert terms.shape == [len(y), len(flow.levels)]
+    whole = distribution(flow, entry.latent_shape or entry.data_shape)
+    assert_close(tf.reduce_sum(terms, axis=-1), whole.log_prob(fresh(y), bijector_kwargs=kwargs))
+
+
+def test_the_term_of_a_level_is_its_log_det_and_the_density_of_what_leaves():
+    flow = dfb.Multiscale([Scaling(0.1), Scaling(0.2), Scaling(0.4)], CHANNELS)
+    y = normal([2, *GRID], 1)
+    parts = flow.split_latent(flow.inverse(y))[::-1]
+    normals = [-0.5 * (z.numpy() ** 2).sum(axis=-1) - 0.5 * z.shape[-1] * np.log(2.0 * np.pi) for z in parts]
+    log_dets = [0.1 * 16, 0.2 * 8, 0.4 * 4]
+    assert_close(flow.level_log_prob(y), np.stack([n + d for n, d in zip(normals, log_dets)], axis=-1))
+    undivided = dfb.Multiscale([Scaling(0.1), Scaling(0.2)], event_shape=GRID)
+    assert_close(undivided.level_log_prob(y)[:, 0], [0.1 * 16] * 2)
+
+
+def test_the_exit_of_a_dimension_counts_for_its_level():
+    factorization = Factorization.channels([4], 2)
+    flow = dfb.Multiscale([Scaling(0.1), Scaling(0.2)], factorization, exits=[Scaling(0.3), Scaling(0.5)])
+    terms = flow.level_log_prob(tf.zeros([4], "float64")) + 2 * 0.5 * np.log(2.0 * np.pi)
+    assert_close(terms, [4 * 0.1 + 2 * 0.3, 2 * 0.2 + 2 * 0.5])
+
+
+def test_the_noise_of_the_levels_may_be_any_of_independent_dimensions():
+    flow, _ = build(ENTRIES["multiscale_vector"], "large")
+    y = ENTRIES["multiscale_vector"].data()
+    dims = int(np.prod(y.shape[1:]))
+    for noise in (
+        tfd.Sample(tfd.Laplace(tf.constant(0.3, "float64"), 2.0), [dims]),
+        tfd.Independent(tfd.Normal(normal([dims], 3), tf.exp(normal([dims], 4))), 1),
+    ):
+        terms = flow.level_log_prob(y, noise=noise)
+        assert_close(tf.reduce_sum(terms, axis=-1), tfd.TransformedDistribution(noise, flow).log_prob(fresh(y)))
+    for noise in (
+        tfd.MultivariateNormalDiag(tf.zeros([dims], "float64")),
+        tfd.Sample(tfd.Normal(tf.constant(0.0, "float64"), 1.0), [dims + 1]),
+        tfd.Independent(tfd.MultivariateNormalDiag(tf.zeros([dims, 1], "float64")), 1),
+    ):
+        with pytest.raises(ValueError, match="multiscale: got the noise .*needs a tfd.Sample or tfd.Independent of scalar"):
+            flow.level_log_prob(y, noise=noise)
+
+
 def test_contributions_do_not_change_the_variables():
     flow, created = build(ENTRIES["multiscale_nms_image"], "large")
     before = [v.numpy() for v in flow.variables]

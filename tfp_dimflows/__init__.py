@@ -1,6 +1,6 @@
 """Normalizing flows for TensorFlow Probability whose dimensions are first-class."""
 
-from tfp_dimflows import bijectors, data, distributions, networks, recipes, training
+from tfp_dimflows import bijectors, data, distributions, networks, plot, recipes, training
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.bijectors.per_dimension import (
     forward_log_det_per_dim,
@@ -22,6 +22,7 @@ __all__ = [
     "likelihood_contributions",
     "load",
     "networks",
+    "plot",
     "recipes",
     "register_log_det_per_dim",
     "training",

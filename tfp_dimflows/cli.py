@@ -11,10 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tfp_dimflows import data, recipes, training
+from tfp_dimflows import data, plot, recipes, training
 from tfp_dimflows.bijectors import PNF
 from tfp_dimflows.distributions import VAEPrior
-from tfp_dimflows.training import pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +49,11 @@ def _parser():
     command.add_argument("--pretrain-epochs", type=_positive, help="lcma recipes: epochs of phase 1; default: half of --epochs")
     command.add_argument("--no-baseline", action="store_true", help="lcma recipes: do not train the conventional one beside")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    command.add_argument(
+        "--strategy",
+        choices=["mirrored", "multiworker"],
+        help="train on all GPUs of this machine, or on all machines of TF_CONFIG; --batch-size is that of all together",
+    )
     _add_data_dir(command)
 
     command = commands.add_parser("evaluate", help="bits per dimension of a run's model")
@@ -111,6 +115,24 @@ def _positive(text):
 
 
 def _train(arguments):
+    strategy, out = _strategy(arguments)
+    with strategy.scope():
+        _train_into(out, arguments)
+    _report(out, arguments.recipe)
+
+
+def _strategy(arguments):
+    """The strategy, made before TensorFlow does anything, and the run directory: workers but the first have one beside it."""
+    if arguments.strategy == "mirrored":
+        return tf.distribute.MirroredStrategy(), arguments.out
+    if arguments.strategy == "multiworker":
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        worker = strategy.cluster_resolver.task_id
+        return strategy, f"{arguments.out}.worker-{worker}" if worker else arguments.out
+    return tf.distribute.get_strategy(), arguments.out
+
+
+def _train_into(out, arguments):
     options = {"image_size": arguments.image_size, "levels": arguments.levels}
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
     batch_size = arguments.batch_size
@@ -126,7 +148,7 @@ def _train(arguments):
     test_data = data.load(arguments.data, arguments.test_split, batch_size=batch_size, data_dir=arguments.data_dir, **options)
     training.train(
         arguments.recipe,
-        arguments.out,
+        out,
         train_data,
         test_data,
         event_shape=info.event_shape,
@@ -144,7 +166,6 @@ def _train(arguments):
             "flips": arguments.flips,
         },
     )
-    _report(arguments.out, arguments.recipe)
 
 
 def _settings(pairs):
@@ -213,25 +234,18 @@ def _sample(arguments):
         grid = _walks(arguments, model, steps=8)
     elif arguments.kind == "means":
         latents = tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed])
-        grid = _grid(model.decode(latents).numpy())
+        grid = model.decode(latents)
     else:
-        grid = _grid(model.sample(arguments.num, seed=arguments.seed).numpy())
-    pictures.save_grid(path, grid, config["levels"])
+        grid = model.sample(arguments.num, seed=arguments.seed)
+    plot.save_grid(path, grid, config["levels"])
     print(path)
-
-
-def _grid(images):
-    """Images in rows and columns, as many of the one as of the other, the last row filled up with black."""
-    columns = math.ceil(math.sqrt(len(images)))
-    blanks = np.zeros([-len(images) % columns, *images.shape[1:]], images.dtype)
-    return np.concatenate([images, blanks]).reshape(-1, columns, *images.shape[1:])
 
 
 def _interpolate(arguments):
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"interpolation-{arguments.seed}.png")
     walks = _walks(arguments, training.load_run(arguments.run), arguments.steps)
-    pictures.save_grid(path, walks, config["levels"])
+    plot.save_grid(path, walks, config["levels"])
     print(path)
 
 
@@ -256,7 +270,7 @@ def _upscale(arguments):
     upscaled = flow.upscale(low_resolution, arguments.temperature, seed=[1, arguments.seed])
     columns = [flow.encode(upscaled, stage) for stage in range(len(flow.stages))] + [images]
     grid = np.stack([_enlarged(c, model.event_shape) for c in columns], axis=1)
-    pictures.save_grid(path, np.clip(np.floor(grid), 0, config["levels"] - 1), config["levels"])
+    plot.save_grid(path, np.floor(grid), config["levels"])
     print(path)
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
-from tfp_dimflows.training import pictures
+from tfp_dimflows import plot
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 2, 468, 128, 0
 TEST_IMAGES, IMPORTANCE_SAMPLES = 500, 100
@@ -63,7 +63,7 @@ def main():
     budget = {"epochs": EPOCHS, "steps": EPOCHS * STEPS_PER_EPOCH, "batch_size": BATCH, "optimizer": "Adam, 1e-3"}
     budget |= {"test_images_importance_weighted": TEST_IMAGES, "importance_samples": IMPORTANCE_SAMPLES, "seed": SEED}
     machine.write("paper_flow_vae", {"data": "MNIST, 28x28", "budget": budget, "rows": rows})
-    pictures.save_grid(machine.RESULTS / "paper_flow_vae.png", np.stack(samples), 256)
+    plot.save_grid(machine.RESULTS / "paper_flow_vae.png", np.stack(samples), 256)
 
 
 if __name__ == "__main__":

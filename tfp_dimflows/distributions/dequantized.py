@@ -115,11 +115,15 @@ class Dequantized(VariationalDistribution):
         # Rounding must not carry n - 1 + u to n, where the continuous distribution has ended.
         return tf.minimum(x + u, np.nextafter(*np.array([self._levels, 0], x.dtype.as_numpy_dtype))), log_r
 
-    def _log_weights(self, x, num_samples, seed, **kwargs):
+    def _noisy(self, x, num_samples, seed):
+        """Continuous events with the noise that `log_weights` takes for a seed, log r(u | x); the seed for what is below."""
         seed, seed_below = samplers.split_seed(seed, n=2, salt="dequantized")
         # Spares the networks the folding of a second batch axis.
         sample_shape = [] if num_samples == 1 else [num_samples]
-        y, log_r = self._dequantize(x, sample_shape, seed)
+        return *self._dequantize(x, sample_shape, seed), seed_below
+
+    def _log_weights(self, x, num_samples, seed, **kwargs):
+        y, log_r, seed_below = self._noisy(x, num_samples, seed)
         kwargs = variational.with_noise(self._distribution, kwargs, seed=seed_below)
         if num_samples == 1:
             return (self._distribution.log_prob(y, **kwargs) - log_r)[tf.newaxis]
@@ -133,7 +137,7 @@ class Dequantized(VariationalDistribution):
         return self._quantize(self._distribution.sample(n, seed=seed, **kwargs))
 
     def _quantize(self, y):
-        # A barely trained flow can overflow on its way to the data: NaN has no place among integers.
+        # A barely trained flow can overflow on its way to the data, and there is no NaN among integers.
         y = tf.where(tf.math.is_nan(y), tf.zeros_like(y), tf.floor(y))
         return tf.cast(tf.clip_by_value(y, 0.0, self._levels - 1.0), self.dtype)
 

@@ -1,6 +1,23 @@
 """Keras callbacks."""
 
+import math
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
 import keras
+import numpy as np
+import tensorflow as tf
+
+from tfp_dimflows import plot, recipes
+from tfp_dimflows.bijectors import Chain, Multiscale, VFlow, per_dimension
+from tfp_dimflows.bijectors.base import probes_from
+from tfp_dimflows.distributions import Dequantized
+from tfp_dimflows.training.model import FlowModel
+from tfp_dimflows.training.progressive import _parts
 
 
 class KLWarmup(keras.callbacks.Callback):
@@ -24,7 +41,7 @@ class KLWarmup(keras.callbacks.Callback):
 
     #### Example
 
-    >>> flow = dimflows.recipes.flow_vae([4, 4, 1], latent_dims=2, width=4, num_blocks=1)
+    >>> flow = dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4)
     >>> model = dimflows.FlowModel(flow, seed=0)
     >>> model.compile()
     >>> history = model.fit(tf.zeros([8, 4, 4, 1]), verbose=0, callbacks=[dimflows.training.KLWarmup(steps=10)])
@@ -50,3 +67,376 @@ class KLWarmup(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Sets the weight to 1."""
         self.model.kl_weight.assign(1.0)
+
+
+class _Pictures(keras.callbacks.Callback):
+    """Base of callbacks that write pictures of a model: bytes `[height, width, channels]`, one after every so many epochs."""
+
+    def __init__(self, directory, log_dir, every, name, overwrite):
+        super().__init__()
+        if directory is None and log_dir is None:
+            raise ValueError(f"{type(self).__name__}: got neither directory nor log_dir, needs one of them")
+        if every < 1:
+            raise ValueError(f"{type(self).__name__}: got every={every}, needs a positive number of epochs")
+        plot.require_matplotlib()
+        self._directory = None if directory is None else pathlib.Path(directory)
+        self._log_dir, self._every, self._name, self._overwrite = log_dir, every, name, overwrite
+        self._writer, self._is_open = None, False
+
+    def _check(self):
+        """Raises a ValueError unless there is such a picture of the model."""
+        raise NotImplementedError
+
+    def _pixels(self):
+        raise NotImplementedError
+
+    def on_train_begin(self, logs=None):
+        """Checks the model."""
+        if not isinstance(self.model, FlowModel):
+            raise ValueError(f"{type(self).__name__}: got the model {self.model.name}, needs a FlowModel")
+        self._is_open = False
+        self._check()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Checks the directory, before the first epoch."""
+        if not self._is_open:
+            self._open(epoch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes a picture, every so many epochs."""
+        if (epoch + 1) % self._every == 0:
+            self._write(epoch + 1, epoch)
+
+    def on_train_end(self, logs=None):
+        """Closes the log."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self, first):
+        """Raises unless pictures from number `first` on can be written without loss."""
+        self._is_open = True
+        if self._directory is not None:
+            numbers = {path: re.fullmatch(rf"{re.escape(self._name)}-(\d+)\.png", path.name) for path in self._in_directory()}
+            others = sorted(path for path, number in numbers.items() if number and int(number[1]) >= first)
+            if others and not self._overwrite:
+                raise ValueError(
+                    f"{type(self).__name__}: {others[0]} is there already, from another training; choose another directory or "
+                    "name, or pass overwrite=True"
+                )
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{type(self).__name__}: cannot write to {self._directory}: {error.strerror}") from error
+        if self._log_dir is not None:
+            self._writer = tf.summary.create_file_writer(os.fspath(self._log_dir))
+
+    def _in_directory(self):
+        return list(self._directory.iterdir()) if self._directory.is_dir() else []
+
+    def _write(self, number, step):
+        if not self.model.distribute_strategy.extended.should_save_summary:
+            return  # of several workers one writes
+        try:
+            pixels = self._pixels()
+        except tf.errors.InvalidArgumentError as error:  # a numerical failure is no reason to end a training
+            warnings.warn(f"{type(self).__name__}: no picture after epoch {number}: {error.message}", stacklevel=2)
+            return
+        if self._directory is not None:
+            plot.save_pixels(self._directory / f"{self._name}-{number:04d}.png", pixels)
+        if self._writer is not None:
+            with self._writer.as_default():
+                tf.summary.image(self._name, pixels[np.newaxis], step=step)
+            self._writer.flush()
+
+    def _check_images(self):
+        if len(self.model.event_shape) != 3:
+            shape = list(self.model.event_shape)
+            raise ValueError(f"{type(self).__name__}: {self.model.name} has events of shape {shape}, needs images [H, W, C]")
+
+    def _grid(self, images, limits):
+        return plot.enlarged(plot.grid_pixels(images, _grey_levels(self.model), limits, type(self).__name__))
+
+
+def _grey_levels(model):
+    """The number of grey levels of a model's images; None for continuous ones."""
+    config = recipes.config_of(model.distribution) or {"arguments": {}}
+    return getattr(model.distribution, "levels", config["arguments"].get("levels"))
+
+
+class SampleImages(_Pictures):
+    """Writes a grid of samples every so many epochs, always with the same noise.
+
+    PNGs are named by the epoch, counted from 1 as in `keras.callbacks.ModelCheckpoint`: `samples-0001.png`. Steps of
+    TensorBoard's images count from 0, as those of `keras.callbacks.TensorBoard`. Training is the same with and without it.
+
+    Args:
+      directory: where PNGs go; None: nowhere.
+      log_dir: where TensorBoard's images go, such as `"logs/pictures"` beside the `"logs/train"` of Keras; None: nowhere.
+      every: number of epochs from one picture to the next.
+      num: number of samples.
+      seed: integer seed of the samples.
+      condition: the condition of a conditional model, `num` rows.
+      limits: as in `dimflows.plot.image_grid`; a recipe's `levels` are known.
+      name: the beginning of the files' names, and the name in TensorBoard.
+      overwrite: whether pictures of the epochs to be trained may be replaced, as those of a run that was killed and goes on.
+
+    Raises:
+      ValueError: (at the beginning of training) if events are no images, samples cannot be drawn, or the directory cannot be
+        written to, or holds pictures of epochs to be trained.
+      ImportError: without matplotlib.
+
+    #### Example
+
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=1, depth=1, width=4, levels=4))
+    >>> model.compile()
+    >>> pictures = dimflows.training.SampleImages("samples", every=2, num=9)
+    >>> history = model.fit(tf.zeros([8, 4, 4, 1], tf.int32), epochs=4, verbose=0, callbacks=[pictures])
+    >>> sorted(tf.io.gfile.listdir("samples"))
+    ['samples-0002.png', 'samples-0004.png']
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike | None = None,
+        *,
+        every: int = 1,
+        num: int = 64,
+        seed: int = 0,
+        condition: Any = None,
+        limits: Sequence[float] | None = None,
+        name: str = "samples",
+        overwrite: bool = False,
+    ):
+        super().__init__(directory, log_dir, every, name, overwrite)
+        if num < 1:
+            raise ValueError(f"SampleImages: got num={num}, needs a positive number")
+        self._num, self._seed, self._condition, self._limits = num, seed, condition, limits
+
+    def _check(self):
+        self._check_images()
+        self._pixels()
+
+    def _pixels(self):
+        return self._grid(self.model.sample(self._num, seed=self._seed, condition=self._condition), self._limits)
+
+
+class Reconstructions(_Pictures):
+    """Writes images, and below each what the code of a variational autoencoder tells of it, every so many epochs.
+
+        reconstruction = decode(encode(image))
+
+    For models with a `dfd.VAEPrior`: other flows are bijections, whose reconstructions are the images themselves.
+
+    Args:
+      images: events of the model, `[N, H, W, C]`.
+      directory: as in `SampleImages`.
+      log_dir: as in `SampleImages`.
+      every: as in `SampleImages`.
+      limits: as in `SampleImages`.
+      name: as in `SampleImages`.
+      overwrite: as in `SampleImages`.
+
+    Raises:
+      ValueError: (at the beginning of training) if the model is no autoencoder, the images are no events of it, or as
+        `SampleImages`.
+      ImportError: without matplotlib.
+
+    #### Example
+
+    >>> model = dimflows.FlowModel(dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, levels=4))
+    >>> model.compile()
+    >>> images = tf.zeros([8, 4, 4, 1], tf.int32)
+    >>> history = model.fit(images, verbose=0, callbacks=[dimflows.training.Reconstructions(images[:5], "images")])
+    >>> tf.io.gfile.listdir("images")
+    ['reconstructions-0001.png']
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        directory: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike | None = None,
+        *,
+        every: int = 1,
+        limits: Sequence[float] | None = None,
+        name: str = "reconstructions",
+        overwrite: bool = False,
+    ):
+        super().__init__(directory, log_dir, every, name, overwrite)
+        self._images, self._limits = np.asarray(images), limits
+        if self._images.ndim != 4:
+            raise ValueError(f"Reconstructions: got images of shape {list(self._images.shape)}, needs [N, H, W, C]")
+
+    def _check(self):
+        self._check_images()
+        if self.model.kl_weight is None:
+            raise ValueError(
+                f"Reconstructions: {self.model.name} is no autoencoder (only a dfd.VAEPrior makes one), so there is nothing to "
+                "see: its reconstructions are the images"
+            )
+        self._pixels()
+
+    def _pixels(self):
+        return self._grid(np.stack([self._images, self.model.decode(self.model.encode(self._images))]), self._limits)
+
+
+class KeptDimensions(_Pictures):
+    """Writes the map of how many levels each dimension passes (`dimflows.plot.kept_dimensions`), before the first epoch.
+
+    The PNG is named by the number of epochs before it: `kept-dimensions-0000.png`.
+
+    Args:
+      directory: as in `SampleImages`.
+      log_dir: as in `SampleImages`.
+      name: as in `SampleImages`.
+      overwrite: as in `SampleImages`.
+
+    Raises:
+      ValueError: (at the beginning of training) if the model has no `dfb.Multiscale`, or one that no dimension leaves, or as
+        `SampleImages`.
+      ImportError: without matplotlib.
+
+    #### Example
+
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=2, depth=1, width=4))
+    >>> model.compile()
+    >>> history = model.fit(tf.zeros([8, 4, 4, 1]), verbose=0, callbacks=[dimflows.training.KeptDimensions("maps")])
+    >>> tf.io.gfile.listdir("maps")
+    ['kept-dimensions-0000.png']
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike | None = None,
+        *,
+        name: str = "kept-dimensions",
+        overwrite: bool = False,
+    ):
+        super().__init__(directory, log_dir, 1, name, overwrite)
+
+    def _check(self):
+        multiscale = _find_multiscale(self.model.distribution)
+        if multiscale is None or multiscale.factorization is None:
+            reason = "no Multiscale in it" if multiscale is None else "a Multiscale that no dimension leaves"
+            raise ValueError(f"KeptDimensions: {self.model.name} has {reason}, needs one with a DimensionFactorization")
+        self._factorization = multiscale.factorization
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Writes the picture, before the first epoch."""
+        if not self._is_open:
+            self._open(epoch)
+            self._write(epoch, epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes nothing."""
+
+    def _pixels(self):
+        return plot.figure_pixels(1, lambda axes: plot.kept_dimensions(self._factorization, ax=axes))
+
+
+def _find_multiscale(distribution):
+    while distribution is not None:
+        for part in _parts(getattr(distribution, "bijector", None)):
+            part = part.flow if isinstance(part, VFlow) else part
+            if isinstance(part, Multiscale):
+                return part
+        distribution = getattr(distribution, "distribution", None)
+    return None
+
+
+class BitsPerLevel(keras.callbacks.Callback):
+    """Logs how many bits per dimension each level of a `dfb.Multiscale` costs, after every epoch, on the same data and noise.
+
+        bits_level_k       = -(log p(z_k) + inverse log-det of level k and of its exit) / (D ln 2),   finest level: k = 1
+        bits_preprocessing = -(inverse log-det of what is between data and Multiscale - log r(u | x)) / (D ln 2)
+
+    with D the number of dimensions of the whole event, z_k the latent values of the dimensions that leave after level k, and r
+    the density of the dequantisation noise, so that the terms sum to the model's bits per dimension: of batch s = 0, 1, ... to
+    those of `model.log_prob(batch, num_samples=1, seed=seed + s)`.
+
+    Keras's callbacks see the terms if they are behind this one in the list of callbacks: `CSVLogger`, `TensorBoard`.
+
+    Args:
+      data: a dataset of batches, or one batch, as for `FlowModel.fit`.
+      seed: integer seed of the noise.
+
+    Raises:
+      ValueError: (at the beginning of training) if the model's distribution is no flow of independent noise with a `Multiscale`
+        next to the latent values, or the data does not fit it.
+
+    #### Example
+
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=2, depth=1, width=4, levels=4))
+    >>> model.compile()
+    >>> images = tf.zeros([8, 4, 4, 1], tf.int32)
+    >>> history = model.fit(images, verbose=0, callbacks=[dimflows.training.BitsPerLevel(images)])
+    >>> [name for name in sorted(history.history) if name.startswith("bits")]
+    ['bits_level_1', 'bits_level_2', 'bits_per_dim', 'bits_preprocessing']
+    """
+
+    def __init__(self, data: Any, seed: int = 0):
+        super().__init__()
+        self._data, self._seed = data, seed
+
+    def on_train_begin(self, logs=None):
+        """Checks model and data."""
+        if not isinstance(self.model, FlowModel):
+            raise ValueError(f"BitsPerLevel: got the model {self.model.name}, needs a FlowModel")
+        distribution = self.model.distribution
+        self._dequantized = distribution if isinstance(distribution, Dequantized) else None
+        distribution = distribution if self._dequantized is None else distribution.distribution
+        *self._outer, self._multiscale = _parts(getattr(distribution, "bijector", None))
+        if not isinstance(self._multiscale, Multiscale):
+            raise ValueError(f"BitsPerLevel: {self.model.distribution.name} has no Multiscale next to its latent values")
+        self._noise = distribution.distribution
+        self._names = [f"bits_level_{k + 1}" for k in range(len(self._multiscale.levels))]
+        if self._dequantized is not None or self._outer:
+            self._names.append("bits_preprocessing")
+        self._compiled = tf.function(self._terms, autograph=False, reduce_retracing=True)
+        self._check_data()
+
+    def _check_data(self):
+        self.model._check_first_batch(self._data)
+        for batch in self._batches():
+            self._terms(tf.nest.map_structure(lambda value: value[:1], batch), self._seeds(0))
+            return
+        raise ValueError("BitsPerLevel: the dataset is empty")
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Adds the terms to the logs."""
+        totals, count = 0.0, 0
+        for step, batch in enumerate(self._batches()):
+            terms = self._compiled(batch, self._seeds(step)).numpy().astype(np.float64)
+            totals, count = totals + terms.sum(axis=0), count + len(terms)
+        bits = -totals / (count * self.model.event_shape.num_elements() * math.log(2.0))
+        if logs is not None:
+            logs.update(zip(self._names, bits.tolist()))
+
+    def _batches(self):
+        for batch in self._data if isinstance(self._data, tf.data.Dataset) else [self._data]:
+            yield self.model._tensors(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+    def _seeds(self, step):
+        return tf.constant([0, self._seed + step], tf.int32)
+
+    def _terms(self, batch, seed):
+        """Terms of the log-density, `[batch, number of terms]`."""
+        x, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
+        with probes_from(seed):
+            preprocessing = 0.0
+            if self._dequantized is not None:
+                x, log_r, _ = self._dequantized._noisy(x, 1, seed)
+                preprocessing = -log_r
+            if self._outer:
+                kwargs = per_dimension.condition_kwargs(Chain(self._outer), condition)
+                x, log_det = per_dimension.inverse_and_log_det(Chain(self._outer), x, len(self.model.event_shape), **kwargs)
+                preprocessing = log_det + preprocessing
+            kwargs = per_dimension.condition_kwargs(self._multiscale, condition)
+            terms = self._multiscale.level_log_prob(x, noise=self._noise, **kwargs)
+        if len(self._names) > terms.shape[-1]:
+            preprocessing = tf.broadcast_to(tf.cast(preprocessing, terms.dtype), tf.shape(terms)[:-1])
+            terms = tf.concat([terms, preprocessing[..., tf.newaxis]], axis=-1)
+        return terms

@@ -132,9 +132,11 @@ class FlowModel(keras.Model):
         self._check_first_batch(x)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
+        if kwargs.get("validation_data") is not None:
+            kwargs["validation_data"] = self._for_workers(kwargs["validation_data"])
         if self._kl_weight is not None:
             self._kl_weight.assign(1.0)  # a training that was interrupted may have left a warm-up's
-        history = super().fit(x, *args, **_with_labels(x, args, kwargs))
+        history = super().fit(self._for_workers(x), *args, **_with_labels(x, args, kwargs))
         self._converge()
         return history
 
@@ -147,7 +149,16 @@ class FlowModel(keras.Model):
     def evaluate(self, x=None, *args, **kwargs):
         """As `keras.Model.evaluate`."""
         self._converge()
-        return super().evaluate(x, *args, **_with_labels(x, args, kwargs))
+        return super().evaluate(self._for_workers(x), *args, **_with_labels(x, args, kwargs))
+
+    def _for_workers(self, data):
+        """With several workers a dataset's images as int32: Keras reduces a batch over the workers, which uint8 cannot be."""
+        if not (isinstance(data, tf.data.Dataset) and self._has_workers()):
+            return data
+        return data.map(lambda *batch: tf.nest.map_structure(_without_uint8, batch[0] if len(batch) == 1 else batch))
+
+    def _has_workers(self):
+        return isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     def adapt(self, data: Any, steps: int = 1) -> None:
         """Data-dependent initialisation: one eager pass in which every ActNorm normalises what it sees.
@@ -203,7 +214,7 @@ class FlowModel(keras.Model):
             dims = self.event_shape.num_elements()
             self._bits_per_dim.update_state(-y_pred / (dims * math.log(2.0)), sample_weight=sample_weight)
         results = self.get_metrics_result()
-        if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+        if self._has_workers():
             # Keras averages the workers' results over their first axis, which scalars do not have.
             results = {name: tf.reshape(value, [1]) for name, value in results.items()}
         return results
@@ -459,6 +470,10 @@ def _unchanged_on_error(variables):
         for variable, value in zip(variables, before):
             variable.assign(value)
         raise
+
+
+def _without_uint8(value):
+    return tf.cast(value, tf.int32) if value.dtype == tf.uint8 else value
 
 
 def _with_labels(x, args, kwargs):

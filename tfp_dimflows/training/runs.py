@@ -1,6 +1,9 @@
 """Run directories: a recipe trained from start to end, resumable at every epoch."""
 
+import contextlib
 import csv
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -11,9 +14,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfp_dimflows import recipes
+from tfp_dimflows import plot, recipes
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
-from tfp_dimflows.training import pictures
 from tfp_dimflows.training.model import FlowModel, load
 
 CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
@@ -51,7 +53,8 @@ def train(
     with its conventional factorization is trained with the same budget into `conventional/`, and `factorization.png` shows
     which dimensions stayed.
 
-    A killed run goes on from its last full epoch with `resume=True`.
+    A killed run goes on from its last full epoch with `resume=True`. Inside the scope of a `tf.distribute` strategy it trains
+    on all replicas, with batches of `train_data` shared among them; with several workers, each needs a directory of its own.
 
     Args:
       recipe: a recipe's name.
@@ -75,12 +78,12 @@ def train(
       The trained model.
 
     Raises:
-      ValueError: if the directory cannot be written, holds a run and `resume` is False, or holds one of another
-        configuration; if the recipe does not exist or does not take the arguments.
+      ValueError: if the directory cannot be written, is written by another process, holds a run and `resume` is False, or holds
+        one of another configuration; if the recipe does not exist or does not take the arguments.
     """
     if reserved := {"event_shape", "levels", "contributions"} & set(arguments or {}):
         raise ValueError(f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide")
-    pictures.require_matplotlib()  # now rather than after hours of training
+    plot.require_matplotlib()  # now rather than after hours of training
     arguments = {"seed": seed} | (arguments or {})
     pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
     recipes.get(recipe)(event_shape, levels=levels, **arguments)  # bad arguments fail before anything is written
@@ -92,41 +95,42 @@ def train(
     }
     config = {"recipe": recipe, "event_shape": list(event_shape), "levels": levels, "arguments": arguments, **budget}
     config |= {"pretrain_epochs": pretrain_epochs, "baseline": baseline} if recipes.base_of(recipe) else {}
-    directory = _open_directory(directory, config | (notes or {}), resume)
+    with _run_directory(directory, config | (notes or {}), resume) as directory:
+        return _train(
+            recipe, directory, (train_data, test_data), event_shape, levels, arguments, baseline, pretrain_epochs, budget
+        )
 
-    def fit(name, where, epochs, **more):
+
+def _train(recipe, directory, datasets, event_shape, levels, arguments, baseline, pretrain_epochs, budget):
+    """All phases of a run, each resumed or loaded if it is there."""
+    seed = budget["seed"]
+
+    def fit(name, where, arguments, epochs=budget["epochs"]):
         build = recipes.get(name)
         return _fit(
             where,
-            lambda: FlowModel(build(event_shape, levels=levels, **{**arguments, **more}), seed=seed),
-            train_data,
-            test_data,
+            lambda: FlowModel(build(event_shape, levels=levels, **arguments), seed=seed),
+            *datasets,
             **{**budget, "epochs": epochs},
         )
 
     base = recipes.base_of(recipe)
     if base is None:
-        model = fit(recipe, directory, epochs)
+        model = fit(recipe, directory, arguments)
         _save_samples(directory / "samples.png", model, levels, seed)
         return model
 
-    pretrained = fit(recipe, directory / "pretraining", pretrain_epochs)
-    contributions = _contributions(directory / CONTRIBUTIONS, pretrained, train_data, steps_per_epoch)
+    pretrained = fit(recipe, directory / "pretraining", arguments, pretrain_epochs)
+    contributions = _contributions(directory / CONTRIBUTIONS, pretrained, datasets[0], budget["steps_per_epoch"])
     del pretrained
-    model = fit(recipe, directory, epochs, contributions=contributions)
+    model = fit(recipe, directory, arguments | {"contributions": contributions})
     factorizations = {recipe: _multiscale(model).factorization}
     if baseline:
         own = {key: value for key, value in arguments.items() if key not in ("keep", "granularity")}
-        conventional = _fit(
-            directory / "conventional",
-            lambda: FlowModel(recipes.get(base)(event_shape, levels=levels, **own), seed=seed),
-            train_data,
-            test_data,
-            **budget,
-        )
+        conventional = fit(base, directory / "conventional", own)
         factorizations[f"{base} (conventional)"] = _multiscale(conventional).factorization
     if not (directory / "factorization.png").is_file():
-        pictures.save_factorizations(directory / "factorization.png", factorizations, contributions)
+        plot.save_factorizations(directory / "factorization.png", factorizations, contributions)
     _save_samples(directory / "samples.png", model, levels, seed)
     return model
 
@@ -162,26 +166,48 @@ def load_run(directory: str | os.PathLike) -> FlowModel:
     return load(str(path))
 
 
-def _open_directory(directory, config, resume):
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+
+
+@contextlib.contextmanager
+def _run_directory(directory, config, resume):
+    """The run directory, for this process alone while the context lasts; errors of its disk are ValueErrors."""
     directory = pathlib.Path(directory)
-    config = json.loads(json.dumps(config))
     try:
-        if (directory / CONFIG).is_file():
-            if not resume:
-                raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
-            stored = json.loads((directory / CONFIG).read_text())
-            changed = sorted(key for key in stored | config if stored.get(key) != config.get(key))
-            if changed:
-                differences = ", ".join(f"{key}={config.get(key)!r} (was {stored.get(key)!r})" for key in changed)
-                raise ValueError(f"train: {directory} holds a run of another configuration: {differences}")
-            return directory
-        if directory.is_dir() and any(directory.iterdir()):
-            raise ValueError(f"train: {directory} is not empty and holds no run; choose another directory")
         directory.mkdir(parents=True, exist_ok=True)
-        _write_json(directory / CONFIG, config)
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            _lock(descriptor, directory)
+            _check_directory(directory, json.loads(json.dumps(config)), resume)
+            yield directory
+        finally:
+            os.close(descriptor)
     except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
         raise ValueError(f"train: cannot write to the run directory {directory}: {error.strerror or error}") from error
-    return directory
+
+
+def _lock(descriptor, directory):
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+    except BlockingIOError:
+        raise ValueError(f"train: another process writes to {directory}; choose another directory") from None
+
+
+def _check_directory(directory, config, resume):
+    if (directory / CONFIG).is_file():
+        if not resume:
+            raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
+        stored = json.loads((directory / CONFIG).read_text())
+        changed = sorted(key for key in stored | config if stored.get(key) != config.get(key))
+        if changed:
+            differences = ", ".join(f"{key}={config.get(key)!r} (was {stored.get(key)!r})" for key in changed)
+            raise ValueError(f"train: {directory} holds a run of another configuration: {differences}")
+    elif any(directory.iterdir()):
+        raise ValueError(f"train: {directory} is not empty and holds no run; choose another directory")
+    else:
+        _write_json(directory / CONFIG, config)
 
 
 def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, learning_rate, seed):
@@ -259,8 +285,7 @@ def _multiscale(model):
 
 def _save_samples(path, model, levels, seed):
     if not path.is_file():
-        samples = model.sample(64, seed=seed).numpy()
-        pictures.save_grid(path, samples.reshape(8, 8, *samples.shape[1:]), levels)
+        plot.save_grid(path, model.sample(64, seed=seed), levels)
 
 
 def _write_json(path, value):
