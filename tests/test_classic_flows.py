@@ -222,6 +222,22 @@ def test_amortised_parameters_are_those_of_each_condition(name):
         assert_close(ildj[:, k], one.inverse_log_det_jacobian(fresh(y[:, k]), 1))
 
 
+@pytest.mark.parametrize("name", [*PARAMETRIC, "reversed"])
+def test_static_shapes_are_kept(name):
+    if name == "reversed":
+        bijector = dfb.Sylvester(4, random_params("triangular", 4), "triangular", reverse=True)
+    else:
+        bijector = with_params(name, 4, random_params(name, 4))
+
+    def function(x):
+        values = [bijector.forward(x), bijector.inverse(x)]
+        log_dets = [bijector.forward_log_det_jacobian(x, 1), bijector.inverse_log_det_jacobian(x, 1)]
+        assert [v.shape.as_list() for v in (*values, *log_dets)] == [[7, None, 4]] * 2 + [[7, None]] * 2
+        return values
+
+    tf.function(function, autograph=False).get_concrete_function(tf.TensorSpec([7, None, 4], tf.float64))
+
+
 @every_family
 def test_seeds_and_kinds_of_parameters(name):
     family, options = PARAMETRIC[name]

@@ -131,7 +131,8 @@ class Sylvester(Parametric):
             reflections = [tf.linalg.LinearOperatorHouseholder(v) for v in tf.unstack(vectors, axis=-2)]
             return tf.linalg.LinearOperatorComposition(reflections)
         if self._reverse:
-            return tf.linalg.LinearOperatorPermutation(range(self._dims)[::-1], dtype=vectors.dtype)
+            # TensorFlow's operator of a permutation loses static shapes.
+            return tf.linalg.LinearOperatorFullMatrix(tf.reverse(tf.eye(self._dims, dtype=vectors.dtype), axis=[0]))
         return tf.linalg.LinearOperatorIdentity(self._dims, dtype=vectors.dtype)
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow_probability.python.distributions.transformed_distribution import _TransformedDistribution
@@ -133,11 +132,11 @@ class VariationalDistribution(tfd.Distribution):
 
     def _log_prob(self, x, num_samples=None, seed=None, **kwargs):
         log_weights = self.log_weights(x, num_samples, seed, **kwargs)
-        samples = log_weights.shape[0]
-        if samples == 1:
+        if log_weights.shape[0] == 1:
             return log_weights[0]
         total = tf.reduce_logsumexp(tf.cast(log_weights, tf.float64), axis=0)
-        return tf.cast(total - np.log(samples), log_weights.dtype)
+        samples = tf.cast(ps.shape(log_weights)[0], tf.float64)
+        return tf.cast(total - tf.math.log(samples), log_weights.dtype)
 
     def _event_shape(self):
         return self._static_event_shape
