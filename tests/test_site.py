@@ -239,3 +239,8 @@ def test_names_on_the_pages_exist(name):
 def test_every_recipe_is_in_the_table():
     text = (TUTORIALS / "site" / "which_technique.md").read_text()
     assert [name for name in recipes.names() if f"`{name}`" not in text] == []
+
+
+def test_formulas_of_notebooks_are_typeset(site):
+    source = site[0]["tutorials/02_log_det_per_dimension.html"]
+    assert "<math" in source and "arithmatex" not in source

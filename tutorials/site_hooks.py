@@ -6,8 +6,10 @@ import pathlib
 import posixpath
 import re
 import sys
+from html import unescape
 
 import griffe
+from latex2mathml.converter import convert as latex_to_mathml
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -15,6 +17,7 @@ NOTEBOOKS = sorted(HERE.glob("*.ipynb"))
 PREFIXES = {"dfb": "tfp_dimflows.bijectors", "dfd": "tfp_dimflows.distributions", "dimflows": "tfp_dimflows"}
 MARKDOWN_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 PRIVATE_BASES = re.compile(r'<p class="doc doc-class-bases">(?:(?!</p>).)*>_\w+<.*?</p>', re.DOTALL)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', re.DOTALL)
 INLINE_CODE = re.compile(r"(<(?:h[1-6]|a|autoref|pre)\b.*?</(?:h[1-6]|a|autoref|pre)>)|<code>([\w.]+)</code>", re.DOTALL)
 
 
@@ -60,7 +63,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    """Links names of the API, such as `dfb.Coupling`, to their entries, and leaves out private base classes."""
+    """Links names of the API, such as `dfb.Coupling`, to their entries, leaves out private base classes, typesets formulas."""
     entries = _entries(config)
 
     def link(match):
@@ -69,7 +72,12 @@ def on_page_content(html, page, config, files):
             return match[0]
         return f'<autoref identifier="{identifier}">{match[0]}</autoref>'
 
-    return INLINE_CODE.sub(link, PRIVATE_BASES.sub("", html))
+    return FORMULA.sub(_typeset, INLINE_CODE.sub(link, PRIVATE_BASES.sub("", html)))
+
+
+def _typeset(match):
+    """MathML, which browsers show by themselves."""
+    return latex_to_mathml(unescape(match[3]), display="block" if match[2] == "[" else "inline")
 
 
 def _title(notebook):

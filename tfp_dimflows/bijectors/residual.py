@@ -31,7 +31,7 @@ class InvertibleResidual(base.FlowBijector):
     from a second fixed point (first derivatives only).
 
     Nothing here makes g contractive: the networks `lipschitz_mlp` and `lipschitz_conv` are. A branch that is no contraction
-    shows when the fixed point is not reached.
+    shows when the fixed point is not reached; one that folds space may reach another solution than the one it came from.
 
     Args:
       network: the branch g: values of one batch axis (and a condition, see `AffineCoupling`) to values of the same shape.
