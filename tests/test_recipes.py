@@ -927,5 +927,5 @@ def test_errors(name, event_shape, options, message):
 
 
 def test_an_unknown_recipe():
-    with pytest.raises(ValueError, match=f"got 'nice', needs one of {', '.join(recipes.names())}"):
-        recipes.get("nice")
+    with pytest.raises(ValueError, match=f"got 'unheard-of', needs one of {', '.join(recipes.names())}"):
+        recipes.get("unheard-of")
