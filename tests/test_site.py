@@ -95,6 +95,15 @@ def resolve(identifier):
     return value
 
 
+def exists(identifier):
+    """Whether an identifier has an object."""
+    try:
+        resolve(identifier)
+    except AttributeError:
+        return False
+    return True
+
+
 def public_names(module):
     """Public names of a module and of the modules that are public names of it, as (full name, object)."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
@@ -232,8 +241,7 @@ def test_names_on_the_pages_exist(name):
     prefixes = {"dfb": "tfp_dimflows.bijectors", "dfd": "tfp_dimflows.distributions", "dimflows": "tfp_dimflows"}
     text = FENCE.sub("", (TUTORIALS / "site" / name).read_text())
     found = re.findall(r"`(dfb|dfd|dimflows)\.([a-zA-Z_.0-9]*\w)", text)
-    for prefix, rest in found:
-        resolve(f"{prefixes[prefix]}.{rest}")
+    assert [f"{prefix}.{rest}" for prefix, rest in found if not exists(f"{prefixes[prefix]}.{rest}")] == []
 
 
 def test_every_recipe_is_in_the_table():
