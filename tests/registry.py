@@ -125,6 +125,25 @@ def distribution(bijector, latent_shape, dtype="float64"):
     return tfd.TransformedDistribution(tfd.Sample(base, latent_shape), bijector)
 
 
+class Recorder(tfd.Distribution):
+    """A distribution that remembers the values it was asked about."""
+
+    def __init__(self, distribution):
+        super().__init__(distribution.dtype, tfd.NOT_REPARAMETERIZED, False, True)
+        self.inner = distribution
+        self.seen = []
+
+    def _log_prob(self, value):
+        self.seen.append(value)
+        return self.inner.log_prob(value)
+
+    def _event_shape(self):
+        return self.inner.event_shape
+
+    def _batch_shape(self):
+        return self.inner.batch_shape
+
+
 def jacobian(function, value, condition=None):
     """`[B, out, in]` Jacobian of a map that treats the examples of a batch separately, from one backward pass."""
     kwargs = {} if condition is None else {"condition": condition[tf.newaxis]}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import assert_close, fresh, normal, randomize
+from registry import Recorder, assert_close, fresh, normal, randomize
 
 import tfp_dimflows as dimflows
 from tfp_dimflows.distributions import variational
@@ -100,25 +100,6 @@ class ConditionalNet(Net):
         if condition is not None:
             h += tf.reshape(condition, [-1, *[1] * (len(x.shape) - 2), condition.shape[-1]])
         return tf.tanh(h) @ self.second
-
-
-class Recorder(tfd.Distribution):
-    """A distribution that remembers the values it was asked about."""
-
-    def __init__(self, distribution):
-        super().__init__(distribution.dtype, tfd.NOT_REPARAMETERIZED, False, True)
-        self.inner = distribution
-        self.seen = []
-
-    def _log_prob(self, value):
-        self.seen.append(value)
-        return self.inner.log_prob(value)
-
-    def _event_shape(self):
-        return self.inner.event_shape
-
-    def _batch_shape(self):
-        return self.inner.batch_shape
 
 
 # The linear case: x and z jointly normal.

@@ -221,6 +221,18 @@ class TestOrder:
         for epoch in epochs[1:]:
             assert same_multiset(epoch, epochs[0])
 
+    @pytest.mark.parametrize("flips", [False, True])
+    def test_repeated_data_are_the_same_in_each_iteration(self, flips, embedded_dir):
+        def load(seed):
+            return self.load(embedded_dir, split="train[:150]", repeat=True, flips=flips, seed=seed)
+
+        dataset = load(1)
+        images = images_of(dataset.take(6))
+        np.testing.assert_array_equal(images_of(dataset.take(6)), images)
+        tf.random.set_seed(0)
+        np.testing.assert_array_equal(images_of(load(1).skip(4).take(2)), images[400:])
+        assert np.any(images_of(load(2).take(6)) != images)
+
     def test_flips_mirror_about_half_of_the_images(self, embedded_dir):
         plain = images_of(self.load(embedded_dir, shuffle=False))
         mirrored = plain[:, :, ::-1]
@@ -444,3 +456,68 @@ else:
     repository = pathlib.Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=repository, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def write_images(folder, shapes, seed=0):
+    """Random PNGs, every other one in a folder inside; returns them as arrays."""
+    generator, images = np.random.default_rng(seed), []
+    for k, shape in enumerate(shapes):
+        path = folder / ("inside" if k % 2 else ".") / f"image {k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images.append(generator.integers(0, 256, size=shape, dtype=np.uint8))
+        path.write_bytes(tf.io.encode_png(images[-1]).numpy())
+    return images
+
+
+class TestFolder:
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_images(self, channels, tmp_path):
+        images = write_images(tmp_path / "my photos", [(4, 5, channels)] * 25)
+        name, data_dir = f"{tmp_path}/my photos", tmp_path / "tfds"
+        info = data.info(name, data_dir=data_dir)
+        assert info == data.DatasetInfo(name, (4, 5, channels), 256, {"train": 22, "test": 3})
+        train = images_of(data.load(name, batch_size=22, data_dir=data_dir))
+        test = images_of(data.load(name, "test", batch_size=2, data_dir=data_dir))
+        assert same_multiset(np.concatenate([train, test]), np.stack(images))
+        assert len(list((data_dir / "folder_images").iterdir())) == 1  # prepared once
+
+    def test_folders_of_splits_and_other_options(self, tmp_path, monkeypatch):
+        train = write_images(tmp_path / "photos" / "train", [(4, 4, 3)] * 4)
+        test = write_images(tmp_path / "photos" / "test", [(6, 4, 3)] * 2, seed=1)
+        monkeypatch.chdir(tmp_path)
+        options = {"data_dir": tmp_path / "tfds", "image_size": 4, "levels": 8}
+        assert data.info("./photos", **options).splits == {"train": 4, "test": 2}
+        batches = images_of(data.load("./photos", batch_size=4, **options))
+        assert same_multiset(batches, np.stack(train) // 32)
+        resized = images_of(data.load("./photos", "test", batch_size=2, **options))
+        assert resized.shape == (2, 4, 4, 3) and len(test) == 2
+
+    def test_a_changed_folder_is_another_dataset(self, tmp_path):
+        images = write_images(tmp_path / "photos", [(4, 4, 1)] * 2)
+        name, data_dir = f"{tmp_path}/photos", tmp_path / "tfds"
+        data.info(name, data_dir=data_dir)
+        (tmp_path / "photos" / "new.png").write_bytes(tf.io.encode_png(images[0]).numpy())
+        assert sum(data.info(name, data_dir=data_dir).splits.values()) == 3
+
+    def test_a_name_without_a_slash_is_no_folder(self, tmp_path, monkeypatch, embedded_dir):
+        write_images(tmp_path / "digits", [(4, 4, 1)] * 2)
+        monkeypatch.chdir(tmp_path)
+        assert data.info("digits", data_dir=embedded_dir).event_shape == (8, 8, 1)
+        with pytest.raises(FileNotFoundError, match=r"unknown to TensorFlow Datasets .* written with a slash"):
+            data.info("photos", data_dir=tmp_path)
+
+    @pytest.mark.parametrize(
+        ("shapes", "message"),
+        [
+            ([(4, 4, 3)], r"has 1 images \(.bmp, .jpeg, .jpg, .png\), needs two or more"),
+            ([(4, 4, 3), (5, 4, 3)], r"(is 5 x 4, .* has another size|is 4 x 4, .* has another size): pass image_size"),
+            ([(4, 4, 1), (4, 4, 3)], r"image 1.png is in colour, .*image 0.png is grey"),
+            ([(4, 4, 3), None], r"broken.png is no image that TensorFlow decodes"),
+        ],
+    )
+    def test_errors(self, shapes, message, tmp_path):
+        write_images(tmp_path / "photos", [shape for shape in shapes if shape])
+        if None in shapes:
+            (tmp_path / "photos" / "z_broken.png").write_bytes(b"no image")
+        with pytest.raises(ValueError, match=message):
+            data.info(f"{tmp_path}/photos", data_dir=tmp_path / "tfds")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import Recorder
 
 import tfp_dimflows as dimflows
 
@@ -68,25 +69,6 @@ class Fixed(dfd.VariationalDistribution):
 
     def _log_weights(self, x, num_samples, seed):
         return tf.broadcast_to(self._given[:num_samples, tf.newaxis], [num_samples, x.shape[0]])
-
-
-class Recorder(tfd.Distribution):
-    """A distribution that remembers the values it was asked about."""
-
-    def __init__(self, distribution):
-        super().__init__(distribution.dtype, tfd.NOT_REPARAMETERIZED, False, True)
-        self.inner = distribution
-        self.seen = []
-
-    def _log_prob(self, value):
-        self.seen.append(value)
-        return self.inner.log_prob(value)
-
-    def _event_shape(self):
-        return self.inner.event_shape
-
-    def _batch_shape(self):
-        return self.inner.batch_shape
 
 
 # Bounds.

@@ -285,6 +285,55 @@ def test_a_branch_that_is_no_contraction_is_detected():
     assert np.isnan(tf.function(block.forward, jit_compile=True)(x)).any()
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_exact_log_det_detects_a_branch_that_folds(dims):
+    """Also where an even number of eigenvalues lies below -1, so that the determinant is positive."""
+    block = dfb.InvertibleResidual(lambda y: -1.5 * tf.tanh(y), residual.ExactLogDet())
+    outside, folded = tf.fill([1, dims], 2.0), tf.fill([1, dims], 0.1)
+
+    def log_det(y):
+        return block.inverse_log_det_jacobian(y, event_ndims=1)
+
+    expected = dims * np.log1p(-1.5 / np.cosh(2.0) ** 2)
+    assert_close(log_det(fresh(outside)), [expected], 1e-5)
+    for function in (log_det, tf.function(log_det)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"ExactLogDet: log\(I \+ J\) does not exist"):
+            function(tf.concat([outside, folded], axis=0))
+    compiled = tf.function(log_det, jit_compile=True)(tf.concat([outside, folded], axis=0)).numpy()
+    assert compiled[0] == pytest.approx(expected, rel=1e-5) and np.isnan(compiled[1])
+
+
+def test_exact_log_det_at_the_bound_and_where_a_block_is_invertible_without_it():
+    for factor in (-0.98, 0.98, 3.0):
+        block = dfb.InvertibleResidual(lambda y, factor=factor: factor * y, residual.ExactLogDet())
+        log_det = block.inverse_log_det_jacobian(normal([2, D], 1), event_ndims=1)
+        assert_close(log_det, np.full(2, D * np.log1p(factor)))
+
+
+@pytest.mark.parametrize(
+    ("make", "memory_saving"),
+    [
+        (residual.ExactLogDet, False),
+        (residual.PowerSeries, False),
+        (residual.RussianRoulette, False),
+        (residual.RussianRoulette, True),
+    ],
+)
+def test_validate_args_checks_the_products_with_the_jacobian(make, memory_saving):
+    """A spectrally normalised layer whose weights were forced beyond its bound, until it converges again."""
+    layer = networks.SpectralDense(D, D, coeff=0.9, seed=1, dtype="float64")
+    block = dfb.InvertibleResidual(layer, make(), memory_saving=memory_saving, validate_args=True, name="forced")
+    layer.kernel.assign(100.0 * layer.kernel[::-1, ::-1])
+    for function in (block.inverse, tf.function(block.inverse)):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="forced: a product with the Jacobian of the branch is longer"):
+            function(fresh(Y))
+    layer.converge()
+    with tf.GradientTape() as tape:
+        log_det = block.inverse_log_det_jacobian(fresh(Y), event_ndims=1)
+    assert np.isfinite(log_det).all()
+    assert np.abs(tape.gradient(log_det, layer.kernel.value)).max() > 0.0
+
+
 def test_values_that_are_reached_are_given_under_xla():
     block = dfb.InvertibleResidual(lambda y: tf.where(y > 10.0, -3.0 * y, 0.5 * tf.tanh(y)), residual.PowerSeries(2))
     x = tf.constant([[1.0, -1.0], [50.0, 1.0]])

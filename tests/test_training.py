@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -601,7 +602,7 @@ def test_save_and_load(image_model, tmp_path):
     loaded = dimflows.load(path)
     assert_equal(values(loaded.variables), values(image_model.variables))
     assert_equal(values(loaded.optimizer.variables), values(image_model.optimizer.variables))
-    flows = [m.distribution.distribution.bijector.bijectors[-1] for m in (loaded, image_model)]
+    flows = [m.bijector.bijectors[-1] for m in (loaded, image_model)]
     assert flows[0].factorization == flows[1].factorization
     assert loaded.name == image_model.name
     x = blobs(4)
@@ -617,6 +618,43 @@ def test_training_goes_on_after_loading_as_if_never_saved(image_model, tmp_path)
     assert histories[0]["loss"] == pytest.approx(histories[1]["loss"], rel=1e-5)
     assert_close(values(loaded.variables), values(image_model.variables))
     assert_close(values(loaded.optimizer.variables), values(image_model.optimizer.variables))
+
+
+def dropout_model(seed=0):
+    keras.utils.set_random_seed(seed)
+    layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.Dropout(0.5), keras.layers.Dense(2)]
+    model = dimflows.FlowModel(transformed(dfb.AffineCoupling(keras.Sequential(layers), FIRST)), seed=seed)
+    model.compile(keras.optimizers.Adam(0.01))
+    return model
+
+
+def test_dropout_goes_on_after_loading_as_if_never_saved(tmp_path):
+    """The seeds of layers are part of the weights."""
+    whole, resumed = dropout_model(), dropout_model()
+    whole.fit(pairs(64), epochs=1, shuffle=False, verbose=0)
+    whole.save_weights(tmp_path / "a.weights.h5")
+    resumed.load_weights(tmp_path / "a.weights.h5")
+    losses = [m.fit(pairs(64), epochs=1, shuffle=False, verbose=0).history["loss"] for m in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert_equal(values(resumed.variables), values(whole.variables))
+
+
+def test_weights_without_seeds_of_layers_are_loaded(tmp_path):
+    model, other = dropout_model(0), dropout_model(1)
+    model.save_weights(tmp_path / "a.weights.h5")
+    with h5py.File(tmp_path / "a.weights.h5", "a") as file:
+        seeds = [name for name in file["vars"] if name.startswith("seed_")]
+        for name in seeds:
+            del file["vars"][name]
+    assert len(seeds) == 1
+    other.load_weights(tmp_path / "a.weights.h5")
+    assert_equal(values(other.trainable_variables), values(model.trainable_variables))
+
+
+def test_the_bijector_of_a_model(image_model):
+    assert image_model.bijector is image_model.distribution.distribution.bijector
+    with pytest.raises(ValueError, match="FlowModel: Normal has no bijector"):
+        getattr(dimflows.FlowModel(tfd.Normal(tf.Variable(0.0), 1.0)), "bijector")  # noqa: B009
 
 
 def test_a_distribution_that_no_recipe_made_is_not_saved(trained, tmp_path):
@@ -712,7 +750,7 @@ def trained_colour_model():
 
 def test_round_trips_of_a_trained_colour_model(trained_colour_model):
     model, patches = trained_colour_model
-    preprocess, flow = model.distribution.distribution.bijector.bijectors
+    preprocess, flow = model.bijector.bijectors
     logits = preprocess.inverse(tf.constant(patches, tf.float32) + 0.5)
     z = flow.inverse(logits)
     assert np.abs(flow.forward(tf.identity(z)) - logits).max() < 1e-4

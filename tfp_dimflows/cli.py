@@ -34,7 +34,12 @@ def _parser():
     command = commands.add_parser("train", help="train a recipe on a TFDS dataset into a run directory")
     command.set_defaults(command=_train)
     command.add_argument("recipe", metavar="RECIPE", help="a name that `dimflows recipes` lists")
-    command.add_argument("--data", required=True, metavar="NAME", help="digits, photo_patches, or any TFDS image dataset")
+    command.add_argument(
+        "--data",
+        required=True,
+        metavar="NAME",
+        help="digits, photo_patches, a TFDS dataset, or a folder such as ./photos",
+    )
     command.add_argument("--epochs", type=_positive, required=True)
     command.add_argument("--batch-size", type=_positive, default=64)
     command.add_argument("--out", required=True, metavar="DIR", help="the run directory")
@@ -135,13 +140,16 @@ def _strategy(arguments):
 def _train_into(out, arguments):
     options = {"image_size": arguments.image_size, "levels": arguments.levels}
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
-    batch_size = arguments.batch_size
+    batch_size, num_images = arguments.batch_size, info.splits["train"]
+    if batch_size > num_images:
+        raise ValueError(f"train: got --batch-size {batch_size}, {arguments.data} has {num_images} training images")
     train_data = data.load(
         arguments.data,
         "train",
         batch_size=batch_size,
         flips=arguments.flips,
         seed=arguments.seed,
+        repeat=True,
         data_dir=arguments.data_dir,
         **options,
     )
@@ -154,7 +162,7 @@ def _train_into(out, arguments):
         event_shape=info.event_shape,
         levels=info.levels,
         epochs=arguments.epochs,
-        steps_per_epoch=arguments.steps_per_epoch,
+        steps_per_epoch=arguments.steps_per_epoch or num_images // batch_size,
         pretrain_epochs=arguments.pretrain_epochs,
         baseline=not arguments.no_baseline,
         arguments=_settings(arguments.set),
@@ -162,7 +170,7 @@ def _train_into(out, arguments):
         seed=arguments.seed,
         resume=arguments.resume,
         notes={
-            "data": {"name": arguments.data, "test_split": arguments.test_split, "batch_size": batch_size, **options},
+            "data": {"name": info.name, "test_split": arguments.test_split, "batch_size": batch_size, **options},
             "flips": arguments.flips,
         },
     )
@@ -260,7 +268,7 @@ def _upscale(arguments):
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"upscale-{arguments.seed}.png")
     model = training.load_run(arguments.run)
-    flow = model.distribution.distribution.bijector
+    flow = model.bijector
     if not isinstance(flow, PNF):
         raise ValueError(f"upscale: {arguments.run} is a run of {config['recipe']}, needs one of a progressive flow (pnf)")
     images = _some_images(_run_data(arguments, name=arguments.data), arguments.num, arguments.seed)

@@ -17,6 +17,8 @@ from tfp_dimflows.bijectors import base, implicit
 tfb = tfp.bijectors
 
 _NODES = 64
+# By how much the square of a product may exceed its vector's: the precision of a branch in bfloat16.
+_ROUNDING = 1e-2
 # What a fixed point can be expected to reach in the precision of its values, or of the branch if that is lower.
 _TOLERANCES = {tf.float64: 1e-12, tf.float32: 1e-6, tf.float16: 1e-2, tf.bfloat16: 1e-1}
 
@@ -31,7 +33,8 @@ class InvertibleResidual(base.FlowBijector):
     from a second fixed point (first derivatives only).
 
     Nothing here makes g contractive: the networks `lipschitz_mlp` and `lipschitz_conv` are. A branch that is no contraction
-    shows when the fixed point is not reached; one that folds space may reach another solution than the one it came from.
+    shows when the fixed point is not reached; where it folds space (an eigenvalue of J below -1), `ExactLogDet` finds that
+    log(I + J) does not exist, and with `validate_args` the other estimates find that their series diverges.
 
     Args:
       network: the branch g: values of one batch axis (and a condition, see `AffineCoupling`) to values of the same shape.
@@ -43,12 +46,14 @@ class InvertibleResidual(base.FlowBijector):
       tolerance: the fixed point is reached when no value changes by more than this, absolutely or relatively; None: 1e-6, for
         64 bits 1e-12, for a branch in half precision 0.01 (bfloat16: 0.1).
       max_iterations: how often to try.
-      validate_args: as in `tfb.Bijector`.
+      validate_args: also checks the products with J that the log-det takes, at no further product: none may be longer (in the
+        Euclidean norm) than the vector it started from, by more than the rounding. Not under XLA, which has no errors.
       name: the name of the operations.
 
     Raises:
       ValueError: for `memory_saving` with another log-det, or a branch that changes the shape.
-      InvalidArgumentError: if the fixed point is not reached. Under XLA, which has no errors, such events become NaN.
+      InvalidArgumentError: if the fixed point is not reached, or `ExactLogDet` finds no logarithm. Under XLA such events
+        become NaN.
 
     Cost of data to latent: one evaluation of g and one vector-Jacobian product per term and probe. Of latent to data: one
     evaluation per step of the fixed point, log(tolerance) / log(Lip(g)) of them.
@@ -102,12 +107,28 @@ class InvertibleResidual(base.FlowBijector):
             raise ValueError(f"{self.name}: the branch maps values of shape {y.shape} to {g.shape}, must keep the shape")
         return g
 
+    def _with_vjp(self, y, condition):
+        """g(y) and its vector-Jacobian product, which `validate_args` checks."""
+        g, vjp = implicit.with_vjp(lambda y: self._branch(y, condition), y)
+        if not self.validate_args:
+            return g, vjp
+        axes = list(range(-self._event_ndims, 0))
+        message = f"{self.name}: a product with the Jacobian of the branch is longer than its vector; is it a contraction?"
+
+        def checked(w):
+            product = vjp(w)
+            grows = tf.reduce_sum(product**2, axes) > (1.0 + _ROUNDING) * tf.reduce_sum(w**2, axes)
+            with tf.control_dependencies([tf.debugging.Assert(~tf.reduce_any(grows), [message])]):
+                return tf.identity(product)
+
+        return g, checked
+
     def _inverse_and_log_det_per_dim(self, y, condition):
         value = tf.cast(y, base.log_det_dtype(y.dtype))
         if self._memory_saving:
             g, log_det = self._recomputed(value, condition)
         else:
-            g, vjp = implicit.with_vjp(lambda value: self._branch(value, condition), value)
+            g, vjp = self._with_vjp(value, condition)
             log_det = self._log_det.per_dim(vjp, value, self._event_ndims)
         return tf.cast(value + g, y.dtype), log_det
 
@@ -117,7 +138,7 @@ class InvertibleResidual(base.FlowBijector):
 
         def evaluate(y, leaves):
             given = tf.nest.pack_sequence_as(condition, leaves) if leaves else None
-            return implicit.with_vjp(lambda value: self._branch(value, given), y)
+            return self._with_vjp(y, given)
 
         @tf.custom_gradient
         def block(y, *leaves):
@@ -144,7 +165,7 @@ class InvertibleResidual(base.FlowBijector):
 
     def _forward_and_log_det_per_dim(self, x, condition):
         y = self._solve(tf.cast(x, base.log_det_dtype(x.dtype)), condition)
-        _, vjp = implicit.with_vjp(lambda value: self._branch(value, condition), y)
+        _, vjp = self._with_vjp(y, condition)
         return tf.cast(y, x.dtype), -self._log_det.per_dim(vjp, y, self._event_ndims)
 
     def _solve(self, x, condition):
@@ -192,7 +213,13 @@ class ExactLogDet:
 
         log(I + J) = integral over t in [0, 1] of J (I + t J)^-1,   64 Gauss-Legendre nodes (error < 1e-13 for Lip(g) < 0.98)
 
-    Cost: D vector-Jacobian products and 64 linear systems of size D per event.
+    The logarithm does not exist where J has a real eigenvalue below -1: the integral has a pole there, and its sum differs
+    from log |det(I + J)|, which is computed as well, from a QR decomposition.
+
+    Cost: D vector-Jacobian products, 64 linear systems and a QR decomposition of size D per event.
+
+    Raises:
+      InvalidArgumentError: if the logarithm does not exist. Under XLA, which has no errors, such events become NaN.
     """
 
     def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
@@ -210,7 +237,13 @@ class ExactLogDet:
         shifted = tf.eye(dims, dtype=y.dtype) + nodes[:, tf.newaxis, tf.newaxis] * jacobian
         quotient = tf.linalg.solve(shifted, tf.broadcast_to(jacobian, ps.shape(shifted)))
         diagonal = tf.einsum("k,nkii->ni", weights, quotient)
-        return tf.reshape(diagonal, ps.shape(y))
+        with record.stop_recording():
+            triangle = tf.linalg.qr(tf.eye(dims, dtype=y.dtype) + jacobian[:, 0])[1]  # XLA has no slogdet
+            log_det = tf.reduce_sum(tf.math.log(tf.abs(tf.linalg.diag_part(triangle))), axis=-1)
+            exists = tf.abs(tf.reduce_sum(diagonal, axis=-1) - log_det) <= 1e-3 * (1.0 + tf.abs(log_det))
+        message = "ExactLogDet: log(I + J) does not exist: an eigenvalue of J is near or below -1; is the branch a contraction?"
+        with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(exists), [message])]):
+            return tf.reshape(tf.where(exists[:, tf.newaxis], diagonal, np.nan), ps.shape(y))
 
 
 class PowerSeries:

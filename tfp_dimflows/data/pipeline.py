@@ -21,7 +21,7 @@ class DatasetInfo:
     """What a flow needs to know about a dataset before it sees any image.
 
     Attributes:
-        name: the dataset's TFDS name.
+        name: the dataset's TFDS name, or a folder's absolute path.
         event_shape: `(height, width, channels)` of one image, after crop and resize.
         levels: number of grey levels per channel, the images' values being `0 .. levels - 1`.
         splits: number of images in each split.
@@ -67,7 +67,7 @@ def info(
     """
     source = _open_source(name, image_size, crop, levels, data_dir)
     splits = {split: split_info.num_examples for split, split_info in source.builder.info.splits.items()}
-    return DatasetInfo(name, source.event_shape, source.levels, splits)
+    return DatasetInfo(source.name, source.event_shape, source.levels, splits)
 
 
 def load(
@@ -91,8 +91,13 @@ def load(
     will do; TFDS downloads and prepares it if it is not in `data_dir` yet. `digits` and `photo_patches` are made from
     images that ship with scikit-learn and need no download.
 
+    A folder (PNG, JPEG or BMP files, also in folders inside it) is prepared as a TFDS dataset of its own, again when its
+    files have changed. Its folders `train` and `test` are the splits if it has both; otherwise a tenth of the images,
+    chosen by their paths, is the test split. The first image decides whether the dataset is grey or in colour.
+
     Args:
-        name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`.
+        name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`; or
+            the path of a folder of images of your own, written with a slash, such as `"./photos"`.
         split: a split in TFDS's syntax, such as `"train"`, `"test"` or `"train[:90%]"`.
         batch_size: images per batch.
         image_size: resizes to this `(height, width)`, or to a square of this side: bilinear, with antialiasing when
@@ -103,11 +108,13 @@ def load(
             x becomes `x // (N // n)`, so that `levels=32` keeps the 5 most significant of 8 bits.
         flips: mirrors each image left to right with probability one half.
         shuffle: shuffles anew in each iteration, default for splits that start with "train". The shuffle buffer holds
-            10,000 images in their compressed form. Without it the order is always the same.
-        seed: seed of shuffles and flips. The same seed gives the same sequence of epochs.
+            10,000 images in their compressed form; with `repeat`, blocks of 10,000 are shuffled one after the other.
+            Without it the order is always the same.
+        seed: seed of shuffles and flips. The same seed gives the same sequence of passes over the images.
         drop_remainder: drops a last batch that is not full, so that the batch dimension is static. Default for splits
             that start with "train".
-        repeat: repeats without end.
+        repeat: repeats without end, each pass shuffled and flipped anew, but the same sequence in each iteration: what
+            comes after n batches is known again by `skip(n)`.
         data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
             `~/tensorflow_datasets`. The latter also takes `digits` and `photo_patches` when `data_dir` is read-only.
 
@@ -120,7 +127,8 @@ def load(
         ImportError: if an embedded dataset must be prepared and scikit-learn is missing.
         ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
             and `image_size` is missing; if the crop leaves the image, `levels` does not divide the dataset's own, or
-            dropping the remainder leaves no batch.
+            dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
+            of another size (without `image_size`), or colour images after a grey one.
 
     Example:
         >>> import tfp_dimflows as dimflows
@@ -149,19 +157,25 @@ def load(
         decoders={source.image_key: tfds.decode.SkipDecoding()},
         read_config=tfds.ReadConfig(
             shuffle_seed=seed,
+            shuffle_reshuffle_each_iteration=not repeat,
             try_autocache=False,
             enable_ordering_guard=False,  # shuffling is the caller's choice, also for datasets stored in order
         ),
     )
     images = examples.map(lambda example: example[source.image_key])
-    if shuffle:
+    if shuffle and repeat:
+        images = _endlessly_shuffled(images, seed)
+    elif shuffle:
         images = images.shuffle(min(num_images, _SHUFFLE_BUFFER), seed=seed)
-    if repeat:
+    elif repeat:
         images = images.repeat()
     images = images.map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
     images = images.batch(batch_size, drop_remainder=drop_remainder)
     if flips:
-        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
+        if repeat:
+            seeds = tf.data.Dataset.counter().map(lambda step: tf.stack([tf.constant(seed, tf.int64), step]))
+        else:
+            seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
         images = tf.data.Dataset.zip(images, seeds).map(
             tf.image.stateless_random_flip_left_right, num_parallel_calls=tf.data.AUTOTUNE
         )
@@ -169,6 +183,24 @@ def load(
     # Between machines, TensorFlow's default shards by file and fails on datasets of fewer files than machines.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return images.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def _endlessly_shuffled(images: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Passes over the images, each with blocks of them in another order; the same in each iteration.
+
+    `Dataset.shuffle` has a generator of seeds that goes on from one iterator to the next.
+    """
+
+    def shuffled(number, index, block):
+        seed_of_pass = tf.random.experimental.stateless_fold_in(tf.constant([0, seed], tf.int64), number)
+        return tf.random.experimental.stateless_shuffle(block, tf.random.experimental.stateless_fold_in(seed_of_pass, index))
+
+    def one_pass(number):
+        blocks = images.batch(_SHUFFLE_BUFFER).enumerate()
+        return blocks.map(lambda index, block: shuffled(number, index, block)).unbatch()
+
+    passes = tf.data.Dataset.counter().flat_map(one_pass)
+    return passes.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +241,9 @@ def _open_source(
 ) -> _Source:
     from tfp_dimflows.data import embedded
 
-    builder = _find_builder(name, data_dir)
+    folder = _as_folder(name)
+    name = name if folder is None else os.fspath(folder)
+    builder = _find_builder(name, data_dir) if folder is None else _folder_builder(folder, image_size, data_dir)
     own_levels = embedded.BUILDERS[builder.name].LEVELS if builder.name in embedded.BUILDERS else 256
     levels = own_levels if levels is None else levels
     if levels < 2 or own_levels % levels:
@@ -221,17 +255,40 @@ def _open_source(
     return _Source(name, _prepare(name, builder), image_key, own_levels, crop, event_shape, levels)
 
 
+def _as_folder(name: str) -> pathlib.Path | None:
+    """The absolute path, if the name is that of an existing folder and holds a slash."""
+    folder = pathlib.Path(name).expanduser()
+    return folder.resolve() if "/" in name and folder.is_dir() else None
+
+
+def _data_dir(data_dir: str | os.PathLike[str] | None) -> str:
+    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
+
+
+def _folder_builder(
+    folder: pathlib.Path, image_size: int | tuple[int, int] | None, data_dir: str | os.PathLike[str] | None
+) -> Any:
+    """Returns the builder of a folder's images, which TFDS keeps in a place that can be written."""
+    from tfp_dimflows.data.folder import FolderImages
+
+    directory = _data_dir(data_dir)
+    builder = FolderImages(folder, one_size=image_size is None, data_dir=directory)
+    if builder.data_path.exists() or _is_writable(directory):
+        return builder
+    return FolderImages(folder, one_size=image_size is None, data_dir=os.path.expanduser(_DEFAULT_DATA_DIR))
+
+
 def _find_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     """Returns the TFDS builder of a dataset, which may not be prepared yet."""
     import tensorflow_datasets as tfds
 
-    directory = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
+    directory = _data_dir(data_dir)
     try:
         return tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError:
         raise FileNotFoundError(
             f"Dataset {name!r} is unknown to TensorFlow Datasets and is not in {directory}: check the name, or pass "
-            "the data_dir that holds it."
+            "the data_dir that holds it. A folder of images is written with a slash, as in './photos'."
         ) from None
 
 
@@ -240,6 +297,7 @@ def _prepare(name: str, builder: Any) -> Any:
     import tensorflow_datasets as tfds
 
     from tfp_dimflows.data import embedded
+    from tfp_dimflows.data.folder import FolderError
 
     if builder.data_path.exists():
         return builder
@@ -250,7 +308,7 @@ def _prepare(name: str, builder: Any) -> Any:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS announces the preparation on stdout
             builder.download_and_prepare()
-    except ImportError:
+    except (ImportError, FolderError):
         raise
     except Exception as error:
         if not builder.data_path.exists():

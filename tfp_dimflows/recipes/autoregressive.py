@@ -130,7 +130,7 @@ def _made_flow(name, event_shape, transformer, wrap, alpha, levels, *, num_layer
     common.check_sizes(name, **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
     layers = made_layers(dims, num_layers, hidden, condition, transformer, wrap, seed)
     parts = [part for layer in layers for part in (layer, dfb.ActNorm(dims, dtype=common.floatx()))]
-    return _as_distribution([*common.from_flat(shape), *parts[:-1]], shape, levels, alpha)
+    return common.as_distribution(dfb.Chain([*common.from_flat(shape), *parts[:-1]]), shape, levels, common.logit(alpha))
 
 
 @recipe
@@ -183,7 +183,7 @@ def pixelcnn_flow(
     for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
         network = networks.PixelCNN(shape[-1], 2 * shape[-1], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx()), event_ndims=3))
-    return _as_distribution([*layers, *common.from_flat(shape)], shape, levels, alpha)
+    return common.as_distribution(dfb.Chain([*layers, *common.from_flat(shape)]), shape, levels, common.logit(alpha))
 
 
 @recipe
@@ -234,9 +234,4 @@ def wavenet_flow(
     for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
         network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx())))
-    return _as_distribution(layers, shape, levels, alpha)
-
-
-def _as_distribution(parts, shape, levels, alpha):
-    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
-    return common.as_distribution(dfb.Chain(parts), shape, levels, preprocess)
+    return common.as_distribution(dfb.Chain(layers), shape, levels, common.logit(alpha))

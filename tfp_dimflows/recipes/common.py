@@ -1,7 +1,8 @@
 """What the recipes share: the base distribution, the factorization argument, integer images."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -163,20 +164,25 @@ def centred(levels: int) -> tfb.Bijector:
     return tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)])
 
 
+def logit(alpha: float) -> Callable[[int], tfb.Bijector]:
+    """Preprocessing of values in [0, levels) by the logit, with a margin."""
+    return functools.partial(dfb.LogitPreprocess, alpha=alpha)
+
+
 def as_distribution(
     flow: tfb.Bijector,
     event_shape: tuple[int, ...],
     levels: int | None,
-    preprocess: tfb.Bijector | None,
+    preprocess: Callable[[int], tfb.Bijector] | None = None,
     base: tfd.Distribution | None = None,
 ) -> tfd.Distribution:
-    """The flow of `base`, or of standard normal noise, after `preprocess` if there is one.
+    """The flow of `base`, or of standard normal noise: over continuous events, or over integer ones with `levels` grey levels.
 
-    Over continuous events, or over integer ones with `levels` grey levels.
+    `preprocess(levels)` stands between integer events and the flow, if it is given.
     """
     if base is None:
         base = tfd.Sample(tfd.Normal(tf.zeros([], floatx()), tf.ones([], floatx())), [math.prod(event_shape)])
-    if preprocess is not None:
-        flow = dfb.Chain([preprocess, flow])
+    if levels is not None and preprocess is not None:
+        flow = dfb.Chain([preprocess(levels), flow])
     distribution = tfd.TransformedDistribution(base, flow)
     return distribution if levels is None else dfd.Dequantized(distribution, levels=levels)

@@ -91,5 +91,4 @@ def ffjord(
         if is_image and k < num_scales - 1:
             parts.append(dfb.Squeeze())
         flow_levels.append(dfb.Chain(parts))
-    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
-    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, preprocess)
+    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, common.logit(alpha))

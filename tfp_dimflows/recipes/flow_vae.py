@@ -78,7 +78,7 @@ def flow_vae(
         raise ValueError(f"flow-vae: got likelihood={likelihood!r}, needs one of {dfd.VAEPrior.LIKELIHOODS}")
     flow_seed, encoder_seed, decoder_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
     sizes = {"num_scales": num_scales, "width": width, "factorization": factorization, "condition_shape": None}
-    preprocess = None if levels is None else common.centred(levels) if flow == "glow" else dfb.LogitPreprocess(levels, alpha)
+    preprocess = common.centred if flow == "glow" else common.logit(alpha)
     bijector = tfb.Identity()
     if flow == "realnvp":
         options = {"num_couplings": depth, "num_blocks": num_blocks, "network": None, "batch_norm": False, "l2": 5e-5}

@@ -137,7 +137,7 @@ def flowpp(
     common.check_sizes("flowpp", **{name: sizes[name] for name in CHECKED})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     flow = dfb.Multiscale([build.flow(shape, sizes["layout"], sizes["num_blocks"])], event_shape=shape)
-    return as_dequantized(common.as_distribution(flow, shape, None, None), shape, levels, alpha, build)
+    return as_dequantized(common.as_distribution(flow, shape, None), shape, levels, alpha, build)
 
 
 class Couplings:

@@ -78,8 +78,7 @@ def glow(
         condition_shape=condition_shape,
         seed=seed,
     )
-    preprocess = None if levels is None else common.centred(levels)
-    return common.as_distribution(flow, tuple(event_shape), levels, preprocess)
+    return common.as_distribution(flow, tuple(event_shape), levels, common.centred)
 
 
 def glow_flow(

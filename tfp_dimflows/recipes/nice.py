@@ -69,5 +69,4 @@ def nice(
         network = networks.MLP(*mask.sizes(dims), hidden=[width] * num_hidden, condition_channels=condition, seed=network_seed)
         parts.append(dfb.AdditiveCoupling(network, mask))
     parts.append(dfb.ElementwiseAffine(0.0, tf.Variable(tf.zeros([dims], common.floatx()), name="log_scale")))
-    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
-    return common.as_distribution(dfb.Chain(parts), shape, levels, preprocess)
+    return common.as_distribution(dfb.Chain(parts), shape, levels, common.logit(alpha))

@@ -116,7 +116,7 @@ def pnf(
         centre = [_share_of_range(levels, len(shape)), *centre]
     base = dfb.Chain([*pixels, stage(0)])
     details = [dfb.Chain([*centre, *pixels, detail(k)]) for k in range(1, len(shapes))]
-    return common.as_distribution(dfb.PNF(base, details, shape), shape, levels, preprocess=None)
+    return common.as_distribution(dfb.PNF(base, details, shape), shape, levels)
 
 
 def _one_each(name, value, num_stages):

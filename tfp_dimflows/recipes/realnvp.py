@@ -89,8 +89,7 @@ def realnvp(
         l2=l2,
         seed=seed,
     )
-    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
-    return common.as_distribution(flow, tuple(event_shape), levels, preprocess)
+    return common.as_distribution(flow, tuple(event_shape), levels, common.logit(alpha))
 
 
 def realnvp_flow(

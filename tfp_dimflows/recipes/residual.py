@@ -98,8 +98,7 @@ def iresnet(
         tf.Variable(tf.zeros([math.prod(shape)], common.floatx()), name=f"prior_{n}") for n in ("loc", "log_scale")
     )
     prior = tfd.Independent(tfd.Normal(loc, tfp.util.DeferredTensor(log_scale, tf.exp)), 1)
-    preprocess = None if levels is None else common.centred(levels)
-    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, preprocess, prior)
+    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, common.centred, prior)
 
 
 @recipe
@@ -191,8 +190,7 @@ def residual_flow(
             )
             flow_levels[-1] += [dfb.InvertibleResidual(network, log_det), _actnorm((dims,))]
     flow = dfb.Multiscale([dfb.Chain(parts) for parts in flow_levels], split, event_shape=shape)
-    preprocess = None if levels is None else dfb.LogitPreprocess(levels, alpha)
-    return common.as_distribution(flow, shape, levels, preprocess)
+    return common.as_distribution(flow, shape, levels, common.logit(alpha))
 
 
 def _check_coeff(recipe, coeff):

@@ -206,4 +206,4 @@ def _glow_posterior(shape, num_extra, depth, width, num_hidden, coupling, seeds)
 
 def _augmented(flow, posterior, joint, num_extra):
     vflow = dfb.VFlow(flow, posterior, num_extra, event_ndims=len(joint))
-    return dfd.Augmented(common.as_distribution(vflow, joint, None, None), num_extra)
+    return dfd.Augmented(common.as_distribution(vflow, joint, None), num_extra)

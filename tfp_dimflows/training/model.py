@@ -26,6 +26,7 @@ class FlowModel(keras.Model):
     `model(x)` is `log_prob(x)`, one number per event. The loss is the mean negative log-probability plus the networks' own
     regularisation losses. Metrics: `nll` (nats per event), for images `bits_per_dim`, `nll / (D ln 2)`, and the terms of the
     bound that the distribution reports, such as `kl` and `reconstruction` of a `dfd.VAEPrior` (nats; without sample weights).
+    Callbacks that monitor them, such as `EarlyStopping("val_nll", mode="min")`, must be told the direction.
     Every variable the distribution holds is trained, saved and shown by `summary`: Keras 3 layers inside bijectors, raw
     `tf.Variable`s, `tfp.util.TransformedVariable`s and TFP's tf_keras networks.
 
@@ -90,6 +91,20 @@ class FlowModel(keras.Model):
     def distribution(self) -> tfd.Distribution:
         """The distribution that is trained."""
         return self._distribution
+
+    @property
+    def bijector(self) -> tfp.bijectors.Bijector:
+        """The bijector from latent values to continuous data, preprocessing included.
+
+        Raises:
+          ValueError: if the distribution has none.
+        """
+        distribution = self._distribution
+        while not hasattr(distribution, "bijector"):
+            if not hasattr(distribution, "distribution"):
+                raise ValueError(f"FlowModel: {self._distribution.name} has no bijector")
+            distribution = distribution.distribution
+        return distribution.bijector
 
     @property
     def event_shape(self) -> tf.TensorShape:
@@ -444,6 +459,16 @@ class FlowModel(keras.Model):
         """Builds the recipe anew."""
         return cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
 
+    def save_own_variables(self, store):
+        """Keras's hook for saving; adds the seeds that layers such as dropout draw from, which Keras does not save."""
+        super().save_own_variables(store)
+        for k, state in enumerate(self._seed_states()):
+            store[f"seed_{k}"] = state.numpy()
+
+    def _seed_states(self):
+        layers = self._flatten_layers(include_self=False)
+        return [generator.state for layer in layers for generator in layer._seed_generators]
+
     def load_own_variables(self, store):
         """Keras's hook for loading; first checks that constants of the architecture are those the weights were trained with.
 
@@ -457,7 +482,10 @@ class FlowModel(keras.Model):
                 raise ValueError(
                     f"FlowModel: the weights were trained with another dimension factorization than that of {self.name}"
                 )
-        super().load_own_variables(store)
+        super().load_own_variables({key: store[key] for key in store.keys() if not key.startswith("seed_")})
+        for k, state in enumerate(self._seed_states()):
+            if f"seed_{k}" in store:
+                state.assign(store[f"seed_{k}"])
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import PNF, Chain
 from tfp_dimflows.bijectors.per_dimension import condition_kwargs
 from tfp_dimflows.distributions import Dequantized
+from tfp_dimflows.training.backup import Backup
 from tfp_dimflows.training.model import FlowModel
 
 tfd = tfp.distributions
@@ -54,8 +55,8 @@ def fit_progressively(
       steps_per_epoch: as in `fit`.
       validation_data: batches as for `model.fit`.
       validation_steps: as in `fit`.
-      backup_dir: folder for the state of training after each epoch (`keras.callbacks.BackupAndRestore`). A run that was
-        killed goes on from there when called again with a model of the same construction. Removed when training has ended.
+      backup_dir: folder for the state of training after each epoch. A run that was killed goes on from there when called again
+        with a model of the same construction. Removed when training has ended.
       callbacks: a function of the stage's number that returns its Keras callbacks.
       seed: integer seed of dequantisation noise.
       **options: further arguments of `fit` (`verbose`) and of `compile` (`jit_compile`).
@@ -129,10 +130,12 @@ def _fit_stage(stage, data, optimizer, backup_dir, callbacks, jit_compile, **opt
         return _no_history()
     with stage.distribute_strategy.scope():
         stage.compile(optimizer, jit_compile=jit_compile)
+    initial_epoch = 0
     if backup_dir is not None:
-        backup = keras.callbacks.BackupAndRestore(str(backup_dir / "backup"), double_checkpoint=True, delete_checkpoint=False)
+        backup = Backup(backup_dir / "backup")
+        initial_epoch = backup.restore(stage)
         callbacks = [*callbacks, backup]
-    history = stage.fit(data, callbacks=callbacks, **options)
+    history = stage.fit(data, callbacks=callbacks, initial_epoch=initial_epoch, **options)
     if finished is not None:
         unfinished = backup_dir / "unfinished.weights.h5"
         backup_dir.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,10 @@ import contextlib
 import csv
 import errno
 import fcntl
+import importlib.metadata
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 
 import keras
@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tfp_dimflows import plot, recipes
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
+from tfp_dimflows.training.backup import Backup
 from tfp_dimflows.training.model import FlowModel, load
 
 CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
@@ -53,13 +54,15 @@ def train(
     with its conventional factorization is trained with the same budget into `conventional/`, and `factorization.png` shows
     which dimensions stayed.
 
-    A killed run goes on from its last full epoch with `resume=True`. Inside the scope of a `tf.distribute` strategy it trains
-    on all replicas, with batches of `train_data` shared among them; with several workers, each needs a directory of its own.
+    A killed run goes on from its last full epoch with `resume=True`. If `train_data` is the same in each iteration
+    (`dimflows.data.load` with `repeat`), it ends on the same machine bit for bit as if it had not been killed; it reads the
+    batches again that it was trained on. Inside the scope of a `tf.distribute` strategy it trains on all replicas, with batches
+    of `train_data` shared among them; with several workers, each needs a directory of its own.
 
     Args:
       recipe: a recipe's name.
       directory: the run directory.
-      train_data: batches of integer images; repeated if `steps_per_epoch` is given.
+      train_data: batches of integer images; endless, or repeated if `steps_per_epoch` is given.
       test_data: batches of integer images.
       event_shape: shape of one image.
       levels: number of grey levels.
@@ -93,7 +96,8 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    config = {"recipe": recipe, "event_shape": list(event_shape), "levels": levels, "arguments": arguments, **budget}
+    config = {"version": _version(), "recipe": recipe, "event_shape": list(event_shape), "levels": levels}
+    config |= {"arguments": arguments, **budget}
     config |= {"pretrain_epochs": pretrain_epochs, "baseline": baseline} if recipes.base_of(recipe) else {}
     with _run_directory(directory, config | (notes or {}), resume) as directory:
         return _train(
@@ -157,13 +161,24 @@ def load_run(directory: str | os.PathLike) -> FlowModel:
     """The trained model of a run.
 
     Raises:
-      ValueError: if the directory holds no finished run.
+      ValueError: if the directory holds no finished run, or one of another version that this one cannot load.
     """
-    read_config(directory)
+    config = read_config(directory)
     path = pathlib.Path(directory) / MODEL
     if not path.is_file():
         raise ValueError(f"run: {directory} holds no finished run (no {MODEL}); go on with it by --resume")
-    return load(str(path))
+    try:
+        return load(str(path))
+    except (TypeError, ValueError) as error:
+        if config.get("version") == _version():
+            raise
+        raise ValueError(
+            f"run: {directory} is of version {config.get('version')}, and version {_version()} cannot load it: {error}"
+        ) from error
+
+
+def _version():
+    return importlib.metadata.version("tfp-dimflows")
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
@@ -200,11 +215,12 @@ def _check_directory(directory, config, resume):
         if not resume:
             raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
         stored = json.loads((directory / CONFIG).read_text())
+        config = config | {"version": stored.get("version")}
         changed = sorted(key for key in stored | config if stored.get(key) != config.get(key))
         if changed:
             differences = ", ".join(f"{key}={config.get(key)!r} (was {stored.get(key)!r})" for key in changed)
             raise ValueError(f"train: {directory} holds a run of another configuration: {differences}")
-    elif any(directory.iterdir()):
+    elif any(path.name != "config.unfinished" for path in directory.iterdir()):
         raise ValueError(f"train: {directory} is not empty and holds no run; choose another directory")
     else:
         _write_json(directory / CONFIG, config)
@@ -215,19 +231,20 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
     if (directory / METRICS).is_file():
         return load(str(directory / MODEL))
     directory.mkdir(parents=True, exist_ok=True)
+    backup = Backup(directory / "backup")
     if (directory / MODEL).is_file():
         model = load(str(directory / MODEL))
     else:
         keras.utils.set_random_seed(seed)
         model = build()
-        backup = directory / "backup"
-        finished_epochs = _finished_epochs(backup)
+        model.compile(keras.optimizers.Adam(learning_rate, global_clipnorm=100.0))
+        finished_epochs = backup.restore(model)
         if not finished_epochs:
             model.adapt(train_data, steps=4)
         _keep_rows(directory / HISTORY, finished_epochs)
-        model.compile(keras.optimizers.Adam(learning_rate, global_clipnorm=100.0))
         model.fit(
-            train_data.repeat() if steps_per_epoch else train_data,
+            train_data.repeat().skip(finished_epochs * steps_per_epoch) if steps_per_epoch else train_data,
+            initial_epoch=finished_epochs,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
             validation_data=test_data.take(steps_per_epoch) if steps_per_epoch else test_data,
@@ -235,7 +252,7 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
                 keras.callbacks.TerminateOnNaN(),
                 keras.callbacks.CSVLogger(str(directory / HISTORY), append=True),
                 keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
-                keras.callbacks.BackupAndRestore(str(backup), double_checkpoint=True, delete_checkpoint=False),
+                backup,
             ],
         )
         if not all(np.isfinite(w).all() for w in model.get_weights() if w.dtype.kind == "f"):
@@ -243,7 +260,7 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
         unfinished = directory / f"unfinished.{MODEL}"
         model.save(unfinished)
         os.replace(unfinished, directory / MODEL)
-        shutil.rmtree(backup, ignore_errors=True)
+    backup.remove()
     metrics = model.evaluate(test_data, return_dict=True, verbose=0)
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": parameters}
@@ -251,19 +268,16 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
     return model
 
 
-def _finished_epochs(backup):
-    path = backup / "training_metadata.json"
-    return json.loads(path.read_text())["epoch"] if path.is_file() else 0
-
-
 def _keep_rows(path, epochs):
     """Drops rows of epochs that were logged but not backed up, since they will be trained again."""
     if path.is_file():
         with path.open(newline="") as file:
-            header, *rows = list(csv.reader(file)) or [None]
-        with path.open("w", newline="") as file:
-            if header and epochs:
-                csv.writer(file).writerows([header, *(row for row in rows if int(row[0]) < epochs)])
+            header, *rows = list(csv.reader(file)) or [[]]
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("w", newline="") as file:
+            if epochs:
+                csv.writer(file).writerows([header, *rows[:epochs]])
+        os.replace(unfinished, path)
 
 
 def _contributions(path, pretrained, train_data, steps_per_epoch):
@@ -271,7 +285,7 @@ def _contributions(path, pretrained, train_data, steps_per_epoch):
         with np.load(path) as stored:
             return [stored[key] for key in stored.files if key.startswith("factor_out")]
     data = train_data.take(steps_per_epoch) if steps_per_epoch else train_data
-    contributions, errors = likelihood_contributions(pretrained.distribution.distribution.bijector, data, standard_errors=True)
+    contributions, errors = likelihood_contributions(pretrained.bijector, data, standard_errors=True)
     with open(f"{path}.unfinished", "wb") as file:
         arrays = {f"factor_out_{k}": c for k, c in enumerate(contributions)}
         np.savez(file, **arrays, **{f"standard_error_{k}": e for k, e in enumerate(errors)})
@@ -280,7 +294,7 @@ def _contributions(path, pretrained, train_data, steps_per_epoch):
 
 
 def _multiscale(model):
-    return model.distribution.distribution.bijector.bijectors[-1]
+    return model.bijector.bijectors[-1]
 
 
 def _save_samples(path, model, levels, seed):

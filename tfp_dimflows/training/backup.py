@@ -1,0 +1,60 @@
+"""`Backup`: the state of training on disk after each epoch, whole at any moment."""
+
+import os
+import pathlib
+import shutil
+
+import keras
+import tensorflow as tf
+
+
+class Backup(keras.callbacks.Callback):
+    """Writes a model's weights, optimizer and seeds after each epoch, for a training that goes on after a kill.
+
+    A backup has its name, which tells the epoch, only once it is complete; the last two are kept, since workers of a
+    `tf.distribute` strategy may be killed one epoch apart.
+
+    Args:
+      directory: folder of the backups of this training alone.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        super().__init__()
+        self._directory = pathlib.Path(directory)
+
+    def restore(self, model: keras.Model) -> int:
+        """Gives a compiled model the state of the newest backup that all workers have; returns the number of epochs done.
+
+        Raises:
+          ValueError: if the folder holds a backup that an older version wrote, or the workers have no epoch in common.
+        """
+        if (self._directory / "latest.weights.h5").is_file():
+            raise ValueError(f"Backup: {self._directory} is of an older version, which this one cannot go on from")
+        newest = max(self._epochs(), default=0)
+        strategy = tf.distribute.get_strategy()
+        epoch = int(tf.reduce_min(strategy.gather(strategy.run(lambda: tf.constant([newest])), axis=0)))
+        if epoch:
+            path = self._path(epoch)
+            if not path.is_file():
+                raise ValueError(f"Backup: another worker has {epoch} epochs, {self._directory} has {newest}, no {path.name}")
+            model.load_weights(path)
+        return epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes a backup."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        unfinished = self._directory / "unfinished.weights.h5"
+        self.model.save_weights(unfinished)
+        os.replace(unfinished, self._path(epoch + 1))
+        for older in sorted(self._epochs())[:-2]:
+            self._path(older).unlink()
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _path(self, epoch):
+        return self._directory / f"epoch-{epoch}.weights.h5"
+
+    def _epochs(self):
+        return [int(path.name.split(".")[0].removeprefix("epoch-")) for path in self._directory.glob("epoch-*.weights.h5")]
