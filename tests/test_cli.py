@@ -469,6 +469,26 @@ def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, data_di
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_run_killed_before_its_metrics_is_not_trained_again(tmp_path, data_dir, monkeypatch):
+    argv = arguments(PLAIN, tmp_path / "run", data_dir, "--epochs", "1", "--steps-per-epoch", "2")
+    evaluate = training.FlowModel.evaluate
+
+    def die_after_training(*args, **kwargs):
+        if "_use_cached_eval_dataset" not in kwargs:  # which `fit` passes
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.FlowModel, "evaluate", die_after_training)
+        cli.main(argv)
+    weights, rows = training.load_run(tmp_path / "run").get_weights(), history(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert cli.main([*argv, "--resume"]) == 0
+    for before, after in zip(weights, training.load_run(tmp_path / "run").get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert history(tmp_path / "run") == rows
+
+
 @pytest.mark.parametrize("rest", ["", "1,0.5", "1"], ids=["whole", "half_a_row", "a_number"])
 def test_a_kill_while_the_history_is_written(rest, tmp_path):
     path = tmp_path / "history.csv"

@@ -22,6 +22,11 @@ class Backup(keras.callbacks.Callback):
         super().__init__()
         self._directory = pathlib.Path(directory)
 
+    def epochs(self) -> list[int]:
+        """The numbers of epochs after which there is a backup."""
+        paths = self._directory.glob("epoch-*.weights.h5")
+        return sorted(int(path.name.split(".")[0].removeprefix("epoch-")) for path in paths)
+
     def restore(self, model: keras.Model) -> int:
         """Gives a compiled model the state of the newest backup that all workers have; returns the number of epochs done.
 
@@ -30,7 +35,7 @@ class Backup(keras.callbacks.Callback):
         """
         if (self._directory / "latest.weights.h5").is_file():
             raise ValueError(f"Backup: {self._directory} is of an older version, which this one cannot go on from")
-        newest = max(self._epochs(), default=0)
+        newest = max(self.epochs(), default=0)
         strategy = tf.distribute.get_strategy()
         epoch = int(tf.reduce_min(strategy.gather(strategy.run(lambda: tf.constant([newest])), axis=0)))
         if epoch:
@@ -46,7 +51,7 @@ class Backup(keras.callbacks.Callback):
         unfinished = self._directory / "unfinished.weights.h5"
         self.model.save_weights(unfinished)
         os.replace(unfinished, self._path(epoch + 1))
-        for older in sorted(self._epochs())[:-2]:
+        for older in self.epochs()[:-2]:
             self._path(older).unlink()
 
     def remove(self) -> None:
@@ -55,6 +60,3 @@ class Backup(keras.callbacks.Callback):
 
     def _path(self, epoch):
         return self._directory / f"epoch-{epoch}.weights.h5"
-
-    def _epochs(self):
-        return [int(path.name.split(".")[0].removeprefix("epoch-")) for path in self._directory.glob("epoch-*.weights.h5")]

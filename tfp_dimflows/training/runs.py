@@ -232,7 +232,7 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
         return load(str(directory / MODEL))
     directory.mkdir(parents=True, exist_ok=True)
     backup = Backup(directory / "backup")
-    if (directory / MODEL).is_file():
+    if (directory / MODEL).is_file() and not backup.epochs():
         model = load(str(directory / MODEL))
     else:
         keras.utils.set_random_seed(seed)
@@ -260,10 +260,10 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
         unfinished = directory / f"unfinished.{MODEL}"
         model.save(unfinished)
         os.replace(unfinished, directory / MODEL)
-    backup.remove()
     metrics = model.evaluate(test_data, return_dict=True, verbose=0)
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": parameters}
+    backup.remove()  # only now: under a strategy the evaluation tells that all workers have saved their models
     _write_json(directory / METRICS, metrics)
     return model
 
