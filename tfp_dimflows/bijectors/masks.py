@@ -18,6 +18,8 @@ class Checkerboard:
 
     Both parts keep the full resolution, with zeros where the other part's pixels are.
 
+    #### Example
+
     >>> dfb.masks.Checkerboard().split(tf.ones([2, 2, 1]))[0].numpy()[..., 0]
     array([[1., 0.],
            [0., 1.]], dtype=float32)
@@ -69,6 +71,8 @@ class Channel:
       event_ndims: 3 for images, 1 for vectors.
       num_conditioning: size of the conditioning part, default: exactly half.
 
+    #### Example
+
     >>> [part.numpy().tolist() for part in dfb.masks.Channel(event_ndims=1).split(tf.range(4.0))]
     [[0.0, 1.0], [2.0, 3.0]]
     """
@@ -113,6 +117,8 @@ class Columns:
     """Conditions on the even columns of an image (`parity=1`: the odd ones) and transforms the others (Flow++).
 
     Both parts are `[H, W/2, C]`.
+
+    #### Example
 
     >>> dfb.masks.Columns().split(tf.reshape(tf.range(4.0), [1, 4, 1]))[0].numpy().ravel()
     array([0., 2.], dtype=float32)
@@ -163,6 +169,8 @@ class Index:
 
     Raises:
       ValueError: if indices repeat, are out of range, or leave a part empty.
+
+    #### Example
 
     >>> [part.numpy().tolist() for part in dfb.masks.Index([2, 0], 3).split(tf.constant([5.0, 6.0, 7.0]))]
     [[5.0, 7.0], [6.0]]

@@ -14,7 +14,16 @@ _RECIPES: dict[str, Callable[..., tfd.Distribution]] = {}
 
 
 def recipe(function: Callable[..., tfd.Distribution]) -> Callable[..., tfd.Distribution]:
-    """Decorator that registers a recipe under its function's name and notes on each distribution how it was made."""
+    """Decorator that registers a recipe under its function's name and notes on each distribution how it was made.
+
+    Args:
+      function: returns a distribution for an event shape and keyword arguments that are plain values (or have `get_config`).
+        The recipe's name is the function's, with hyphens.
+
+    Raises (the recipe):
+      ValueError: for arguments that the function does not have.
+      TypeError: for arguments that are no plain values.
+    """
     name = function.__name__.replace("_", "-")
     signature = inspect.signature(function)
 
@@ -37,15 +46,29 @@ def recipe(function: Callable[..., tfd.Distribution]) -> Callable[..., tfd.Distr
 
 
 def names() -> list[str]:
-    """The names of all recipes."""
+    """The names of all recipes.
+
+    #### Example
+
+    >>> "lcma-glow" in dimflows.recipes.names()
+    True
+    """
     return sorted(_RECIPES)
 
 
 def get(name: str) -> Callable[..., tfd.Distribution]:
     """The recipe of this name.
 
+    Args:
+      name: one of `names()`.
+
     Raises:
       ValueError: for an unknown name; the message lists the known ones.
+
+    #### Example
+
+    >>> dimflows.recipes.get("realnvp") is dimflows.recipes.realnvp
+    True
     """
     if name not in _RECIPES:
         raise ValueError(f"recipes: got {name!r}, needs one of {', '.join(names())}")
@@ -53,12 +76,34 @@ def get(name: str) -> Callable[..., tfd.Distribution]:
 
 
 def base_of(name: str) -> str | None:
-    """The recipe on which an LCMA recipe stands, None for any other recipe."""
+    """The name of the recipe on which an LCMA recipe stands, None for any other recipe.
+
+    Args:
+      name: one of `names()`.
+
+    Raises:
+      ValueError: for an unknown name.
+
+    #### Example
+
+    >>> dimflows.recipes.base_of("lcma-glow")
+    'glow'
+    """
     return getattr(get(name), "lcma_base", None)
 
 
 def config_of(distribution: tfd.Distribution) -> dict | None:
-    """`{"recipe": name, "arguments": {...}}` of a distribution that a recipe made, else None."""
+    """`{"recipe": name, "arguments": {...}}` of a distribution that a recipe made, else None.
+
+    Args:
+      distribution: any distribution.
+
+    #### Example
+
+    >>> config = dimflows.recipes.config_of(dimflows.recipes.nice([4], width=8))
+    >>> config["recipe"], config["arguments"]["width"]
+    ('nice', 8)
+    """
     config = getattr(distribution, "_recipe_config", None)
     return None if config is None else json.loads(config)
 
