@@ -233,6 +233,16 @@ class TestOrder:
         np.testing.assert_array_equal(images_of(load(1).skip(4).take(2)), images[400:])
         assert np.any(images_of(load(2).take(6)) != images)
 
+    def test_files_are_read_in_an_order_of_their_own(self, tmp_path):
+        builder = tfds.builder("digits", data_dir=tmp_path)
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=8))
+        assert builder.info.splits["train"].num_shards == 8
+        sequences = []
+        for seed in (7, 8):
+            tf.random.set_seed(seed)
+            sequences.append(images_of(data.load("digits", batch_size=100, repeat=True, data_dir=tmp_path).take(16)))
+        np.testing.assert_array_equal(*sequences)
+
     def test_flips_mirror_about_half_of_the_images(self, embedded_dir):
         plain = images_of(self.load(embedded_dir, shuffle=False))
         mirrored = plain[:, :, ::-1]
@@ -483,14 +493,15 @@ class TestFolder:
 
     def test_folders_of_splits_and_other_options(self, tmp_path, monkeypatch):
         train = write_images(tmp_path / "photos" / "train", [(4, 4, 3)] * 4)
-        test = write_images(tmp_path / "photos" / "test", [(6, 4, 3)] * 2, seed=1)
+        test = write_images(tmp_path / "photos" / "test", [(4, 4, 3)] * 2, seed=1)
+        (tmp_path / "photos" / "cover.png").write_bytes(tf.io.encode_png(np.zeros([9, 9, 1], np.uint8)).numpy())
         monkeypatch.chdir(tmp_path)
         options = {"data_dir": tmp_path / "tfds", "image_size": 4, "levels": 8}
         assert data.info("./photos", **options).splits == {"train": 4, "test": 2}
         batches = images_of(data.load("./photos", batch_size=4, **options))
         assert same_multiset(batches, np.stack(train) // 32)
-        resized = images_of(data.load("./photos", "test", batch_size=2, **options))
-        assert resized.shape == (2, 4, 4, 3) and len(test) == 2
+        batches = images_of(data.load(pathlib.Path("photos"), "test", batch_size=2, **options))
+        assert same_multiset(batches, np.stack(test) // 32)
 
     def test_a_changed_folder_is_another_dataset(self, tmp_path):
         images = write_images(tmp_path / "photos", [(4, 4, 1)] * 2)
@@ -499,12 +510,26 @@ class TestFolder:
         (tmp_path / "photos" / "new.png").write_bytes(tf.io.encode_png(images[0]).numpy())
         assert sum(data.info(name, data_dir=data_dir).splits.values()) == 3
 
-    def test_a_name_without_a_slash_is_no_folder(self, tmp_path, monkeypatch, embedded_dir):
+    def test_another_process_prepares_it_first(self, tmp_path, monkeypatch):
+        write_images(tmp_path / "photos", [(4, 4, 1)] * 2)
+
+        def lose(builder):
+            prepare(builder)
+            raise OSError("Directory not empty")
+
+        builder = tfds.core.DatasetBuilder
+        prepare = builder.download_and_prepare
+        monkeypatch.setattr(builder, "download_and_prepare", lose)
+        assert len(images_of(data.load(tmp_path / "photos", "test", batch_size=1, data_dir=tmp_path / "tfds"))) == 1
+
+    def test_a_name_that_is_no_path_is_no_folder(self, tmp_path, monkeypatch, embedded_dir):
         write_images(tmp_path / "digits", [(4, 4, 1)] * 2)
         monkeypatch.chdir(tmp_path)
         assert data.info("digits", data_dir=embedded_dir).event_shape == (8, 8, 1)
-        with pytest.raises(FileNotFoundError, match=r"unknown to TensorFlow Datasets .* written with a slash"):
+        with pytest.raises(FileNotFoundError, match=r"unknown to TensorFlow Datasets .* written as a path"):
             data.info("photos", data_dir=tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"'./missing': there is no such folder"):
+            data.info("./missing", data_dir=tmp_path)
 
     @pytest.mark.parametrize(
         ("shapes", "message"),

@@ -653,6 +653,13 @@ def test_weights_without_seeds_of_layers_are_loaded(tmp_path):
 
 def test_the_bijector_of_a_model(image_model):
     assert image_model.bijector is image_model.distribution.distribution.bijector
+    preprocess, flow = dfb.LogitPreprocess(LEVELS), keras_networks()
+    model = dimflows.FlowModel(dfd.Dequantized(tfd.TransformedDistribution(flow, preprocess), LEVELS))
+    x = tf.constant([[3.5, 8.25]])
+    assert_close(model.bijector.inverse(x), flow.bijector.inverse(preprocess.inverse(x)))
+    augmented = dimflows.recipes.vflow_glow([2], num_extra=2)
+    with pytest.raises(ValueError, match="FlowModel: Augmented has no bijector from latent values to data"):
+        getattr(dimflows.FlowModel(augmented), "bijector")  # noqa: B009
     with pytest.raises(ValueError, match="FlowModel: Normal has no bijector"):
         getattr(dimflows.FlowModel(tfd.Normal(tf.Variable(0.0), 1.0)), "bijector")  # noqa: B009
 

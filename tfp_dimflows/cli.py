@@ -140,9 +140,7 @@ def _strategy(arguments):
 def _train_into(out, arguments):
     options = {"image_size": arguments.image_size, "levels": arguments.levels}
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
-    batch_size, num_images = arguments.batch_size, info.splits["train"]
-    if batch_size > num_images:
-        raise ValueError(f"train: got --batch-size {batch_size}, {arguments.data} has {num_images} training images")
+    batch_size = arguments.batch_size
     train_data = data.load(
         arguments.data,
         "train",
@@ -154,6 +152,9 @@ def _train_into(out, arguments):
         **options,
     )
     test_data = data.load(arguments.data, arguments.test_split, batch_size=batch_size, data_dir=arguments.data_dir, **options)
+    num_images = info.splits["train"]
+    if batch_size > num_images:
+        raise ValueError(f"train: got --batch-size {batch_size}, {arguments.data} has {num_images} training images")
     training.train(
         arguments.recipe,
         out,

@@ -1,7 +1,7 @@
 """Which dimensions should leave a RealNVP early? (After tables 3 and 4: rows B17 to B28.) Images and vectors.
 
-Run as `python -m benchmarks.paper.lcma_splits [SEEDS [images|vectors]]` from the repository's root. Finished trainings are kept
-in `runs/paper_lcma_splits` and not done again.
+Run as `python -m benchmarks.paper.lcma_splits [SEEDS]` from the repository's root. Finished trainings are kept in
+`runs/paper_lcma_splits` and not done again.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Factorization = dimflows.bijectors.DimensionFactorization
 BATCH, LEARNING_RATE, NUM_SCALES = 128, 2e-3, 4
 KINDS = {
     "images": {"steps": 600, "flow": {"num_couplings": 1, "width": 8, "num_blocks": 1}, "static": "checkerboard"},
-    "vectors": {"steps": 2000, "flow": {"num_couplings": 3, "width": 192, "num_blocks": 2}, "static": "arbitrary"},
+    "vectors": {"steps": 1500, "flow": {"num_couplings": 1, "width": 128, "num_blocks": 2}, "static": "arbitrary"},
 }
 RUNS = pathlib.Path("runs/paper_lcma_splits")
 
@@ -96,22 +96,30 @@ def fit(kind, train, test, factorization, seed):
 
 def run(name, seed):
     """Test bits/dim of all splits from one seed."""
-    path = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}-seed{seed}.json"
-    row = json.loads(path.read_text()) if path.is_file() else {"data": name, "seed": seed, "bits_per_dim": {}}
-    if "parameters" in row:
-        return row
     kind, load = DATASETS[name]
+    path = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}-seed{seed}.json"
+    row = {"data": name, "seed": seed, "settings": KINDS[kind], "bits_per_dim": {}}
+    if path.is_file() and (stored := json.loads(path.read_text()))["settings"] == row["settings"]:
+        row = stored
     train, test = load(kind)
-    model, row["nothing_leaves"] = fit(kind, train, test, None, seed)
-    batches = tf.data.Dataset.from_tensor_slices(train[:20_000]).batch(1000)
-    contributions = dimflows.likelihood_contributions(model.bijector, batches, seed=seed)
-    for split, factorization in factorizations(kind, train, contributions, seed).items():
-        model, row["bits_per_dim"][split] = fit(kind, train, test, factorization, seed)
-        print(name, seed, split, row["bits_per_dim"][split], flush=True)
-    row["parameters"] = model.count_params()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row))
-    return row
+
+    def save():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row))
+
+    if "contributions" not in row:
+        model, row["nothing_leaves"] = fit(kind, train, test, None, seed)
+        batches = tf.data.Dataset.from_tensor_slices(train[:20_000]).batch(1000)
+        contributions = dimflows.likelihood_contributions(model.bijector, batches, seed=seed)
+        row["contributions"] = [c.tolist() for c in contributions]
+        save()
+    for split, factorization in factorizations(kind, train, row["contributions"], seed).items():
+        if split not in row["bits_per_dim"]:
+            model, row["bits_per_dim"][split] = fit(kind, train, test, factorization, seed)
+            row["parameters"] = model.count_params()
+            save()
+            print(name, seed, split, row["bits_per_dim"][split], flush=True)
+    return {key: value for key, value in row.items() if key not in ("contributions", "settings")}
 
 
 def summary(name, rows):
@@ -128,9 +136,8 @@ def summary(name, rows):
 
 def main():
     seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
-    names = [name for name, (kind, _) in DATASETS.items() if len(sys.argv) < 3 or sys.argv[2] == kind]
-    rows = [run(name, seed) for seed in seeds for name in names]
-    table = {name: summary(name, [row for row in rows if row["data"] == name]) for name in names}
+    rows = [run(name, seed) for seed in seeds for name in DATASETS]
+    table = {name: summary(name, [row for row in rows if row["data"] == name]) for name in DATASETS}
     budget = {"batch_size": BATCH, "optimizer": f"Adam, {LEARNING_RATE} with cosine decay", "levels": NUM_SCALES}
     machine.write("paper_lcma_splits", {"budget": budget, "kinds": KINDS, "seeds": len(seeds), "table": table, "rows": rows})
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from tfp_dimflows.bijectors import per_dimension
+from tfp_dimflows.bijectors.base import probes_from
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.multiscale import Multiscale
@@ -74,7 +75,7 @@ def likelihood_contributions(
     Args:
       bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`.
       dataset: batches of events. Integer images get uniform noise in [0, 1).
-      seed: integer seed of that noise.
+      seed: integer seed of that noise, and of the probes of stochastic log-dets.
       standard_errors: whether to return the standard errors of the means too. They tell how far a ranking of stochastic
         contributions (those of residual blocks) can be trusted. They take examples as independent; the number of terms that
         `dfb.residual.RussianRoulette` draws for a whole batch matters little with its 20 exact terms.
@@ -98,7 +99,11 @@ def likelihood_contributions(
         raise ValueError(f"likelihood_contributions: {multiscale.name} has one level, so nothing is factored out")
 
     @tf.function(autograph=False, reduce_retracing=True)
-    def batch_sums(y):
+    def batch_sums(y, probe_seed):
+        with probes_from(probe_seed):
+            return sums_of(y)
+
+    def sums_of(y):
         y = Chain(outer).inverse(y) if outer else y
         contributions = [tf.cast(c, tf.float64) for c in multiscale.likelihood_contributions(y)]
         sums = [tf.reduce_sum(power, axis=0) for c in contributions for power in (c, c**2)]
@@ -112,7 +117,7 @@ def likelihood_contributions(
         if y.dtype.is_integer:
             noise = tf.random.stateless_uniform(tf.shape(y), seed=[seed, step], dtype=keras.config.floatx())
             y = tf.cast(y, noise.dtype) + noise
-        totals = totals + np.stack(batch_sums(y))
+        totals = totals + np.stack(batch_sums(y, tf.constant([seed, step], tf.int32)))
         count += int(y.shape[0])
     if not count:
         raise ValueError("likelihood_contributions: the dataset is empty")

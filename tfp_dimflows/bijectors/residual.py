@@ -16,7 +16,7 @@ from tfp_dimflows.bijectors import base, implicit
 
 tfb = tfp.bijectors
 
-_NODES = 64
+_NODES = 65
 # By how much the square of a product may exceed its vector's: the precision of a branch in bfloat16.
 _ROUNDING = 1e-2
 # What a fixed point can be expected to reach in the precision of its values, or of the branch if that is lower.
@@ -211,12 +211,12 @@ class InvertibleResidual(base.FlowBijector):
 class ExactLogDet:
     """The exact log-det and diagonal of log(I + J), for few dimensions D.
 
-        log(I + J) = integral over t in [0, 1] of J (I + t J)^-1,   64 Gauss-Legendre nodes (error < 1e-13 for Lip(g) < 0.98)
+        log(I + J) = integral over t in [0, 1] of J (I + t J)^-1,   65 Gauss-Legendre nodes (error < 1e-13 for Lip(g) < 0.98)
 
-    The logarithm does not exist where J has a real eigenvalue below -1: the integral has a pole there, and its sum differs
-    from log |det(I + J)|, which is computed as well, from a QR decomposition.
+    The logarithm does not exist where J has a real eigenvalue below -1: the integral has a pole there, and its sum differs,
+    but for rare coincidences, from log |det(I + J)|, which is computed as well, from a QR decomposition.
 
-    Cost: D vector-Jacobian products, 64 linear systems and a QR decomposition of size D per event.
+    Cost: D vector-Jacobian products, 65 linear systems and a QR decomposition of size D per event.
 
     Raises:
       InvalidArgumentError: if the logarithm does not exist. Under XLA, which has no errors, such events become NaN.
@@ -246,7 +246,8 @@ class ExactLogDet:
         with record.stop_recording():
             triangle = tf.linalg.qr(tf.eye(dims, dtype=y.dtype) + jacobian[:, 0])[1]  # XLA has no slogdet
             log_det = tf.reduce_sum(tf.math.log(tf.abs(tf.linalg.diag_part(triangle))), axis=-1)
-            exists = tf.abs(tf.reduce_sum(diagonal, axis=-1) - log_det) <= 1e-3 * (1.0 + tf.abs(log_det))
+            near = tf.abs(tf.reduce_sum(diagonal, axis=-1) - log_det) <= 1e-3 * (1.0 + tf.abs(log_det))
+            exists = near & tf.math.is_finite(log_det)
         message = "ExactLogDet: log(I + J) does not exist: an eigenvalue of J is near or below -1; is the branch a contraction?"
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(exists), [message])]):
             return tf.reshape(tf.where(exists[:, tf.newaxis], diagonal, np.nan), ps.shape(y))

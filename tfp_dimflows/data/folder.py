@@ -42,6 +42,7 @@ class FolderImages(tfds.core.GeneratorBasedBuilder):
         if len(files) < 2:
             raise FolderError(f"Folder {folder} has {len(files)} images ({', '.join(SUFFIXES)}), needs two or more.")
         self._splits = self._split(files)
+        files = sorted(path for split in self._splits.values() for path in split)
         self._first = files[0]
         height, width, channels = _decode(self._first).shape
         self._channels = 1 if channels <= 2 else 3

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import stat
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -97,7 +99,7 @@ def load(
 
     Args:
         name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`; or
-            the path of a folder of images of your own, written with a slash, such as `"./photos"`.
+            the path of a folder of images of your own, such as `"./photos"` (with `.`, `/` or `~` at its beginning).
         split: a split in TFDS's syntax, such as `"train"`, `"test"` or `"train[:90%]"`.
         batch_size: images per batch.
         image_size: resizes to this `(height, width)`, or to a square of this side: bilinear, with antialiasing when
@@ -153,11 +155,10 @@ def load(
 
     examples = source.builder.as_dataset(
         split=split,
-        shuffle_files=shuffle,
+        shuffle_files=shuffle and not repeat,
         decoders={source.image_key: tfds.decode.SkipDecoding()},
         read_config=tfds.ReadConfig(
             shuffle_seed=seed,
-            shuffle_reshuffle_each_iteration=not repeat,
             try_autocache=False,
             enable_ordering_guard=False,  # shuffling is the caller's choice, also for datasets stored in order
         ),
@@ -240,10 +241,18 @@ def _open_source(
     data_dir: str | os.PathLike[str] | None,
 ) -> _Source:
     from tfp_dimflows.data import embedded
+    from tfp_dimflows.data.folder import FolderImages
 
+    directory = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
     folder = _as_folder(name)
-    name = name if folder is None else os.fspath(folder)
-    builder = _find_builder(name, data_dir) if folder is None else _folder_builder(folder, image_size, data_dir)
+    if folder is None:
+        make = functools.partial(_find_builder, name)
+    else:
+        name, make = os.fspath(folder), functools.partial(FolderImages, folder, image_size is None)
+    builder = make(directory)
+    is_made_here = folder is not None or builder.name in embedded.BUILDERS
+    if is_made_here and not builder.data_path.exists() and not _is_writable(directory):
+        builder = make(os.path.expanduser(_DEFAULT_DATA_DIR))
     own_levels = embedded.BUILDERS[builder.name].LEVELS if builder.name in embedded.BUILDERS else 256
     levels = own_levels if levels is None else levels
     if levels < 2 or own_levels % levels:
@@ -252,59 +261,39 @@ def _open_source(
         crop = _CELEB_A_CROP
     image_key = _image_key(name, builder)
     event_shape = _event_shape(name, builder.info.features[image_key].shape, crop, image_size)
-    return _Source(name, _prepare(name, builder), image_key, own_levels, crop, event_shape, levels)
+    return _Source(name, _prepare(name, builder, make), image_key, own_levels, crop, event_shape, levels)
 
 
-def _as_folder(name: str) -> pathlib.Path | None:
-    """The absolute path, if the name is that of an existing folder and holds a slash."""
+def _as_folder(name: str | os.PathLike[str]) -> pathlib.Path | None:
+    """The absolute path, if the name is a path and not that of a TFDS dataset."""
+    if not isinstance(name, os.PathLike) and not name.startswith((".", "/", "~")):
+        return None
     folder = pathlib.Path(name).expanduser()
-    return folder.resolve() if "/" in name and folder.is_dir() else None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Dataset {os.fspath(name)!r}: there is no such folder.")
+    return folder.resolve()
 
 
-def _data_dir(data_dir: str | os.PathLike[str] | None) -> str:
-    return os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
-
-
-def _folder_builder(
-    folder: pathlib.Path, image_size: int | tuple[int, int] | None, data_dir: str | os.PathLike[str] | None
-) -> Any:
-    """Returns the builder of a folder's images, which TFDS keeps in a place that can be written."""
-    from tfp_dimflows.data.folder import FolderImages
-
-    directory = _data_dir(data_dir)
-    builder = FolderImages(folder, one_size=image_size is None, data_dir=directory)
-    if builder.data_path.exists() or _is_writable(directory):
-        return builder
-    return FolderImages(folder, one_size=image_size is None, data_dir=os.path.expanduser(_DEFAULT_DATA_DIR))
-
-
-def _find_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
+def _find_builder(name: str, directory: str) -> Any:
     """Returns the TFDS builder of a dataset, which may not be prepared yet."""
     import tensorflow_datasets as tfds
 
-    directory = _data_dir(data_dir)
     try:
         return tfds.builder(name, data_dir=directory)
     except tfds.core.DatasetNotFoundError:
         raise FileNotFoundError(
             f"Dataset {name!r} is unknown to TensorFlow Datasets and is not in {directory}: check the name, or pass "
-            "the data_dir that holds it. A folder of images is written with a slash, as in './photos'."
+            "the data_dir that holds it. A folder of images is written as a path: './photos'."
         ) from None
 
 
-def _prepare(name: str, builder: Any) -> Any:
+def _prepare(name: str, builder: Any, make: Callable[[str], Any]) -> Any:
     """Returns the builder of a dataset that is ready to be read, after preparing it where need be."""
-    import tensorflow_datasets as tfds
-
-    from tfp_dimflows.data import embedded
     from tfp_dimflows.data.folder import FolderError
 
     if builder.data_path.exists():
         return builder
     directory = os.fspath(builder.data_dir_root)
-    if builder.name in embedded.BUILDERS and not _is_writable(directory):
-        directory = os.path.expanduser(_DEFAULT_DATA_DIR)
-        builder = tfds.builder(name, data_dir=directory)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # TFDS announces the preparation on stdout
             builder.download_and_prepare()
@@ -317,7 +306,7 @@ def _prepare(name: str, builder: Any) -> Any:
                 "Pass the data_dir (or set TFDS_DATA_DIR) that holds it, or prepare it with network access by "
                 f"tfds.load({name!r}, data_dir={directory!r})."
             ) from error
-        return tfds.builder(name, data_dir=directory)  # another process finished preparing it first
+        return make(directory)  # another process finished preparing it first
     return builder
 
 

@@ -8,6 +8,12 @@ import keras
 import tensorflow as tf
 
 
+def least_of_workers(value: int) -> int:
+    """The smallest of the values that the workers of the current `tf.distribute` strategy have; waits for all of them."""
+    strategy = tf.distribute.get_strategy()
+    return int(tf.reduce_min(strategy.gather(strategy.run(lambda: tf.constant([value])), axis=0)))
+
+
 class Backup(keras.callbacks.Callback):
     """Writes a model's weights, optimizer and seeds after each epoch, for a training that goes on after a kill.
 
@@ -36,8 +42,10 @@ class Backup(keras.callbacks.Callback):
         if (self._directory / "latest.weights.h5").is_file():
             raise ValueError(f"Backup: {self._directory} is of an older version, which this one cannot go on from")
         newest = max(self.epochs(), default=0)
-        strategy = tf.distribute.get_strategy()
-        epoch = int(tf.reduce_min(strategy.gather(strategy.run(lambda: tf.constant([newest])), axis=0)))
+        epoch = least_of_workers(newest)
+        for later in self.epochs():
+            if later > epoch:
+                self._path(later).unlink()
         if epoch:
             path = self._path(epoch)
             if not path.is_file():

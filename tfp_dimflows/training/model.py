@@ -14,7 +14,8 @@ from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows import keras_bridge, recipes
 from tfp_dimflows.bijectors.base import probes_from
-from tfp_dimflows.distributions import variational
+from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.distributions import Augmented, Dequantized, variational
 
 tfd = tfp.distributions
 
@@ -97,14 +98,16 @@ class FlowModel(keras.Model):
         """The bijector from latent values to continuous data, preprocessing included.
 
         Raises:
-          ValueError: if the distribution has none.
+          ValueError: if the distribution has none, or it is one of augmented data (`dfd.Augmented`).
         """
-        distribution = self._distribution
-        while not hasattr(distribution, "bijector"):
-            if not hasattr(distribution, "distribution"):
-                raise ValueError(f"FlowModel: {self._distribution.name} has no bijector")
+        distribution, bijectors = self._distribution, []
+        while isinstance(distribution, Dequantized) or hasattr(distribution, "bijector"):
+            if hasattr(distribution, "bijector"):
+                bijectors.append(distribution.bijector)
             distribution = distribution.distribution
-        return distribution.bijector
+        if not bijectors or isinstance(distribution, Augmented):
+            raise ValueError(f"FlowModel: {self._distribution.name} has no bijector from latent values to data")
+        return bijectors[0] if len(bijectors) == 1 else Chain(bijectors)
 
     @property
     def event_shape(self) -> tf.TensorShape:

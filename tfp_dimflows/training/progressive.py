@@ -128,13 +128,13 @@ def _fit_stage(stage, data, optimizer, backup_dir, callbacks, jit_compile, **opt
     if finished is not None and finished.is_file():
         stage.load_weights(finished)
         return _no_history()
+    initial_epoch = 0
     with stage.distribute_strategy.scope():
         stage.compile(optimizer, jit_compile=jit_compile)
-    initial_epoch = 0
-    if backup_dir is not None:
-        backup = Backup(backup_dir / "backup")
-        initial_epoch = backup.restore(stage)
-        callbacks = [*callbacks, backup]
+        if backup_dir is not None:
+            backup = Backup(backup_dir / "backup")
+            initial_epoch = backup.restore(stage)
+            callbacks = [*callbacks, backup]
     history = stage.fit(data, callbacks=callbacks, initial_epoch=initial_epoch, **options)
     if finished is not None:
         unfinished = backup_dir / "unfinished.weights.h5"

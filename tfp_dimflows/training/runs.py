@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tfp_dimflows import plot, recipes
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
-from tfp_dimflows.training.backup import Backup
+from tfp_dimflows.training.backup import Backup, least_of_workers
 from tfp_dimflows.training.model import FlowModel, load
 
 CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
@@ -54,10 +54,11 @@ def train(
     with its conventional factorization is trained with the same budget into `conventional/`, and `factorization.png` shows
     which dimensions stayed.
 
-    A killed run goes on from its last full epoch with `resume=True`. If `train_data` is the same in each iteration
-    (`dimflows.data.load` with `repeat`), it ends on the same machine bit for bit as if it had not been killed; it reads the
-    batches again that it was trained on. Inside the scope of a `tf.distribute` strategy it trains on all replicas, with batches
-    of `train_data` shared among them; with several workers, each needs a directory of its own.
+    A killed run goes on from its last full epoch with `resume=True`, after reading the batches again that it was trained on. If
+    `train_data` is the same in each iteration (`dimflows.data.load` with `repeat`), it ends as equal to one that was not killed
+    as two such runs are to each other: on a CPU bit for bit, but for rare rounding. Inside the scope of a `tf.distribute`
+    strategy it trains on all replicas, with batches of `train_data` shared among them; with several workers, each needs a
+    directory of its own.
 
     Args:
       recipe: a recipe's name.
@@ -86,6 +87,8 @@ def train(
     """
     if reserved := {"event_shape", "levels", "contributions"} & set(arguments or {}):
         raise ValueError(f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide")
+    if steps_per_epoch is None and train_data.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError("train: got endless train_data, needs steps_per_epoch")
     plot.require_matplotlib()  # now rather than after hours of training
     arguments = {"seed": seed} | (arguments or {})
     pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
@@ -124,7 +127,8 @@ def _train(recipe, directory, datasets, event_shape, levels, arguments, baseline
         _save_samples(directory / "samples.png", model, levels, seed)
         return model
 
-    pretrained = fit(recipe, directory / "pretraining", arguments, pretrain_epochs)
+    fit(recipe, directory / "pretraining", arguments, pretrain_epochs)
+    pretrained = load(str(directory / "pretraining" / MODEL))  # as a run that goes on from here has it
     contributions = _contributions(directory / CONTRIBUTIONS, pretrained, datasets[0], budget["steps_per_epoch"])
     del pretrained
     model = fit(recipe, directory, arguments | {"contributions": contributions})
@@ -228,11 +232,13 @@ def _check_directory(directory, config, resume):
 
 def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, learning_rate, seed):
     """Trains into `directory`, goes on with what is there, or loads what is finished."""
-    if (directory / METRICS).is_file():
+    backup = Backup(directory / "backup")
+    done = least_of_workers(sum((directory / name).is_file() for name in (MODEL, METRICS)))
+    if done == 2:
+        backup.remove()
         return load(str(directory / MODEL))
     directory.mkdir(parents=True, exist_ok=True)
-    backup = Backup(directory / "backup")
-    if (directory / MODEL).is_file() and not backup.epochs():
+    if done == 1:
         model = load(str(directory / MODEL))
     else:
         keras.utils.set_random_seed(seed)
@@ -263,8 +269,9 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
     metrics = model.evaluate(test_data, return_dict=True, verbose=0)
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": parameters}
-    backup.remove()  # only now: under a strategy the evaluation tells that all workers have saved their models
     _write_json(directory / METRICS, metrics)
+    least_of_workers(2)  # a worker that was killed before may still need the others' backups
+    backup.remove()
     return model
 
 
