@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import matplotlib.image
@@ -455,8 +454,9 @@ def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, data_di
     argv = arguments(PLAIN, tmp_path / "killed", data_dir, *options)
     command = "import sys; from tfp_dimflows import cli; sys.exit(cli.main(sys.argv[1:]))"
     process = subprocess.Popen([sys.executable, "-c", command, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "killed" / "backup" / "epoch-1.weights.h5").exists():
-        time.sleep(0.01)
+    while not (tmp_path / "killed" / "backup" / "epoch-1.weights.h5").exists():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(timeout=0.01) is None, "it ended before it could be killed"
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert cli.main([*argv, "--resume"]) == 0
