@@ -98,15 +98,16 @@ def patch_corners(split: str) -> list[tuple[int, int]]:
     """Lists the top left corners of a split's patches, the same in both photographs.
 
     Args:
-        split: `"train"` or `"test"`.
+      split: `"train"` or `"test"`.
 
     Returns:
-        Pairs `(top, left)` on a regular grid: of `TRAIN_STRIDE` outside `TEST_COLUMNS`, of `TEST_STRIDE` inside.
+      Pairs `(top, left)` on a regular grid: of `TRAIN_STRIDE` outside `TEST_COLUMNS`, of `TEST_STRIDE` inside.
 
-    Example:
-        >>> from tfp_dimflows.data import embedded
-        >>> len(embedded.patch_corners("train")), len(embedded.patch_corners("test"))
-        (1800, 175)
+    #### Example
+
+    >>> from tfp_dimflows.data import embedded
+    >>> len(embedded.patch_corners("train")), len(embedded.patch_corners("test"))
+    (1800, 175)
     """
     first, end = TEST_COLUMNS.start, TEST_COLUMNS.stop
     if split == "test":

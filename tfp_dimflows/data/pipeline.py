@@ -23,10 +23,10 @@ class DatasetInfo:
     """What a flow needs to know about a dataset before it sees any image.
 
     Attributes:
-        name: the dataset's TFDS name, or a folder's absolute path.
-        event_shape: `(height, width, channels)` of one image, after crop and resize.
-        levels: number of grey levels per channel, the images' values being `0 .. levels - 1`.
-        splits: number of images in each split.
+      name: the dataset's TFDS name, or a folder's absolute path.
+      event_shape: `(height, width, channels)` of one image, after crop and resize.
+      levels: number of grey levels per channel, the images' values being `0 .. levels - 1`.
+      splits: number of images in each split.
     """
 
     name: str
@@ -36,7 +36,7 @@ class DatasetInfo:
 
 
 def info(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     image_size: int | tuple[int, int] | None = None,
     crop: tuple[int, int, int, int] | None = None,
@@ -48,24 +48,25 @@ def info(
     A dataset that is not prepared yet is prepared first, as by `load`.
 
     Args:
-        name: as in `load`.
-        image_size: as in `load`.
-        crop: as in `load`.
-        levels: as in `load`.
-        data_dir: as in `load`.
+      name: as in `load`.
+      image_size: as in `load`.
+      crop: as in `load`.
+      levels: as in `load`.
+      data_dir: as in `load`.
 
     Returns:
-        The `DatasetInfo`.
+      The `DatasetInfo`.
 
     Raises:
-        FileNotFoundError: as in `load`.
-        ImportError: as in `load`.
-        ValueError: as in `load`.
+      FileNotFoundError: as in `load`.
+      ImportError: as in `load`.
+      ValueError: as in `load`.
 
-    Example:
-        >>> import tfp_dimflows as dimflows
-        >>> dimflows.data.info("digits")
-        DatasetInfo(name='digits', event_shape=(8, 8, 1), levels=17, splits={'train': 1437, 'test': 360})
+    #### Example
+
+    >>> import tfp_dimflows as dimflows
+    >>> dimflows.data.info("digits")
+    DatasetInfo(name='digits', event_shape=(8, 8, 1), levels=17, splits={'train': 1437, 'test': 360})
     """
     source = _open_source(name, image_size, crop, levels, data_dir)
     splits = {split: split_info.num_examples for split, split_info in source.builder.info.splits.items()}
@@ -73,7 +74,7 @@ def info(
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     split: str = "train",
     *,
     batch_size: int,
@@ -98,47 +99,48 @@ def load(
     chosen by their paths, is the test split. The first image decides whether the dataset is grey or in colour.
 
     Args:
-        name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`; or
-            the path of a folder of images of your own, such as `"./photos"` (with `.`, `/` or `~` at its beginning).
-        split: a split in TFDS's syntax, such as `"train"`, `"test"` or `"train[:90%]"`.
-        batch_size: images per batch.
-        image_size: resizes to this `(height, width)`, or to a square of this side: bilinear, with antialiasing when
-            shrinking, rounded back to integers.
-        crop: `(top, left, height, width)` of the part to keep. `celeb_a` has the usual square around the face (rows 40
-            to 187, columns 15 to 162) as its default when `image_size` is given.
-        levels: number n of grey levels, default the dataset's own N (256, or 17 for `digits`). Must divide N; a value
-            x becomes `x // (N // n)`, so that `levels=32` keeps the 5 most significant of 8 bits.
-        flips: mirrors each image left to right with probability one half.
-        shuffle: shuffles anew in each iteration, default for splits that start with "train". The shuffle buffer holds
-            10,000 images in their compressed form; with `repeat`, blocks of 10,000 are shuffled one after the other.
-            Without it the order is always the same.
-        seed: seed of shuffles and flips. The same seed gives the same sequence of passes over the images.
-        drop_remainder: drops a last batch that is not full, so that the batch dimension is static. Default for splits
-            that start with "train".
-        repeat: repeats without end, each pass shuffled and flipped anew, but the same sequence in each iteration: what
-            comes after n batches is known again by `skip(n)`.
-        data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
-            `~/tensorflow_datasets`. The latter also takes `digits` and `photo_patches` when `data_dir` is read-only.
+      name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`; or
+        the path of a folder of images of your own, such as `"./photos"` (with `.`, `/` or `~` at its beginning).
+      split: a split in TFDS's syntax, such as `"train"`, `"test"` or `"train[:90%]"`.
+      batch_size: images per batch.
+      image_size: resizes to this `(height, width)`, or to a square of this side: bilinear, with antialiasing when
+        shrinking, rounded back to integers.
+      crop: `(top, left, height, width)` of the part to keep. `celeb_a` has the usual square around the face (rows 40
+        to 187, columns 15 to 162) as its default when `image_size` is given.
+      levels: number n of grey levels, default the dataset's own N (256, or 17 for `digits`). Must divide N; a value
+        x becomes `x // (N // n)`, so that `levels=32` keeps the 5 most significant of 8 bits.
+      flips: mirrors each image left to right with probability one half.
+      shuffle: shuffles anew in each iteration, default for splits that start with "train". The shuffle buffer holds
+        10,000 images in their compressed form; with `repeat`, blocks of 10,000 are shuffled one after the other.
+        Without it the order is always the same.
+      seed: seed of shuffles and flips. The same seed gives the same sequence of passes over the images.
+      drop_remainder: drops a last batch that is not full, so that the batch dimension is static. Default for splits
+        that start with "train".
+      repeat: repeats without end, each pass shuffled and flipped anew, but the same sequence in each iteration: what
+        comes after n batches is known again by `skip(n)`.
+      data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
+        `~/tensorflow_datasets`. The latter also takes `digits`, `photo_patches` and folders when `data_dir` is read-only.
 
     Returns:
-        A prefetching `tf.data.Dataset` of uint8 tensors `[batch_size, height, width, channels]` with values in
-        `0 .. levels - 1`; one channel for grey images.
+      A prefetching `tf.data.Dataset` of uint8 tensors `[batch_size, height, width, channels]` with values in
+      `0 .. levels - 1`; one channel for grey images.
 
     Raises:
-        FileNotFoundError: if the dataset is unknown, or is not in `data_dir` and cannot be prepared there.
-        ImportError: if an embedded dataset must be prepared and scikit-learn is missing.
-        ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
-            and `image_size` is missing; if the crop leaves the image, `levels` does not divide the dataset's own, or
-            dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
-            of another size (without `image_size`), or colour images after a grey one.
+      FileNotFoundError: if the dataset or folder is unknown, or is not in `data_dir` and cannot be prepared there.
+      ImportError: if an embedded dataset must be prepared and scikit-learn is missing.
+      ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
+        and `image_size` is missing; if the crop leaves the image, `levels` does not divide the dataset's own, or
+        dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
+        of another size (without `image_size`), or colour images after a grey one.
 
-    Example:
-        >>> import tfp_dimflows as dimflows
-        >>> dataset = dimflows.data.load("digits", "train[:90%]", batch_size=64)
-        >>> dataset.element_spec
-        TensorSpec(shape=(64, 8, 8, 1), dtype=tf.uint8, name=None)
-        >>> len(dataset)
-        20
+    #### Example
+
+    >>> import tfp_dimflows as dimflows
+    >>> dataset = dimflows.data.load("digits", "train[:90%]", batch_size=64)
+    >>> dataset.element_spec
+    TensorSpec(shape=(64, 8, 8, 1), dtype=tf.uint8, name=None)
+    >>> len(dataset)
+    20
     """
     import tensorflow_datasets as tfds
 
@@ -234,7 +236,7 @@ class _Source:
 
 
 def _open_source(
-    name: str,
+    name: str | os.PathLike[str],
     image_size: int | tuple[int, int] | None,
     crop: tuple[int, int, int, int] | None,
     levels: int | None,
