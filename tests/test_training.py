@@ -737,6 +737,23 @@ def test_backup_and_restore(tmp_path):
     assert_close(values(resumed.trainable_variables), values(whole.trainable_variables))
 
 
+def test_a_backup_follows_the_worker_that_is_behind(tmp_path, monkeypatch):
+    """By one epoch; more than that is an error that removes nothing."""
+    model = dimflows.FlowModel(keras_networks(), seed=0)
+    model.compile(keras.optimizers.Adam(0.01))
+    backup, weights = dimflows.training.backup.Backup(tmp_path / "backup"), []
+    record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: weights.append(values(model.variables)))
+    model.fit(pairs(64), epochs=3, callbacks=[backup, record], verbose=0)
+    assert backup.epochs() == [2, 3]
+    monkeypatch.setattr(dimflows.training.backup, "least_of_workers", lambda value: value - 2)
+    with pytest.raises(ValueError, match="another worker has a backup of 1 epochs, .*backup one of 3"):
+        backup.restore(model)
+    assert backup.epochs() == [2, 3]
+    monkeypatch.setattr(dimflows.training.backup, "least_of_workers", lambda value: value - 1)
+    assert backup.restore(model) == 2 and backup.epochs() == [2]
+    assert_equal(values(model.variables), weights[1])
+
+
 # Precision.
 
 

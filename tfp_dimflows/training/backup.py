@@ -37,20 +37,19 @@ class Backup(keras.callbacks.Callback):
         """Gives a compiled model the state of the newest backup that all workers have; returns the number of epochs done.
 
         Raises:
-          ValueError: if the folder holds a backup that an older version wrote, or the workers have no epoch in common.
+          ValueError: if the folder holds a backup that an older version wrote, or the workers are more than one epoch apart.
         """
         if (self._directory / "latest.weights.h5").is_file():
             raise ValueError(f"Backup: {self._directory} is of an older version, which this one cannot go on from")
         newest = max(self.epochs(), default=0)
         epoch = least_of_workers(newest)
+        if newest > epoch + 1:
+            raise ValueError(f"Backup: another worker has a backup of {epoch} epochs, {self._directory} one of {newest}")
         for later in self.epochs():
             if later > epoch:
                 self._path(later).unlink()
         if epoch:
-            path = self._path(epoch)
-            if not path.is_file():
-                raise ValueError(f"Backup: another worker has {epoch} epochs, {self._directory} has {newest}, no {path.name}")
-            model.load_weights(path)
+            model.load_weights(self._path(epoch))
         return epoch
 
     def on_epoch_end(self, epoch, logs=None):
