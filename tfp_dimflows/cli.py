@@ -154,7 +154,7 @@ def _train_into(out, arguments):
     test_data = data.load(arguments.data, arguments.test_split, batch_size=batch_size, data_dir=arguments.data_dir, **options)
     num_images = info.splits["train"]
     if batch_size > num_images:
-        raise ValueError(f"train: got --batch-size {batch_size}, {arguments.data} has {num_images} training images")
+        raise ValueError(f"train: {arguments.data} has {num_images} training images, less than one batch of {batch_size}")
     training.train(
         arguments.recipe,
         out,

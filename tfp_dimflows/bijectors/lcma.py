@@ -101,11 +101,8 @@ def likelihood_contributions(
     @tf.function(autograph=False, reduce_retracing=True)
     def batch_sums(y, probe_seed):
         with probes_from(probe_seed):
-            return sums_of(y)
-
-    def sums_of(y):
-        y = Chain(outer).inverse(y) if outer else y
-        contributions = [tf.cast(c, tf.float64) for c in multiscale.likelihood_contributions(y)]
+            y = Chain(outer).inverse(y) if outer else y
+            contributions = [tf.cast(c, tf.float64) for c in multiscale.likelihood_contributions(y)]
         sums = [tf.reduce_sum(power, axis=0) for c in contributions for power in (c, c**2)]
         for b in reversed(outer):
             sums = [per_dimension.transport_forward(b, s) for s in sums]
