@@ -1121,6 +1121,14 @@ def contributions_of(shape, num, seed=5):
     return [generator.normal(size=shape) for _ in range(num)]
 
 
+def online(seed, dtype, grids, initial, keep, granularity):
+    """A flow whose factorization has been decided by `contributions_of` the event."""
+    flow = dfb.Multiscale(plain_levels(grids, seed, dtype), dfb.OnlineFactorization(initial, keep, granularity))
+    for contributions in contributions_of(grids[0], len(grids) - 1):
+        flow.decide(contributions)
+    return flow
+
+
 CHANNELS = dfb.DimensionFactorization.channels(GRID, 3)
 CHECKERBOARD = dfb.DimensionFactorization.checkerboard(GRID, 2)
 RANDOM = dfb.DimensionFactorization.random(GRID, 3, seed=1)
@@ -1263,6 +1271,23 @@ def _multiscales():
             reference=multiscale_reference(stay, stay, stay),
             move=multiscale_move(factorization, stay, stay, stay),
             xla=granularity == "block",
+        )
+    for grids, initial, granularity in (
+        (GRIDS, dfb.DimensionFactorization.checkerboard(GRID, 3), "row"),
+        ([(5,), (3,), (2,)], VECTOR_HALVES, "free"),
+    ):
+        contributions = contributions_of(grids[0], 2)
+        keep = ["low", "high"]
+        yield Entry(
+            f"online_{granularity}",
+            functools.partial(online, grids=grids, initial=initial, keep=keep, granularity=granularity),
+            grids[0],
+            (int(np.prod(grids[0])),),
+            reference=multiscale_reference(stay, stay, stay),
+            move=multiscale_move(
+                dfb.DimensionFactorization.from_contributions(contributions, keep, granularity), stay, stay, stay
+            ),
+            xla=True,
         )
     free = dfb.DimensionFactorization.from_contributions(contributions_of([5], 2), ["low", "high"])
     yield Entry(

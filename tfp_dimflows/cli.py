@@ -52,6 +52,12 @@ def _parser():
     command.add_argument("--flips", action="store_true", help="random horizontal flips in training")
     command.add_argument("--test-split", default="test", help="split of the test metrics")
     command.add_argument("--pretrain-epochs", type=_positive, help="lcma recipes: epochs of phase 1; default: half of --epochs")
+    command.add_argument(
+        "--online-steps",
+        type=_positive,
+        metavar="N",
+        help="lcma recipes: no phase 1; a factor-out is decided after every N steps of the training",
+    )
     command.add_argument("--no-baseline", action="store_true", help="lcma recipes: do not train the conventional one beside")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     command.add_argument(
@@ -165,6 +171,7 @@ def _train_into(out, arguments):
         epochs=arguments.epochs,
         steps_per_epoch=arguments.steps_per_epoch or num_images // batch_size,
         pretrain_epochs=arguments.pretrain_epochs,
+        online_steps=arguments.online_steps,
         baseline=not arguments.no_baseline,
         arguments=_settings(arguments.set),
         learning_rate=arguments.learning_rate,

@@ -1,145 +1,344 @@
-"""Which dimensions should leave a RealNVP early? (After tables 3 and 4: rows B17 to B28.) Images and vectors.
+"""Which dimensions should leave a flow early? (After tables 3 and 4: rows B17 to B28.) Images, vectors and a table.
 
-Run as `python -m benchmarks.paper.lcma_splits [SEEDS]` from the repository's root. Finished trainings are kept in
+Run as `python -m benchmarks.paper.lcma_splits [STUDY ...]` from the repository's root. Finished trainings are kept in
 `runs/paper_lcma_splits` and not done again.
 """
 
+import hashlib
 import itertools
 import json
 import pathlib
 import statistics
 import sys
+import time
+from typing import NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
+import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
 
-Factorization = dimflows.bijectors.DimensionFactorization
+dfb, tfd = dimflows.bijectors, tfp.distributions
 
-BATCH, LEARNING_RATE, NUM_SCALES = 128, 2e-3, 4
-KINDS = {
-    "images": {"steps": 600, "flow": {"num_couplings": 1, "width": 8, "num_blocks": 1}, "static": "checkerboard"},
-    "vectors": {"steps": 1500, "flow": {"num_couplings": 1, "width": 128, "num_blocks": 2}, "static": "arbitrary"},
-}
+BATCH, LEARNING_RATE, STATISTICS_EVENTS = 128, 2e-3, 20_000
+SNAPSHOTS = (75, 150, 300, 600, 1200, 2400)
 RUNS = pathlib.Path("runs/paper_lcma_splits")
 
+IMAGES = {"num_scales": 3, "num_couplings": 2, "width": 8, "num_blocks": 1}
+UNEVEN = {"num_scales": 4, "num_couplings": 1, "width": 8, "num_blocks": 1}  # one coupling: it transforms one half only
+VECTORS = {"num_scales": 4, "num_couplings": 1, "width": 128, "num_blocks": 2}
+TABLE = {"num_scales": 3, "num_couplings": 1, "width": 32, "num_blocks": 2}
+GLOW = {"num_scales": 3, "depth": 2, "width": 32}
 
-def mnist(kind):
-    """Digits at 16x16 pixels, as images or as vectors of 256 grey levels each."""
+
+class Study(NamedTuple):
+    """A flow trained on one dataset with several splits, the first of which is the one that the others are compared with.
+
+    Splits are named by a statistic, what leaves at each factor-out (L: the half with the low values, H: with the high ones) and
+    the granularity.
+    """
+
+    data: str
+    recipe: str
+    flow: dict
+    steps: int
+    splits: tuple[str, ...]
+    seeds: int = 3
+    exits: bool = False  # whether what leaves is scored by a Gaussian given what stays
+
+
+def _both(statistic, granularities, factor_outs=2):
+    return tuple(f"{statistic} {what * factor_outs} {how}" for how in granularities for what in "LH")
+
+
+STATIC = ("channels", "checkerboard", "random")
+CHOICES = (*STATIC, *_both("log-det", ("block", "channel")), "entropy block")
+READINGS = (*_both("log-det", ("pair", "row")), *_both("per-level", ("block",)), *_both("without-actnorm", ("block",)))
+LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
+EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
+FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
+FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("precision", ("free",), 3), "entropy free")
+STUDIES = {
+    "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES),
+    "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES + READINGS + _both("after-75", ("block",))),
+    "CIFAR-10, exits": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
+    "MNIST, exits": Study("MNIST 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
+    "MNIST, Glow": Study("MNIST 16x16", "glow", GLOW, 600, EXITS),
+    "MNIST, 2,400 steps": Study("MNIST 16x16", "realnvp", IMAGES, 2400, EXITS, seeds=2),
+    "MNIST, width 24": Study("MNIST 16x16", "realnvp", IMAGES | {"width": 24}, 600, EXITS, seeds=2),
+    "MNIST, uneven": Study("MNIST 16x16", "realnvp", UNEVEN, 600, ("checkerboard", "channels", "random", *LETTERS)),
+    "MNIST, vectors": Study("MNIST 16x16, vectors", "realnvp", VECTORS, 1500, FREE_3),
+    "photo patches, vectors": Study("photo patches 8x8, vectors", "realnvp", VECTORS, 1500, FREE_3),
+    "digits, vectors": Study("digits 8x8, vectors", "realnvp", TABLE, 600, ("random", "another-random", *FREE)),
+    "breast cancer, table": Study("breast cancer", "realnvp", TABLE, 300, ("random", "another-random", *FREE), seeds=10),
+}
+
+
+def images(name, size):
+    """Training and test images of size x size pixels."""
     for split in ("train", "test"):
-        data = dimflows.data.load("mnist", split, batch_size=1000, image_size=16, shuffle=False)
-        images = np.concatenate([*data.as_numpy_iterator()])
-        yield images if kind == "images" else images.reshape(len(images), -1)
+        data = dimflows.data.load(name, split, batch_size=1000, image_size=size, shuffle=False)
+        yield np.concatenate([*data.as_numpy_iterator()])
 
 
-def photo_patches(kind):
+def photo_patches():
     """Patches of 8x8 pixels of two photographs, in grey, as vectors; train and test share no pixel."""
     for split in ("train", "test"):
         data = dimflows.data.load("photo_patches", split, batch_size=25, shuffle=False)
-        images = np.concatenate([batch.mean(axis=-1) for batch in data.as_numpy_iterator()])
-        blocks = images.reshape(-1, 4, 8, 4, 8).swapaxes(2, 3).reshape(-1, 64)
-        yield np.floor(blocks).astype(np.uint8)
+        grey = np.concatenate([batch.mean(axis=-1) for batch in data.as_numpy_iterator()])
+        yield np.floor(grey.reshape(-1, 4, 8, 4, 8).swapaxes(2, 3).reshape(-1, 64)).astype(np.uint8)
 
 
+def breast_cancer():
+    """30 measurements of 569 tumours, standardised: two thirds to train, one to test."""
+    from sklearn.datasets import load_breast_cancer
+
+    rows = load_breast_cancer().data.astype(np.float32)
+    is_test = np.random.default_rng(0).permutation(len(rows)) < len(rows) // 3
+    mean, deviation = rows[~is_test].mean(axis=0), rows[~is_test].std(axis=0)
+    for chosen in (~is_test, is_test):
+        yield (rows[chosen] - mean) / deviation
+
+
+def flat(parts):
+    """Images as vectors."""
+    return (part.reshape(len(part), -1) for part in parts)
+
+
+# Training and test events, and the number of grey levels.
 DATASETS = {
-    "MNIST 16x16, images": ("images", mnist),
-    "MNIST 16x16, vectors": ("vectors", mnist),
-    "photo patches 8x8, vectors": ("vectors", photo_patches),
+    "MNIST 16x16": (lambda: images("mnist", 16), 256),
+    "MNIST 16x16, vectors": (lambda: flat(images("mnist", 16)), 256),
+    "CIFAR-10 16x16": (lambda: images("cifar10", 16), 256),
+    "photo patches 8x8, vectors": (photo_patches, 256),
+    "digits 8x8, vectors": (lambda: flat(images("digits", 8)), 17),
+    "breast cancer": (breast_cancer, None),
 }
 
 
-def log_precisions(train):
-    """Of every dimension, minus the log of its variance given all others, as if the logits were normal."""
-    noisy = train + np.random.default_rng(0).uniform(size=train.shape)
-    x = dimflows.bijectors.LogitPreprocess(256).inverse(noisy).numpy()
-    return np.log(np.diag(np.linalg.inv(np.cov(x, rowvar=False))))
+def covariance(train, levels):
+    """The covariance matrix of the events, integer ones as logits."""
+    x = train.reshape(len(train), -1).astype(np.float64)
+    if levels is not None:
+        x = dfb.LogitPreprocess(levels).inverse(x + np.random.default_rng(0).uniform(size=x.shape)).numpy()
+    return np.cov(x, rowvar=False)
 
 
-def factorizations(kind, train, contributions, seed):
-    """The competing splits by name."""
-    from_contributions, shape, factor_outs = Factorization.from_contributions, train.shape[1:], NUM_SCALES - 1
-    splits = {"random": Factorization.random(shape, NUM_SCALES, seed=seed)}
-    if kind == "images":
-        splits["checkerboard"] = Factorization.checkerboard(shape, NUM_SCALES)
-        splits["LCMA, whole channels"] = from_contributions(contributions, "high", "channel")
-        # The paper's letters say what leaves: L, the low log-dets (LCMA); H, the high ones.
-        for letters in itertools.product("LH", repeat=factor_outs):
-            keep = ["high" if letter == "L" else "low" for letter in letters]
-            splits["".join(letters)] = from_contributions(contributions, keep, "block")
-        return splits
-    precisions = [log_precisions(train)] * factor_outs
-    return splits | {
-        "arbitrary": Factorization.random(shape, NUM_SCALES, seed=12345),
-        "low leaves (LCMA)": from_contributions(contributions, "high", "free"),
-        "high leaves": from_contributions(contributions, "low", "free"),
-        "predictable leaves": from_contributions(precisions, "low", "free"),
-        "predictable stays": from_contributions(precisions, "high", "free"),
-    }
+def entropy_statistics(shape, factor_outs, covariance, granularity):
+    """For every factor-out 1 for the dimensions that stay and 0 for those that leave, by the greedily largest entropy.
+
+    The half that stays is the one with the largest entropy of a normal distribution: what leaves is what it predicts best.
+    """
+    grid, chosen = np.arange(len(covariance)).reshape(shape), []
+    for _ in range(factor_outs):
+        if granularity == "free":
+            candidates = grid.reshape(1, -1, 1)
+        else:
+            height, width, channels = grid.shape
+            candidates = grid.reshape(height // 2, 2, width // 2, 2, channels).transpose(4, 0, 2, 1, 3).reshape(channels, -1, 4)
+            by_channel = granularity == "channel"
+            candidates = np.swapaxes(candidates, 1, 2) if by_channel else candidates.reshape(-1, 4, 1)
+        statistic = np.zeros(len(covariance))
+        statistic[_greedy(candidates, covariance)] = 1.0
+        chosen.append(statistic.reshape(shape))
+        grid = dfb.DimensionFactorization.from_contributions(chosen, "high", granularity).kept[-1]
+    return chosen
 
 
-def fit(kind, train, test, factorization, seed):
-    """A trained model, and its test bits/dim."""
-    steps, flow = KINDS[kind]["steps"], KINDS[kind]["flow"]
+def _greedy(candidates, covariance):
+    """Of every group `[groups, candidates, dimensions of each]` the half that adds the most entropy to all chosen before."""
+    residual = covariance + 1e-6 * np.mean(np.diag(covariance)) * np.eye(len(covariance))
+    groups, size, _ = candidates.shape
+    quota, is_chosen = (size + 1) // 2, np.zeros([groups, size], bool)
+    for _ in range(groups * quota):
+        gains = np.linalg.slogdet(residual[candidates[..., :, np.newaxis], candidates[..., np.newaxis, :]])[1]
+        is_open = ~is_chosen & (is_chosen.sum(axis=1, keepdims=True) < quota)
+        best = np.unravel_index(np.argmax(np.where(is_open, gains, -np.inf)), gains.shape)
+        is_chosen[best], added = True, candidates[best]
+        residual = residual - residual[:, added] @ np.linalg.solve(residual[np.ix_(added, added)], residual[added])
+    return candidates[is_chosen].ravel()
+
+
+def contributions(model, train, seed):
+    """Of a model from which nothing leaves."""
+    batches = tf.data.Dataset.from_tensor_slices(train[:STATISTICS_EVENTS]).batch(1000)
+    return np.stack(dimflows.likelihood_contributions(model.bijector, batches, seed=seed))
+
+
+def of_actnorm(model):
+    """The share of the contributions that is ActNorm's: that of the same flow without its couplings."""
+    multiscale = model.bijector.bijectors[-1]
+    levels = [
+        dfb.Chain([part for part in level.bijectors if not isinstance(part, dfb.AffineCoupling)]) for level in multiscale.levels
+    ]
+    event_shape = model.event_shape.as_list()
+    rest = dfb.Multiscale(levels, None, event_shape=event_shape)
+    return np.stack(dimflows.likelihood_contributions(rest, [tf.zeros([1, *event_shape])]))
+
+
+class Snapshots(keras.callbacks.Callback):
+    """The contributions after some numbers of steps."""
+
+    def __init__(self, train, seed):
+        super().__init__()
+        self._train, self._seed, self.taken = train, seed, {}
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Takes them."""
+        if batch + 1 in SNAPSHOTS:
+            self.taken[str(batch + 1)] = contributions(self.model, self._train, self._seed)
+
+
+def factorization(name, shape, statistics, seed):
+    """The split of a name."""
+    what, *rest = name.split()
+    num_levels = 1 + len(statistics["log-det"])
+    if what in ("checkerboard", "channels"):
+        return getattr(dfb.DimensionFactorization, what)(shape, num_levels)
+    if what.endswith("random"):
+        return dfb.DimensionFactorization.random(shape, num_levels, seed=[seed, len(what)])
+    if what == "entropy":
+        values = entropy_statistics(shape, num_levels - 1, statistics["covariance"], rest[0])
+        return dfb.DimensionFactorization.from_contributions(values, "high", rest[0])
+    letters, granularity = rest
+    keep = ["high" if letter == "L" else "low" for letter in letters]
+    if what == "precision":  # minus the log of a dimension's variance given all others
+        values = [np.log(np.diag(np.linalg.inv(statistics["covariance"]))).reshape(shape)] * len(letters)
+    else:
+        values = statistics[what]
+    return dfb.DimensionFactorization.from_contributions(values, keep, granularity)
+
+
+def with_exits(flow, seed):
+    """The distribution with a conditional Gaussian, of a small ResNet, for what leaves at each factor-out."""
+    preprocessing, multiscale = flow.distribution.bijector.bijectors
+    exits = []
+    for k, (kept, left) in enumerate(zip(multiscale.factorization.kept, multiscale.factorization.left)):
+        inputs, outputs = kept.shape[-1], 2 * left.shape[-1]
+        network = dimflows.networks.ResNet(inputs, outputs, width=16, num_blocks=1, seed=1000 * seed + k)
+        exits.append(dfb.ConditionalTransform(network, dfb.transformers.Affine("tanh"), event_ndims=3))
+    multiscale = dfb.Multiscale(multiscale.levels, multiscale.factorization, exits)
+    chain = dfb.Chain([preprocessing, multiscale])
+    return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), levels=flow.levels)
+
+
+def fit(study, events, levels, split, seed, callbacks=()):
+    """A trained model, its test bits/dim, and the seconds that it took."""
+    start = time.perf_counter()
+    train, test = events
     keras.utils.set_random_seed(seed)
-    options = {"levels": 256, "num_scales": NUM_SCALES, "factorization": factorization, "seed": seed}
-    model = dimflows.FlowModel(dimflows.recipes.realnvp(train.shape[1:], **options, **flow), seed=seed)
+    build = dimflows.recipes.get(study.recipe)
+    flow = build(train.shape[1:], levels=levels, factorization=split, seed=seed, **study.flow)
+    flow = with_exits(flow, seed) if study.exits and split is not None else flow
+    model = dimflows.FlowModel(flow, seed=seed)
     model.adapt(train[:512])
-    model.compile(keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps), global_clipnorm=100.0))
+    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, study.steps)
+    model.compile(keras.optimizers.Adam(rate, global_clipnorm=100.0))
     data = tf.data.Dataset.from_tensor_slices(train).shuffle(len(train), seed=seed).repeat().batch(BATCH, drop_remainder=True)
-    model.fit(data.take(steps), verbose=0)
-    log_prob = np.concatenate([model.log_prob(part, seed=k) for k, part in enumerate(np.array_split(test, 10))])
-    return model, round(float(-log_prob.mean(dtype=np.float64) / (np.prod(train.shape[1:]) * np.log(2.0))), 4)
+    model.fit(data.take(study.steps), verbose=0, callbacks=list(callbacks))
+    parts = np.array_split(test, max(1, len(test) // 1000))
+    log_prob = np.concatenate([model.log_prob(part, seed=k) for k, part in enumerate(parts)])
+    bits = -log_prob.mean(dtype=np.float64) / (np.prod(train.shape[1:]) * np.log(2.0))
+    return model, round(float(bits), 4), round(time.perf_counter() - start, 1)
+
+
+def phase_one(path, study, events, levels, seed):
+    """Statistics of the data and of a model from which nothing leaves, and that model's bits/dim."""
+    if not path.is_file():
+        snapshots = Snapshots(events[0], seed)
+        model, bits, seconds = fit(study, events, levels, None, seed, [snapshots])
+        values = {"log-det": contributions(model, events[0], seed), "bits_per_dim": bits, "seconds": seconds}
+        if study.recipe == "realnvp":
+            values["without-actnorm"] = values["log-det"] - of_actnorm(model)
+        values |= {f"after-{steps}": taken for steps, taken in snapshots.taken.items()}
+        np.savez(path, **values, covariance=covariance(events[0], levels))
+    with np.load(path) as stored:
+        found = dict(stored)
+    return found | {"per-level": np.diff(found["log-det"], axis=0, prepend=0.0)}
 
 
 def run(name, seed):
-    """Test bits/dim of all splits from one seed."""
-    kind, load = DATASETS[name]
-    path = RUNS / f"{name.replace(', ', '_').replace(' ', '_')}-seed{seed}.json"
-    row = {"data": name, "seed": seed, "settings": KINDS[kind], "bits_per_dim": {}}
-    if path.is_file() and (stored := json.loads(path.read_text()))["settings"] == row["settings"]:
-        row = stored
-    train, test = load(kind)
-
-    def save():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row))
-
-    if "contributions" not in row:
-        model, row["nothing_leaves"] = fit(kind, train, test, None, seed)
-        batches = tf.data.Dataset.from_tensor_slices(train[:20_000]).batch(1000)
-        contributions = dimflows.likelihood_contributions(model.bijector, batches, seed=seed)
-        row["contributions"] = [c.tolist() for c in contributions]
-        save()
-    for split, factorization in factorizations(kind, train, row["contributions"], seed).items():
-        if split not in row["bits_per_dim"]:
-            model, row["bits_per_dim"][split] = fit(kind, train, test, factorization, seed)
-            row["parameters"] = model.count_params()
-            save()
-            print(name, seed, split, row["bits_per_dim"][split], flush=True)
-    return {key: value for key, value in row.items() if key not in ("contributions", "settings")}
+    """Test bits/dim of all splits of a study from one seed."""
+    study = STUDIES[name]
+    settings = json.dumps([study.data, study.recipe, study.flow, study.steps, seed])
+    path = RUNS / hashlib.sha256(settings.encode()).hexdigest()[:12]
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "settings.json").write_text(settings)
+    results = path / ("exits.json" if study.exits else "row.json")
+    row = {"seed": seed, "bits_per_dim": {}, "seconds": {}}
+    if results.is_file():
+        row |= json.loads(results.read_text())
+    load, levels = DATASETS[study.data]
+    events = [*load()]
+    found = phase_one(path / "statistics.npz", study, events, levels, seed)
+    row["nothing_leaves"] = float(found["bits_per_dim"])
+    for split in study.splits:
+        if split in row["bits_per_dim"]:
+            continue
+        chosen = factorization(split, events[0].shape[1:], found, seed)
+        model, row["bits_per_dim"][split], row["seconds"][split] = fit(study, events, levels, chosen, seed)
+        row["parameters"] = model.count_params()
+        results.write_text(json.dumps(row))
+        print(name, seed, split, row["bits_per_dim"][split], row["seconds"][split], flush=True)
+    return row, found
 
 
-def summary(name, rows):
-    """Of every split the mean of its bits/dim, and mean and standard error of its gain over the static one of the same seed."""
-    static, result = KINDS[DATASETS[name][0]]["static"], {}
-    for split in rows[0]["bits_per_dim"]:
+def summary(study, rows):
+    """Of every split the mean of its bits/dim, and mean and standard error of its gain over the first one of the same seed."""
+    result = {}
+    for split in study.splits:
         bits = [row["bits_per_dim"][split] for row in rows]
-        gains = [row["bits_per_dim"][static] - row["bits_per_dim"][split] for row in rows]
-        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+        gains = [row["bits_per_dim"][study.splits[0]] - row["bits_per_dim"][split] for row in rows]
         result[split] = {"bits_per_dim": round(statistics.mean(bits), 4), "gain": round(statistics.mean(gains), 4)}
-        result[split]["standard_error"] = error and round(error, 4)
+        error = statistics.stdev(gains) / len(gains) ** 0.5
+        result[split]["standard_error"] = round(error, 4)
     return result
 
 
+def stability(shape, found):
+    """Shares of the dimensions that two rankings both let stay at the first factor-out: by chance one half."""
+    how = "free" if len(shape) == 1 else "block"
+
+    def kept(statistics, key):
+        split = dfb.DimensionFactorization.from_contributions(statistics[key], "high", how)
+        return split.levels_reached() > 1
+
+    def agreement(pairs):
+        return round(statistics.mean(2.0 * float(np.mean(a & b)) for a, b in pairs), 3)
+
+    keys = [f"after-{steps}" for steps in SNAPSHOTS if f"after-{steps}" in found[0]]
+    return {
+        key: {
+            "with_the_end": agreement((kept(own, key), kept(own, "log-det")) for own in found),
+            "between_seeds": agreement(itertools.combinations([kept(own, key) for own in found], 2)),
+        }
+        for key in keys
+    }
+
+
 def main():
-    seeds = range(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
-    rows = [run(name, seed) for seed in seeds for name in DATASETS]
-    table = {name: summary(name, [row for row in rows if row["data"] == name]) for name in DATASETS}
-    budget = {"batch_size": BATCH, "optimizer": f"Adam, {LEARNING_RATE} with cosine decay", "levels": NUM_SCALES}
-    machine.write("paper_lcma_splits", {"budget": budget, "kinds": KINDS, "seeds": len(seeds), "table": table, "rows": rows})
+    path = machine.RESULTS / "paper_lcma_splits.json"
+    results = json.loads(path.read_text())["studies"] if path.is_file() else {}
+    for name in sys.argv[1:] or STUDIES:
+        study = STUDIES[name]
+        rows, found = zip(*(run(name, seed) for seed in range(study.seeds)))
+        seconds = statistics.median(value for row in rows for value in row["seconds"].values())
+        results[name] = {
+            "data": study.data,
+            "recipe": study.recipe,
+            "flow": study.flow,
+            "steps": study.steps,
+            "parameters": rows[0]["parameters"],
+            "seconds_per_training": seconds,
+            "table": summary(study, rows),
+            "stability": stability(found[0]["log-det"].shape[1:], found),
+            "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+        }
+        budget = {"batch_size": BATCH, "optimizer": f"Adam, {LEARNING_RATE} with cosine decay, one training per split and seed"}
+        machine.write("paper_lcma_splits", {"budget": budget, "studies": results})
 
 
 if __name__ == "__main__":

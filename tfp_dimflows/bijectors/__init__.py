@@ -17,7 +17,7 @@ from tfp_dimflows.bijectors.coupling import (
     SplineCoupling,
 )
 from tfp_dimflows.bijectors.embedding import EmbedCondition
-from tfp_dimflows.bijectors.factorization import DimensionFactorization
+from tfp_dimflows.bijectors.factorization import DimensionFactorization, OnlineFactorization
 from tfp_dimflows.bijectors.haar import HaarSplit
 from tfp_dimflows.bijectors.invertible_conv import InvertibleConv1x1
 from tfp_dimflows.bijectors.lcma import LCMA
@@ -54,6 +54,7 @@ __all__ = [
     "MixtureLogisticCDF",
     "MixtureLogisticCoupling",
     "Multiscale",
+    "OnlineFactorization",
     "PNF",
     "PReLU",
     "Planar",

@@ -8,7 +8,9 @@ import numpy as np
 # Position of pixel (row, column) of a 2x2 block, in the order TL, TR, BL, BR.
 _TL, _TR, _BL, _BR = range(4)
 
-GRANULARITIES = ("block", "channel", "free")
+# Of images, and of vectors; the first is the default.
+IMAGE_GRANULARITIES = ("block", "pair", "row", "column", "channel")
+VECTOR_GRANULARITIES = ("free",)
 
 
 class DimensionFactorization:
@@ -115,52 +117,34 @@ class DimensionFactorization:
           contributions: for each factor-out the cumulative contribution of every dimension, an array of the event shape in the
             data's frame, as `dimflows.likelihood_contributions` returns them.
           keep: `"high"` (LCMA) or `"low"`: which half stays; a list gives one for each factor-out.
-          granularity: `"block"` (images, default): of the four entries of every 2x2 block of every channel two stay;
-            `"channel"` (images): the statistic is averaged over the blocks of a channel first, so that the same two
-            positions stay everywhere; `"free"` (vectors, default): any half.
+          granularity: of images, for every channel by itself,
+
+            * `"block"` (default): of the four entries of every 2x2 block two stay,
+            * `"pair"`: of every two horizontal neighbours one stays,
+            * `"row"`: of every two rows one stays, by its average; `"column"`: of every two columns,
+            * `"channel"`: the statistic is averaged over the blocks first, so that the same two positions stay everywhere;
+
+            of vectors `"free"`: any half.
 
         Returns:
-          The factorization. The kept channels are ordered by rank: the highest entry of every channel's block, then the
-          second. Ties go by position; where a whole statistic is constant (an additive flow contributes 0 everywhere)
-          the split is the static checkerboard, or the first half of a vector.
+          The factorization. The kept channels of `"block"` and `"channel"` are ordered by rank: the highest entry of every
+          channel's block, then the second; those of the others by position. Ties go by position; where a whole statistic is
+          constant (an additive flow contributes 0 everywhere) the split is the static checkerboard, or the first half of a
+          vector.
 
         Raises:
           ValueError: if contributions differ in shape or are not finite, or an option does not fit.
 
         References: Das, Abbeel, Spanos, "Likelihood Contribution based Multi-scale Architecture for Generative Flows", 2020.
         """
-        statistics = [np.asarray(c, dtype=np.float64) for c in contributions]
-        if not statistics:
-            raise ValueError("DimensionFactorization.from_contributions: got no contributions, needs one array per factor-out")
-        event_shape = _event_shape(statistics[0].shape)
-        for k, statistic in enumerate(statistics):
-            if statistic.shape != event_shape:
-                raise ValueError(
-                    f"DimensionFactorization.from_contributions: contribution {k} has shape {statistic.shape}, needs the event "
-                    f"shape {event_shape}"
-                )
-            if not np.isfinite(statistic).all():
-                raise ValueError(f"DimensionFactorization.from_contributions: contribution {k} has values that are not finite")
-        keeps = [keep] * len(statistics) if isinstance(keep, str) else list(keep)
-        if len(keeps) != len(statistics) or not set(keeps) <= {"high", "low"}:
-            raise ValueError(
-                f'DimensionFactorization.from_contributions: got keep={keep!r}, needs "high" or "low", or a list of '
-                f"{len(statistics)} of them"
-            )
-        granularity = granularity or ("free" if len(event_shape) == 1 else "block")
-        allowed = ("free",) if len(event_shape) == 1 else ("block", "channel")
-        if granularity not in allowed:
-            raise ValueError(
-                f"DimensionFactorization.from_contributions: got granularity={granularity!r} for events of shape "
-                f"{event_shape}, needs one of {allowed}"
-            )
-        ranked = iter([s.ravel() if which == "high" else -s.ravel() for s, which in zip(statistics, keeps)])
-
-        def split(grid):
-            statistic = next(ranked)[grid]
-            return _split_by_rank(grid, statistic, granularity)
-
-        return cls._build(event_shape, len(statistics) + 1, split)
+        name = "DimensionFactorization.from_contributions"
+        if not len(contributions):
+            raise ValueError(f"{name}: got no contributions, needs one array per factor-out")
+        event_shape = _event_shape(np.shape(contributions[0]))
+        statistics = [_checked_statistic(c, event_shape, f"{name}: contribution {k}") for k, c in enumerate(contributions)]
+        keeps, granularity = _checked_rule(keep, granularity, event_shape, len(statistics), name)
+        rules = iter(zip(statistics, keeps))
+        return cls._build(event_shape, len(statistics) + 1, lambda grid: _split_by_rank(grid, *next(rules), granularity))
 
     @classmethod
     def _build(cls, event_shape, num_levels, split):
@@ -205,6 +189,102 @@ class DimensionFactorization:
         return f"DimensionFactorization(event_shape={self.event_shape}, num_levels={self.num_levels})"
 
 
+class OnlineFactorization:
+    """A factorization that is decided in the course of a training, by likelihood contributions: LCMA without a first phase.
+
+    A `dfb.Multiscale` starts with `initial`; every call of its `decide` decides one factor-out, the finest first, by the
+    contributions of the flow as it is then. `dimflows.training.DecideFactorization` does so within `FlowModel.fit`.
+
+    Args:
+      initial: the `DimensionFactorization` to start with.
+      keep: as in `DimensionFactorization.from_contributions`.
+      granularity: as there.
+
+    Raises:
+      ValueError: if an option does not fit.
+
+    #### Example
+
+    >>> online = dfb.OnlineFactorization(dfb.DimensionFactorization.channels([4], num_levels=2), keep="high")
+    >>> flow = dfb.Multiscale([dfb.ElementwiseAffine(0.0, [1.0, 2.0, 3.0, 4.0]), tfb.Identity()], online)
+    >>> flow.decide(flow.likelihood_contributions(tf.zeros([4]))[0])
+    >>> flow.factorization.kept[0].tolist(), flow.num_decided
+    ([2, 3], 1)
+    """
+
+    def __init__(self, initial: DimensionFactorization, keep: str | Sequence[str] = "high", granularity: str | None = None):
+        if not isinstance(initial, DimensionFactorization):
+            raise ValueError(f"OnlineFactorization: got initial={initial!r}, needs a DimensionFactorization")
+        self.initial, factor_outs = initial, initial.num_levels - 1
+        self._keeps, self._granularity = _checked_rule(
+            keep, granularity, initial.event_shape, factor_outs, "OnlineFactorization"
+        )
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The event's shape."""
+        return self.initial.event_shape
+
+    @property
+    def num_levels(self) -> int:
+        """Number of levels: one more than factor-outs."""
+        return self.initial.num_levels
+
+    def decide(self, current: DimensionFactorization, num_decided: int, contributions: Any) -> DimensionFactorization:
+        """The factorization whose first factor-outs are the current ones, and the later ones follow a statistic.
+
+        Args:
+          current: the present factorization.
+          num_decided: how many of its factor-outs are final.
+          contributions: of every dimension, an array of the event's shape.
+
+        Raises:
+          ValueError: if the contributions have another shape, or are not finite.
+        """
+        statistic = _checked_statistic(contributions, self.event_shape, "OnlineFactorization: contributions")
+        factor_outs = iter(range(self.num_levels - 1))
+
+        def split(grid):
+            k = next(factor_outs)
+            if k < num_decided:
+                return current.kept[k], current.left[k]
+            return _split_by_rank(grid, statistic, self._keeps[k], self._granularity)
+
+        return DimensionFactorization._build(self.event_shape, self.num_levels, split)
+
+    def get_config(self) -> dict:
+        """Plain values (JSON) from which `from_config` makes the same."""
+        return {"initial": self.initial.get_config(), "keep": self._keeps, "granularity": self._granularity}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "OnlineFactorization":
+        """What `get_config` described."""
+        return cls(**config | {"initial": DimensionFactorization.from_config(config["initial"])})
+
+
+def _checked_statistic(statistic, event_shape, name):
+    statistic = np.asarray(statistic, dtype=np.float64)
+    if statistic.shape != event_shape:
+        raise ValueError(f"{name} has shape {statistic.shape}, needs the event shape {event_shape}")
+    if not np.isfinite(statistic).all():
+        raise ValueError(f"{name} has values that are not finite")
+    return statistic
+
+
+def _checked_rule(keep, granularity, event_shape, factor_outs, name):
+    """Which half stays at each factor-out, and the granularity."""
+    keeps = [keep] * factor_outs if isinstance(keep, str) else list(keep)
+    if len(keeps) != factor_outs or not set(keeps) <= {"high", "low"}:
+        raise ValueError(f'{name}: got keep={keep!r}, needs "high" or "low", or a list of {factor_outs} of them')
+    allowed = VECTOR_GRANULARITIES if len(event_shape) == 1 else IMAGE_GRANULARITIES
+    granularity = granularity or allowed[0]
+    if granularity not in allowed:
+        raise ValueError(
+            f"{name}: got granularity={granularity!r} for events of shape {event_shape}, needs one of {', '.join(allowed)}"
+        )
+    return keeps, granularity
+
+
 def _event_shape(shape):
     shape = tuple(int(size) for size in shape)
     if len(shape) not in (1, 3) or min(shape) < 1:
@@ -244,14 +324,29 @@ def _checkerboard_split(grid):
     return channels(_TL, _BR), channels(_TR, _BL)
 
 
-def _split_by_rank(grid, statistic, granularity):
-    if np.ptp(statistic) == 0:
+def _split_by_rank(grid, statistic, keep, granularity):
+    scores = statistic.ravel()[grid] if keep == "high" else -statistic.ravel()[grid]
+    if np.ptp(scores) == 0:
         return _halves(grid) if grid.ndim == 1 else _checkerboard_split(grid)
     if granularity == "free":
-        return tuple(np.sort(half) for half in _halves(grid[np.argsort(-statistic, kind="stable")]))
-    blocks, scores = _blocks(grid), _blocks(statistic)
+        return tuple(np.sort(half) for half in _halves(grid[np.argsort(-scores, kind="stable")]))
+    blocks, scores = _blocks(grid), _blocks(scores)
     if granularity == "channel":
         scores = np.broadcast_to(scores.mean(axis=(0, 1)), scores.shape)
-    ranked = np.take_along_axis(blocks, np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
+    if granularity in ("block", "channel"):
+        ranked = np.take_along_axis(blocks, np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
+    else:
+        ranked = _ranked_pairs(blocks, scores, granularity)
     ranked = np.swapaxes(ranked, -1, -2)  # ranks outermost: [rank 1 of all channels, rank 2 of all channels, ...]
     return _halves(ranked.reshape(*ranked.shape[:2], -1))
+
+
+def _ranked_pairs(blocks, scores, granularity):
+    """`[H/2, W/2, C, 4]`: of both pairs of rivals in a block the one that stays, then those that leave."""
+    rivals = [[_TL, _BL], [_TR, _BR]] if granularity == "row" else [[_TL, _TR], [_BL, _BR]]
+    blocks, scores = blocks[..., rivals], scores[..., rivals]
+    if granularity != "pair":
+        along = 1 if granularity == "row" else 0
+        scores = np.broadcast_to(scores.mean(axis=(along, -2), keepdims=True), scores.shape)
+    ranked = np.take_along_axis(blocks, np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
+    return np.swapaxes(ranked, -1, -2).reshape(*blocks.shape[:-2], 4)

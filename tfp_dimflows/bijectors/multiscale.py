@@ -10,7 +10,7 @@ from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base, per_dimension, reorder
 from tfp_dimflows.bijectors.chain import Chain
-from tfp_dimflows.bijectors.factorization import DimensionFactorization
+from tfp_dimflows.bijectors.factorization import DimensionFactorization, OnlineFactorization
 
 tfb, tfd = tfp.bijectors, tfp.distributions
 
@@ -29,8 +29,9 @@ class Multiscale(base.FlowBijector):
     Args:
       levels: bijectors, the finest (nearest to the data) first. A level may change the shape (by a squeeze, say), but must
         keep every dimension: what it moves, it must transport (see `dfb.FlowBijector`).
-      factorization: a `DimensionFactorization` for the event and the number of levels, or None: nothing leaves (the
-        non-multi-scale model of LCMA's pre-training).
+      factorization: a `DimensionFactorization` for the event and the number of levels; an `OnlineFactorization`, which is
+        decided in training and saved with the weights; or None: nothing leaves (the non-multi-scale model of LCMA's
+        pre-training).
       exits: optional conditional bijectors, one per factor-out: from data to latent the dimensions that leave pass through it
         with those that stay as `condition` (Glow's learned split prior). One more may be given for the deepest part, with zeros
         of its shape as the condition. Bijectors, or None for no exit.
@@ -56,7 +57,7 @@ class Multiscale(base.FlowBijector):
     def __init__(
         self,
         levels: Sequence[tfb.Bijector],
-        factorization: DimensionFactorization | None = None,
+        factorization: DimensionFactorization | OnlineFactorization | None = None,
         exits: Sequence[tfb.Bijector | None] | None = None,
         event_shape: Sequence[int] | None = None,
         validate_args: bool = False,
@@ -67,9 +68,10 @@ class Multiscale(base.FlowBijector):
         if not levels:
             raise ValueError("Multiscale: got no levels, needs at least one")
         self._levels = list(levels)
-        self._factorization = factorization
-        self._event_shape = _static_event_shape(self._levels, factorization, event_shape)
-        self._exits = _checked_exits(exits, len(self._levels), factorization)
+        self._online = factorization if isinstance(factorization, OnlineFactorization) else None
+        self._factorization = factorization if self._online is None else factorization.initial
+        self._event_shape = _static_event_shape(self._levels, self._factorization, event_shape)
+        self._exits = _checked_exits(exits, len(self._levels), self._factorization)
         self._splits = self._deepest_shape = self._part_shapes = None
         if self._event_shape is not None:
             self._lay_out()
@@ -83,7 +85,23 @@ class Multiscale(base.FlowBijector):
 
     def _lay_out(self):
         """Follows the flat indices of the event's dimensions through the levels."""
-        splits, parts = [], []
+        grids, order = self._follow(self._factorization)
+        self._deepest_shape = tuple(grids[-1].shape)
+        if self._online is None:
+            splits = [_Split(*parts) for parts in self._partitions(grids, self._factorization)]
+            # Saved with the weights, so that weights trained with another factorization are noticed.
+            self._dimension_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="dimension_order")
+            self._latent_order = self._no_dependency(order)
+        else:
+            self._num_decided = tf.Variable(0, dtype=tf.int32, trainable=False, name="num_decided")
+            splits = [_OnlineSplit(*parts) for parts in self._partitions(grids, self._factorization)]
+            self._split_orders = [split.order for split in splits]
+            self._latent_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="latent_order")
+        self._splits = self._no_dependency(splits)
+
+    def _follow(self, factorization):
+        """The flat indices of the event's dimensions at the end of every level, and in the order of the latent values."""
+        grids, parts = [], []
         ids = np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
         for k, level in enumerate(self._levels):
             moved = _transport_ids(level, ids)
@@ -96,20 +114,17 @@ class Multiscale(base.FlowBijector):
                 self._levels[k] = Chain([level, tfb.Reshape(event_shape_out=moved.shape, event_shape_in=grid)])
                 moved = moved.reshape(grid)
             ids = moved
-            if self._factorization is not None and k < len(self._levels) - 1:
-                left = self._factorization.left[k]
-                splits.append(_Split(ids, self._factorization.kept[k], left))
-                ids = self._factorization.kept[k]
-                parts.append(_transport_ids(self._exits[k], left))
+            grids.append(ids)
+            if factorization is not None and k < len(self._levels) - 1:
+                parts.append(_transport_ids(self._exits[k], factorization.left[k]))
+                ids = factorization.kept[k]
         parts.append(_transport_ids(self._exits[-1], ids))
         parts.reverse()
-        order = np.concatenate([part.ravel() for part in parts])
-        self._splits = self._no_dependency(splits)
-        self._deepest_shape = tuple(ids.shape)
         self._part_shapes = tuple(part.shape for part in parts)
-        # Saved with the weights, so that weights trained with another factorization are noticed.
-        self._dimension_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="dimension_order")
-        self._latent_order = self._no_dependency(order)
+        return grids, np.concatenate([part.ravel() for part in parts])
+
+    def _partitions(self, grids, factorization):
+        return [] if factorization is None else list(zip(grids, factorization.kept, factorization.left))
 
     @property
     def levels(self) -> list[tfb.Bijector]:
@@ -118,8 +133,61 @@ class Multiscale(base.FlowBijector):
 
     @property
     def factorization(self) -> DimensionFactorization | None:
-        """Which dimensions leave after each level."""
-        return self._factorization
+        """Which dimensions leave after each level; if it is decided in training, the present one."""
+        if not self.is_online:
+            return self._factorization
+        kept, left, ids = [], [], np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
+        for level, split in zip(self._levels, self._splits):
+            stay, leave = split.parts(_transport_ids(level, ids))
+            kept.append(stay)
+            left.append(leave)
+            ids = stay
+        return DimensionFactorization(self._event_shape, kept, left)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the factorization is an `OnlineFactorization`."""
+        return self._online is not None
+
+    @property
+    def num_decided(self) -> int:
+        """How many factor-outs are final: all, but with an `OnlineFactorization` those that `decide` has been called for."""
+        return int(self._num_decided) if self.is_online else len(self._levels) - 1
+
+    def decide(self, contributions: Any) -> None:
+        """Decides the next factor-out of an `OnlineFactorization`.
+
+        It becomes final. The later ones follow the same statistic until they are decided themselves. Levels keep their
+        variables: those up to this factor-out see what they saw, later ones see other dimensions. Densities before and after
+        are different ones, each exact.
+
+        Args:
+          contributions: of every dimension, an array of the event's shape, as one of `dimflows.likelihood_contributions`.
+
+        Raises:
+          ValueError: if there is no `OnlineFactorization`, all factor-outs are decided, or as
+            `DimensionFactorization.from_contributions`; then nothing has changed.
+        """
+        if not self.is_online:
+            raise ValueError(f"{self.name}: got the factorization {self._factorization!r}, decide needs an OnlineFactorization")
+        decided = self.num_decided
+        if decided == len(self._splits):
+            raise ValueError(f"{self.name}: all {decided} factor-outs are decided already")
+        self._assign(self._online.decide(self.factorization, decided, contributions), decided + 1)
+
+    def _assign(self, factorization, num_decided):
+        grids, order = self._follow(factorization)
+        for split, parts in zip(self._splits, self._partitions(grids, factorization)):
+            split.assign(*parts)
+        self._latent_order.assign(order)
+        self._num_decided.assign(num_decided)
+
+    def copy(self, **override_parameters_kwargs) -> "Multiscale":
+        """As `tfb.Bijector.copy`, with the present factorization."""
+        copy = super().copy(**override_parameters_kwargs)
+        if self.is_online and copy._online is self._online:
+            copy._assign(self.factorization, self.num_decided)
+        return copy
 
     def split_latent(self, x: tf.Tensor) -> list[tf.Tensor]:
         """Splits flat latent values `[..., D]` into the parts that left at each level, the deepest first."""
@@ -137,7 +205,7 @@ class Multiscale(base.FlowBijector):
         """
         if self._event_shape is None:
             raise ValueError(f"{self.name}: the layout of the event needs event_shape")
-        flatten = tfb.Reshape(event_shape_out=[len(self._latent_order)], event_shape_in=self._event_shape)
+        flatten = tfb.Reshape(event_shape_out=[np.prod(self._event_shape)], event_shape_in=self._event_shape)
         return tfb.Chain([tfb.Permute(self._latent_order), flatten])
 
     def likelihood_contributions(self, y: tf.Tensor, condition: Any = None) -> list[tf.Tensor]:
@@ -334,7 +402,7 @@ class Multiscale(base.FlowBijector):
             for part in reversed(self._undivided()):
                 per_dim = per_dimension.transport_forward(part, per_dim)
             return per_dim
-        return self._to_grid(tf.gather(per_dim, np.argsort(self._latent_order), axis=-1), self._event_shape)
+        return self._to_grid(tf.gather(per_dim, reorder.inverse_permutation(self._latent_order), axis=-1), self._event_shape)
 
     def _undivided(self):
         """All parts of a model that nothing leaves, from data to latent."""
@@ -397,44 +465,68 @@ class _Split:
     """
 
     def __init__(self, ids, kept_ids, left_ids):
-        self._shape, self._kept_shape, self.left_shape = ids.shape, kept_ids.shape, left_ids.shape
-        position = {index: place for place, index in enumerate(ids.ravel().tolist())}
-        kept, left = (np.array([position[i] for i in part.ravel().tolist()]) for part in (kept_ids, left_ids))
-        self._order = np.concatenate([kept, left])
-        self._by_channel = self._same_channels_everywhere(kept.reshape(kept_ids.shape), left.reshape(left_ids.shape))
-        self._in_order = np.array_equal(self._order, np.arange(len(self._order)))
+        self._shape, self._kept_shape, self._left_shape = ids.shape, kept_ids.shape, left_ids.shape
+        self.order = _positions(ids, kept_ids, left_ids)
+        self._by_channel = len(self._shape) == 1 or self._same_channels_everywhere()
+        self._in_order = np.array_equal(self.order, np.arange(len(self.order)))
 
-    def _same_channels_everywhere(self, kept, left):
+    def _same_channels_everywhere(self):
         """Whether the split takes the same channels at every pixel; if so, the order becomes that of the channels."""
-        if not self._shape[:-1] == kept.shape[:-1] == left.shape[:-1] or len(self._shape) == 1:
+        if not self._shape[:-1] == self._kept_shape[:-1] == self._left_shape[:-1]:
             return False
-        place = np.arange(np.prod(self._shape)).reshape(self._shape)
-        channels = np.concatenate([kept, left], axis=-1) - place[..., :1]
+        kept, left = np.split(self.order, [np.prod(self._kept_shape)])
+        channels = np.concatenate([kept.reshape(self._kept_shape), left.reshape(self._left_shape)], axis=-1)
+        channels = channels - np.arange(np.prod(self._shape)).reshape(self._shape)[..., :1]
         if (channels != channels[:1, :1]).any():
             return False
-        self._order = channels[0, 0]
+        self.order = channels[0, 0]
         return True
 
     def split(self, h):
         """(kept, left)."""
-        if len(self._shape) == 1 or self._by_channel:
-            h = h if self._in_order else reorder.permute_last(h, self._order)
+        if self._by_channel:
+            h = h if self._in_order else reorder.permute_last(h, self.order)
             return h[..., : self._kept_shape[-1]], h[..., self._kept_shape[-1] :]
         batch = ps.shape(h)[: -len(self._shape)]
-        flat = reorder.permute_last(tf.reshape(h, ps.concat([batch, [len(self._order)]], axis=0)), self._order)
+        flat = reorder.permute_last(tf.reshape(h, ps.concat([batch, [-1]], axis=0)), self.order)
         size = int(np.prod(self._kept_shape))
         kept = tf.reshape(flat[..., :size], ps.concat([batch, self._kept_shape], axis=0))
-        return kept, tf.reshape(flat[..., size:], ps.concat([batch, self.left_shape], axis=0))
+        return kept, tf.reshape(flat[..., size:], ps.concat([batch, self._left_shape], axis=0))
 
     def join(self, kept, left):
         """What `split` took apart."""
-        if len(self._shape) == 1 or self._by_channel:
+        if self._by_channel:
             h = tf.concat([kept, left], axis=-1)
-            return h if self._in_order else reorder.permute_last(h, np.argsort(self._order))
+            return h if self._in_order else reorder.permute_last(h, reorder.inverse_permutation(self.order))
         batch = ps.shape(kept)[: -len(self._shape)]
         flat = [tf.reshape(part, ps.concat([batch, [-1]], axis=0)) for part in (kept, left)]
-        flat = reorder.permute_last(tf.concat(flat, axis=-1), np.argsort(self._order))
+        flat = reorder.permute_last(tf.concat(flat, axis=-1), reorder.inverse_permutation(self.order))
         return tf.reshape(flat, ps.concat([batch, self._shape], axis=0))
+
+
+class _OnlineSplit(_Split):
+    """A factor-out whose permutation is a variable."""
+
+    def __init__(self, ids, kept_ids, left_ids):
+        self._shape, self._kept_shape, self._left_shape = ids.shape, kept_ids.shape, left_ids.shape
+        order = _positions(ids, kept_ids, left_ids)
+        self.order = tf.Variable(order, dtype=tf.int32, trainable=False, name="split_order")
+        self._by_channel, self._in_order = len(self._shape) == 1, False
+
+    def assign(self, ids, kept_ids, left_ids):
+        """Makes it another split of the same shapes."""
+        self.order.assign(_positions(ids, kept_ids, left_ids))
+
+    def parts(self, ids):
+        """What stays and what leaves of the flat indices."""
+        kept, left = np.split(ids.ravel()[self.order.numpy()], [np.prod(self._kept_shape)])
+        return kept.reshape(self._kept_shape), left.reshape(self._left_shape)
+
+
+def _positions(ids, kept_ids, left_ids):
+    """Where in the flat grid of `ids` those that stay are, then those that leave."""
+    position = {index: place for place, index in enumerate(ids.ravel().tolist())}
+    return np.array([position[index] for part in (kept_ids, left_ids) for index in part.ravel().tolist()])
 
 
 def _static_event_shape(levels, factorization, event_shape):

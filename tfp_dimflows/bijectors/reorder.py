@@ -119,12 +119,19 @@ def _transpose_event(x, order):
     return tf.transpose(x, [*range(batch_rank), *(batch_rank + i for i in order)])
 
 
-def permute_last(x: tf.Tensor, permutation: np.ndarray) -> tf.Tensor:
-    """`x[..., permutation]` for a constant permutation of the last axis.
+def permute_last(x: tf.Tensor, permutation: np.ndarray | tf.Tensor) -> tf.Tensor:
+    """`x[..., permutation]` for a permutation of the last axis.
 
     The gradient gathers with the inverse permutation, where TensorFlow's own would scatter.
     """
-    return _gather(x, permutation, np.argsort(permutation))
+    return _gather(x, permutation, inverse_permutation(permutation))
+
+
+def inverse_permutation(permutation: np.ndarray | tf.Tensor) -> np.ndarray | tf.Tensor:
+    """The inverse, a constant of a constant one."""
+    if isinstance(permutation, np.ndarray):
+        return np.argsort(permutation)
+    return tf.argsort(permutation)
 
 
 def _gather(x, permutation, inverse):

@@ -95,12 +95,12 @@ def condition_channels(
 
 def resolve_factorization(
     factorization: Any, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
-) -> dfb.DimensionFactorization | None:
-    """The `factorization=` argument of a recipe as a `DimensionFactorization`, or None for a model that nothing leaves.
+) -> dfb.DimensionFactorization | dfb.OnlineFactorization | None:
+    """The `factorization=` argument of a recipe as a factorization, or None for a model that nothing leaves.
 
     Args:
-      factorization: `"conventional"`, `"channels"`, `"checkerboard"`, `"random"`, a `DimensionFactorization` (or its config),
-        or None.
+      factorization: `"conventional"`, `"channels"`, `"checkerboard"`, `"random"`, a `DimensionFactorization` or an
+        `OnlineFactorization` (or its config), or None.
       event_shape: the event's shape.
       num_scales: number of levels.
       conventional: what `"conventional"` means.
@@ -118,11 +118,12 @@ def resolve_factorization(
     if factorization in ("channels", "checkerboard"):
         return getattr(dfb.DimensionFactorization, factorization)(event_shape, num_scales)
     if isinstance(factorization, dict):
-        factorization = dfb.DimensionFactorization.from_config(factorization)
-    if not isinstance(factorization, dfb.DimensionFactorization):
+        kind = dfb.OnlineFactorization if "initial" in factorization else dfb.DimensionFactorization
+        factorization = kind.from_config(factorization)
+    if not isinstance(factorization, (dfb.DimensionFactorization, dfb.OnlineFactorization)):
         raise ValueError(
-            f"factorization: got {factorization!r}, needs conventional, channels, checkerboard, random, None or a "
-            "DimensionFactorization"
+            f"factorization: got {factorization!r}, needs conventional, channels, checkerboard, random, None, a "
+            "DimensionFactorization or an OnlineFactorization"
         )
     if (factorization.event_shape, factorization.num_levels) != (event_shape, num_scales):
         raise ValueError(

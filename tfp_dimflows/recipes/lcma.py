@@ -22,13 +22,15 @@ _NOT_TAKEN = ("event_shape", "factorization", "network")
 _DOC = """{family} whose factor-outs follow the likelihood contributions of the dimensions (LCMA).
 
     Without `contributions` this is the model of the first phase, from which nothing leaves. Train it for a while, take
-    `dimflows.likelihood_contributions` of its bijector, and build the model to train with them.
+    `dimflows.likelihood_contributions` of its bijector, and build the model to train with them. With `contributions="online"`
+    there is one phase: the factorization starts as a checkerboard (of a vector, the first half), and
+    `dimflows.training.DecideFactorization` decides it in the course of `fit`.
 
     Args:
       event_shape: the event's shape.
-      contributions: one array of the event's shape for each of the `num_scales - 1` factor-outs, or None.
+      contributions: one array of the event's shape for each of the `num_scales - 1` factor-outs; `"online"`; or None.
       keep: `"high"` (LCMA), `"low"` (reversed), or a list with one of them per factor-out: which half stays.
-      granularity: `"block"`, `"channel"` or `"free"`, as in `dfb.DimensionFactorization.from_contributions`.
+      granularity: `"block"`, `"channel"`, `"free"` and others, as in `dfb.DimensionFactorization.from_contributions`.
       **arguments: those of `recipes.{base}`, but for `factorization` and `network`.
 
     Returns:
@@ -56,9 +58,16 @@ def _lcma(base, family, configs=None):
         if num_scales < 2:
             raise ValueError(f"lcma: got num_scales={num_scales}, needs at least 2: one level has no factor-out")
         # Made in the first phase too, so that bad options fail before it has been trained.
-        statistics = np.zeros([num_scales - 1, *event_shape]) if contributions is None else contributions
+        is_known = contributions is not None and not isinstance(contributions, str)
+        statistics = contributions if is_known else np.zeros([num_scales - 1, *event_shape])
         factorization = dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
-        return base(event_shape, factorization=None if contributions is None else factorization, **arguments)
+        if contributions is None:
+            factorization = None
+        elif not is_known:
+            if contributions != "online":
+                raise ValueError(f'lcma: got contributions={contributions!r}, needs arrays, "online" or None')
+            factorization = dfb.OnlineFactorization(factorization, keep, granularity)
+        return base(event_shape, factorization=factorization, **arguments)
 
     own = [p for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
     others = [p for name, p in inspect.signature(base).parameters.items() if name not in _NOT_TAKEN]

@@ -1,12 +1,20 @@
 """Training with Keras."""
 
-from tfp_dimflows.training.callbacks import BitsPerLevel, KeptDimensions, KLWarmup, Reconstructions, SampleImages
+from tfp_dimflows.training.callbacks import (
+    BitsPerLevel,
+    DecideFactorization,
+    KeptDimensions,
+    KLWarmup,
+    Reconstructions,
+    SampleImages,
+)
 from tfp_dimflows.training.model import FlowModel, load
 from tfp_dimflows.training.progressive import fit_progressively
 from tfp_dimflows.training.runs import load_run, read_config, read_metrics, train
 
 __all__ = [
     "BitsPerLevel",
+    "DecideFactorization",
     "FlowModel",
     "KLWarmup",
     "KeptDimensions",

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tfp_dimflows import plot, recipes
 from tfp_dimflows.bijectors import Chain, Multiscale, VFlow, per_dimension
 from tfp_dimflows.bijectors.base import probes_from
+from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.distributions import Dequantized
 from tfp_dimflows.training.model import FlowModel
 from tfp_dimflows.training.progressive import _parts
@@ -67,6 +68,62 @@ class KLWarmup(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Sets the weight to 1."""
         self.model.kl_weight.assign(1.0)
+
+
+class DecideFactorization(keras.callbacks.Callback):
+    """Decides a `dfb.OnlineFactorization` within `fit`: LCMA in one training, without a first phase.
+
+    After every `steps` optimisation steps, until all are decided, the next factor-out follows the likelihood contributions that
+    `data` has then. The dimensions still in the flow there have passed every level up to it, so nothing more than this model is
+    needed to rank them. Nothing is rebuilt: all variables stay, and so does the optimizer's state. The steps are the
+    optimizer's count and the decisions are part of the weights, so a resumed training goes on where it was.
+
+    Args:
+      data: a dataset of batches, or one batch, as for `dimflows.likelihood_contributions`.
+      steps: optimisation steps from one decision to the next, and before the first.
+      seed: integer seed of the noise of integer images, and of the probes of stochastic log-dets.
+
+    Raises:
+      ValueError: if `steps` is not positive, or (at the beginning of training) if the model has no `OnlineFactorization`, or
+        the data does not fit it.
+
+    References: Das, Abbeel, Spanos, "Likelihood Contribution based Multi-scale Architecture for Generative Flows", 2020, whose
+    three phases this makes one.
+
+    #### Example
+
+    >>> flow = dimflows.recipes.lcma_realnvp([4, 4, 1], width=4, num_blocks=1, contributions="online", levels=4)
+    >>> model = dimflows.FlowModel(flow, seed=0)
+    >>> model.compile()
+    >>> images = tf.zeros([32, 4, 4, 1], tf.int32)
+    >>> decide = dimflows.training.DecideFactorization(images, steps=2)
+    >>> history = model.fit(images, batch_size=8, verbose=0, callbacks=[decide])
+    >>> model.bijector.bijectors[-1].num_decided
+    1
+    """
+
+    def __init__(self, data: Any, steps: int, seed: int = 0):
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"DecideFactorization: got steps={steps}, needs a positive number")
+        self._data = data if isinstance(data, tf.data.Dataset) else tf.data.Dataset.from_tensors(data)
+        self._steps, self._seed = steps, seed
+
+    def on_train_begin(self, logs=None):
+        """Checks model and data."""
+        if not isinstance(self.model, FlowModel):
+            raise ValueError(f"DecideFactorization: got the model {self.model.name}, needs a FlowModel")
+        self._multiscale = _find_multiscale(self.model.distribution)
+        if self._multiscale is None or not self._multiscale.is_online:
+            raise ValueError(f"DecideFactorization: {self.model.name} has no Multiscale with an OnlineFactorization")
+        self.model._check_first_batch(self._data)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Decides what is due."""
+        decided = self._multiscale.num_decided
+        if decided < len(self._multiscale.levels) - 1 and self.model.optimizer.iterations >= self._steps * (decided + 1):
+            contributions = likelihood_contributions(self.model.bijector, self._data, seed=self._seed)
+            self._multiscale.decide(contributions[decided])
 
 
 class _Pictures(keras.callbacks.Callback):

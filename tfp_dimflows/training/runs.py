@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfp_dimflows import plot, recipes
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.training.backup import Backup, least_of_workers
+from tfp_dimflows.training.callbacks import DecideFactorization, _find_multiscale
 from tfp_dimflows.training.model import FlowModel, load
 
 CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
@@ -39,6 +40,7 @@ def train(
     epochs: int,
     steps_per_epoch: int | None = None,
     pretrain_epochs: int | None = None,
+    online_steps: int | None = None,
     baseline: bool = True,
     arguments: dict | None = None,
     learning_rate: float = 1e-3,
@@ -52,7 +54,7 @@ def train(
     with the test metrics, and `samples.png`. An LCMA recipe goes through its three phases: a non-multi-scale model trained into
     `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the base recipe
     with its conventional factorization is trained with the same budget into `conventional/`, and `factorization.png` shows
-    which dimensions stayed.
+    which dimensions stayed. With `online_steps` it has one phase.
 
     A killed run goes on from its last full epoch with `resume=True`, after reading the batches again that it was trained on. If
     `train_data` is the same in each iteration (`dimflows.data.load` with `repeat`), it ends as equal to one that was not killed
@@ -71,6 +73,8 @@ def train(
       steps_per_epoch: optimisation steps per epoch, and at most as many batches of validation after it; default: one pass
         over the data.
       pretrain_epochs: epochs of LCMA's first phase; default: half of `epochs`, rounded up.
+      online_steps: LCMA in one phase: a factor-out is decided after every so many steps, by as many batches
+        (`DecideFactorization`). `contributions.npz` is then of the trained model.
       baseline: whether an LCMA recipe also trains the conventional factorization.
       arguments: further arguments of the recipe.
       learning_rate: Adam's.
@@ -83,16 +87,28 @@ def train(
 
     Raises:
       ValueError: if the directory cannot be written, is written by another process, holds a run and `resume` is False, or holds
-        one of another configuration; if the recipe does not exist or does not take the arguments.
+        one of another configuration; if the recipe does not exist or does not take the arguments; for `online_steps` with
+        `pretrain_epochs` or a recipe without LCMA, or too many for the epochs.
     """
     if reserved := {"event_shape", "levels", "contributions"} & set(arguments or {}):
         raise ValueError(f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide")
     if steps_per_epoch is None and train_data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError("train: got endless train_data, needs steps_per_epoch")
+    if online_steps is not None and (recipes.base_of(recipe) is None or pretrain_epochs is not None):
+        raise ValueError(f"train: got online_steps for {recipe}, needs an lcma recipe and no pretrain_epochs")
     plot.require_matplotlib()  # now rather than after hours of training
     arguments = {"seed": seed} | (arguments or {})
-    pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
-    recipes.get(recipe)(event_shape, levels=levels, **arguments)  # bad arguments fail before anything is written
+    if online_steps is None:
+        pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
+    distribution = recipes.get(recipe)(event_shape, levels=levels, **arguments)  # bad arguments fail before anything is written
+    if online_steps is not None:
+        factor_outs = len(_find_multiscale(distribution).levels) - 1
+        steps = epochs * (steps_per_epoch or int(train_data.cardinality()))
+        if 0 < steps <= online_steps * factor_outs:
+            raise ValueError(
+                f"train: got online_steps={online_steps} for {factor_outs} factor-outs in {steps} steps, needs at most "
+                f"{(steps - 1) // factor_outs}"
+            )
     budget = {
         "epochs": epochs,
         "steps_per_epoch": steps_per_epoch,
@@ -101,24 +117,26 @@ def train(
     }
     config = {"version": _version(), "recipe": recipe, "event_shape": list(event_shape), "levels": levels}
     config |= {"arguments": arguments, **budget}
-    config |= {"pretrain_epochs": pretrain_epochs, "baseline": baseline} if recipes.base_of(recipe) else {}
+    if recipes.base_of(recipe):
+        phase = {"pretrain_epochs": pretrain_epochs} if online_steps is None else {"online_steps": online_steps}
+        config |= phase | {"baseline": baseline}
     with _run_directory(directory, config | (notes or {}), resume) as directory:
-        return _train(
-            recipe, directory, (train_data, test_data), event_shape, levels, arguments, baseline, pretrain_epochs, budget
-        )
+        phase = {"pretrain_epochs": pretrain_epochs, "online_steps": online_steps, "baseline": baseline}
+        return _train(recipe, directory, (train_data, test_data), event_shape, levels, arguments, budget, **phase)
 
 
-def _train(recipe, directory, datasets, event_shape, levels, arguments, baseline, pretrain_epochs, budget):
+def _train(recipe, directory, datasets, event_shape, levels, arguments, budget, *, pretrain_epochs, online_steps, baseline):
     """All phases of a run, each resumed or loaded if it is there."""
     seed = budget["seed"]
 
-    def fit(name, where, arguments, epochs=budget["epochs"]):
+    def fit(name, where, arguments, epochs=budget["epochs"], callbacks=()):
         build = recipes.get(name)
         return _fit(
             where,
             lambda: FlowModel(build(event_shape, levels=levels, **arguments), seed=seed),
             *datasets,
             **{**budget, "epochs": epochs},
+            callbacks=callbacks,
         )
 
     base = recipes.base_of(recipe)
@@ -127,11 +145,17 @@ def _train(recipe, directory, datasets, event_shape, levels, arguments, baseline
         _save_samples(directory / "samples.png", model, levels, seed)
         return model
 
-    fit(recipe, directory / "pretraining", arguments, pretrain_epochs)
-    pretrained = load(str(directory / "pretraining" / MODEL))  # as a run that goes on from here has it
-    contributions = _contributions(directory / CONTRIBUTIONS, pretrained, datasets[0], budget["steps_per_epoch"])
-    del pretrained
-    model = fit(recipe, directory, arguments | {"contributions": contributions})
+    def contributions_of(model):
+        return _contributions(directory / CONTRIBUTIONS, model, datasets[0], budget["steps_per_epoch"])
+
+    if online_steps is None:
+        fit(recipe, directory / "pretraining", arguments, pretrain_epochs)
+        contributions = contributions_of(load(str(directory / "pretraining" / MODEL)))  # as a run that goes on from here has it
+        model = fit(recipe, directory, arguments | {"contributions": contributions})
+    else:
+        decide = DecideFactorization(datasets[0].take(online_steps), online_steps, seed)
+        model = fit(recipe, directory, arguments | {"contributions": "online"}, callbacks=[decide])
+        contributions = contributions_of(model)
     factorizations = {recipe: _multiscale(model).factorization}
     if baseline:
         own = {key: value for key, value in arguments.items() if key not in ("keep", "granularity")}
@@ -230,7 +254,7 @@ def _check_directory(directory, config, resume):
         _write_json(directory / CONFIG, config)
 
 
-def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, learning_rate, seed):
+def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, learning_rate, seed, callbacks):
     """Trains into `directory`, goes on with what is there, or loads what is finished."""
     backup = Backup(directory / "backup")
     done = least_of_workers(sum((directory / name).is_file() for name in (MODEL, METRICS)))
@@ -255,6 +279,7 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
             steps_per_epoch=steps_per_epoch,
             validation_data=test_data.take(steps_per_epoch) if steps_per_epoch else test_data,
             callbacks=[
+                *callbacks,
                 keras.callbacks.TerminateOnNaN(),
                 keras.callbacks.CSVLogger(str(directory / HISTORY), append=True),
                 keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
