@@ -1,7 +1,12 @@
 """Planar and radial flows fitted to the energies U1 to U4 of Rezende and Mohamed (2015), with `tfp.vi`.
 
-The paper has pictures and no numbers. Run as `python -m benchmarks.paper.energies` from the repository's root.
+The paper has pictures and no numbers. Run as `python -m benchmarks.paper.energies` from the repository's root. Finished fits
+are kept in `runs/paper_energies` and not done again.
 """
+
+import json
+import pathlib
+import time
 
 import numpy as np
 import tensorflow as tf
@@ -16,6 +21,7 @@ dfb, tfd = dimflows.bijectors, tfp.distributions
 STEPS, BATCH, LEARNING_RATE, SEED = 6_000, 100, 5e-3, 0
 LENGTHS = (2, 8, 32)
 TEST_SAMPLES, EDGE, CELLS = 20_000, 5.5, 300
+RUNS = pathlib.Path("runs/paper_energies")
 
 
 def w1(z):
@@ -71,6 +77,18 @@ def surrogate(family, length):
 
 
 def fit(family, length, name):
+    """What to report of a fit, and its density on the grid."""
+    path = RUNS / f"{name}-{family.__name__}-{length}.npz"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row, density = _fit(family, length, name)
+        np.savez(path, row=json.dumps(row), density=density)
+    with np.load(path) as stored:
+        return json.loads(str(stored["row"])), stored["density"]
+
+
+def _fit(family, length, name):
+    start = time.perf_counter()
     energy = ENERGIES[name]
     posterior = surrogate(family, length)
     schedule = tf_keras.optimizers.schedules.CosineDecay(LEARNING_RATE, STEPS)
@@ -92,6 +110,7 @@ def fit(family, length, name):
         "parameters": sum(int(np.prod(v.shape)) for v in posterior.trainable_variables),
         "kl_nats": round(float(tf.reduce_mean(divergence)), 4),
         "standard_error": round(float(tf.math.reduce_std(divergence)) / TEST_SAMPLES**0.5, 4),
+        "seconds": round(time.perf_counter() - start, 1),
     }
     print(row, flush=True)
     return row, tf.exp(posterior.log_prob(grid()))

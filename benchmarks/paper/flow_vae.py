@@ -5,13 +5,12 @@ go to `runs/paper_flow_vae`. A killed benchmark goes on from its last epoch when
 """
 
 import math
-import pathlib
 
 import numpy as np
 import tensorflow as tf
 
-import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.paper import harness
 from tfp_dimflows import plot
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 2, 468, 128, 0
@@ -27,27 +26,24 @@ for share in (2, 4, 8, 16):
 
 def train(name):
     recipe, arguments = MODELS[name]
-    directory = pathlib.Path("runs/paper_flow_vae") / name
-    train_data, test_data = (dimflows.data.load("mnist", split, batch_size=BATCH, seed=SEED) for split in ("train", "test"))
-    model = dimflows.training.train(
+    model, test_data, metrics = harness.train(
         recipe,
-        directory,
-        train_data,
-        test_data,
+        harness.RUNS / "paper_flow_vae" / name,
+        "mnist",
+        batch_size=BATCH,
         event_shape=[28, 28, 1],
         levels=256,
         epochs=EPOCHS,
         steps_per_epoch=STEPS_PER_EPOCH,
         arguments=arguments,
         seed=SEED,
-        resume=directory.is_dir(),
     )
-    metrics = dimflows.training.read_metrics(directory)["."]
     images = next(iter(test_data.unbatch().batch(TEST_IMAGES)))
     log_prob = np.concatenate([model.log_prob(x, IMPORTANCE_SAMPLES, seed=SEED) for x in tf.split(images, TEST_IMAGES // 10)])
     row = {
         "model": name,
         "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
         "bound_bits_per_dim": round(metrics["bits_per_dim"], 4),
         "importance_weighted_bits_per_dim": round(float(-log_prob.mean() / (DIMS * math.log(2.0))), 4),
     }

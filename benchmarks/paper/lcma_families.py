@@ -4,7 +4,6 @@ Run as `python -m benchmarks.paper.lcma_families [SEEDS]` from the repository's 
 A killed benchmark goes on from its last epoch when run again.
 """
 
-import pathlib
 import statistics
 import sys
 
@@ -12,6 +11,7 @@ import numpy as np
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.paper import harness
 
 IMAGE_SIZE, EPOCHS, STEPS_PER_EPOCH, BATCH = 16, 2, 300, 64
 FAMILIES = {
@@ -25,17 +25,15 @@ PAPER_GAIN = {"realnvp": 0.06, "glow": 0.04, "iresnet": 0.05, "residual-flow": 0
 
 def train(family, seed):
     """Test bits/dim of the three factorizations, parameters, and how far the ranking can be trusted."""
-    directory = pathlib.Path("runs/paper_lcma_families") / f"{family}-seed{seed}"
-    train_data, test_data = (
-        dimflows.data.load("cifar10", split, batch_size=BATCH, image_size=IMAGE_SIZE, seed=seed) for split in ("train", "test")
-    )
+    directory = harness.RUNS / "paper_lcma_families" / f"{family}-seed{seed}"
 
     def run(recipe, where, arguments):
-        dimflows.training.train(
+        _, _, metrics = harness.train(
             recipe,
             where,
-            train_data,
-            test_data,
+            "cifar10",
+            batch_size=BATCH,
+            load={"image_size": IMAGE_SIZE},
             event_shape=[IMAGE_SIZE, IMAGE_SIZE, 3],
             levels=256,
             epochs=EPOCHS,
@@ -43,23 +41,23 @@ def train(family, seed):
             pretrain_epochs=EPOCHS,
             arguments=FAMILIES[family] | arguments,
             seed=seed,
-            resume=where.is_dir(),
         )
-        return dimflows.training.read_metrics(where)
+        return metrics
 
-    metrics = run(f"lcma-{family}", directory / "block", {})
+    block = run(f"lcma-{family}", directory / "block", {})
     with np.load(directory / "block" / "contributions.npz") as stored:
         contributions, error = stored["factor_out_0"], stored["standard_error_0"]
     channel = dimflows.bijectors.DimensionFactorization.from_contributions([contributions], granularity="channel")
-    metrics["channel"] = run(family, directory / "channel", {"factorization": channel.get_config()})["."]
+    by_channel = run(family, directory / "channel", {"factorization": channel.get_config()})
     blocks = contributions.reshape(IMAGE_SIZE // 2, 2, IMAGE_SIZE // 2, 2, 3)
     return {
         "family": family,
         "seed": seed,
-        "parameters": metrics["."]["parameters"],
-        "conventional": round(metrics["conventional"]["bits_per_dim"], 4),
-        "lcma_block": round(metrics["."]["bits_per_dim"], 4),
-        "lcma_channel": round(metrics["channel"]["bits_per_dim"], 4),
+        "parameters": block["parameters"],
+        "seconds": round(block["seconds"] + by_channel["seconds"], 1),
+        "conventional": round(block["parts"]["conventional"]["bits_per_dim"], 4),
+        "lcma_block": round(block["bits_per_dim"], 4),
+        "lcma_channel": round(by_channel["bits_per_dim"], 4),
         "contribution_spread_in_blocks": float(f"{blocks.std(axis=(1, 3)).mean():.3g}"),
         "contribution_standard_error": float(f"{error.mean():.3g}"),
     }

@@ -56,14 +56,16 @@ def _both(statistic, granularities, factor_outs=2):
 
 STATIC = ("channels", "checkerboard", "random")
 CHOICES = (*STATIC, *_both("log-det", ("block", "channel")), "entropy block")
-READINGS = (*_both("log-det", ("pair", "row")), *_both("per-level", ("block",)), *_both("without-actnorm", ("block",)))
+READINGS = ("channels", *_both("log-det", ("block", "pair", "row")), *_both("per-level", ("block",)))
+READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",)))
 LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
 EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
 FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
 FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("precision", ("free",), 3), "entropy free")
 STUDIES = {
     "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES),
-    "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES + READINGS + _both("after-75", ("block",))),
+    "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
+    "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS),
     "CIFAR-10, exits": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
     "MNIST, exits": Study("MNIST 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
     "MNIST, Glow": Study("MNIST 16x16", "glow", GLOW, 600, EXITS),

@@ -5,18 +5,16 @@ root; the runs go to `runs/paper_pnf`. A killed benchmark goes on from its last 
 """
 
 import math
-import pathlib
 
-import tfp_dimflows as dimflows
 from benchmarks import machine
-from tfp_dimflows import cli
+from benchmarks.paper import harness
 
 SEEDS, EPOCHS, BATCH, IMAGE_SIZE = (0,), 20, 128, 32
-COMMON = ["network=dense", "num_scales=1", "num_couplings=5", "num_blocks=2"]
+COMMON = {"network": "dense", "num_scales": 1, "num_couplings": 5, "num_blocks": 2}
 MODELS = {
-    "realnvp": ("realnvp", ["width=512"]),
-    "pnf_fixed_range": ("pnf", ["width=271", "adaptive_range=false"]),
-    "pnf": ("pnf", ["width=271"]),
+    "realnvp": ("realnvp", {"width": 512}),
+    "pnf_fixed_range": ("pnf", {"width": 271, "adaptive_range": False}),
+    "pnf": ("pnf", {"width": 271}),
 }
 PAPER = {"realnvp": ("D1", 4433.35, 1.754), "pnf_fixed_range": ("D2", 4857.89, 1.156), "pnf": ("D2", 4857.89, 1.156)}
 DIMS, BASE_DIMS = IMAGE_SIZE**2, 8**2
@@ -24,12 +22,20 @@ DIMS, BASE_DIMS = IMAGE_SIZE**2, 8**2
 
 def train(name, seed):
     recipe, arguments = MODELS[name]
-    out = pathlib.Path("runs/paper_pnf") / f"{name}-seed{seed}"
-    command = ["train", recipe, "--data", "mnist", "--image-size", str(IMAGE_SIZE), "--epochs", str(EPOCHS)]
-    command += ["--batch-size", str(BATCH), "--seed", str(seed), "--out", str(out), "--resume", "--set", *COMMON, *arguments]
-    if cli.main(command):
-        raise SystemExit(f"{name}: training failed")
-    return row(name, seed, dimflows.training.read_metrics(out)["."])
+    _, _, metrics = harness.train(
+        recipe,
+        harness.RUNS / "paper_pnf" / f"{name}-seed{seed}",
+        "mnist",
+        batch_size=BATCH,
+        load={"image_size": IMAGE_SIZE},
+        event_shape=[IMAGE_SIZE, IMAGE_SIZE, 1],
+        levels=256,
+        epochs=EPOCHS,
+        steps_per_epoch=60_000 // BATCH,
+        arguments=COMMON | arguments,
+        seed=seed,
+    )
+    return row(name, seed, metrics)
 
 
 def row(name, seed, metrics):
@@ -42,6 +48,7 @@ def row(name, seed, metrics):
         "seed": seed,
         "row": label,
         "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
         "nats": round(nats, 2),
         "bits_per_dim": round(metrics["bits_per_dim"], 4),
         "nats_without_constant": round(nats - constant, 2),

@@ -4,13 +4,11 @@ The survey that this package follows has no numbers. Run as `python -m benchmark
 repository; the runs go to `runs/paper_vae_flow`. A killed benchmark goes on from its last epoch when run again.
 """
 
-import pathlib
-
 import numpy as np
 import tensorflow as tf
 
-import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.paper import harness
 from tfp_dimflows.recipes.vae_flow import POSTERIORS
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 6, 468, 128, 0
@@ -19,30 +17,26 @@ ARGUMENTS = {"latent_dims": 32, "features": 128, "width": 16, "hidden": [128]}
 
 
 def train(posterior):
-    directory = pathlib.Path("runs/paper_vae_flow") / posterior
-    train_data, test_data = (
-        dimflows.data.load("mnist", split, batch_size=BATCH, levels=2, seed=SEED) for split in ("train", "test")
-    )
-    model = dimflows.training.train(
+    model, test_data, metrics = harness.train(
         "vae-flow",
-        directory,
-        train_data,
-        test_data,
+        harness.RUNS / "paper_vae_flow" / posterior,
+        "mnist",
+        batch_size=BATCH,
+        load={"levels": 2},
         event_shape=[28, 28, 1],
         levels=2,
         epochs=EPOCHS,
         steps_per_epoch=STEPS_PER_EPOCH,
         arguments=ARGUMENTS | {"posterior": posterior},
         seed=SEED,
-        resume=directory.is_dir(),
     )
-    metrics = dimflows.training.read_metrics(directory)["."]
     images = next(iter(test_data.unbatch().batch(TEST_IMAGES)))
     chunks = enumerate(tf.split(images, TEST_IMAGES // 20))
     log_prob = np.concatenate([model.log_prob(x, IMPORTANCE_SAMPLES, seed=k) for k, x in chunks])
     row = {
         "posterior": posterior,
         "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
         "nll_bound": round(metrics["nll"], 2),
         "kl": round(metrics["kl"], 2),
         "reconstruction": round(metrics["reconstruction"], 2),

@@ -5,11 +5,10 @@ A killed benchmark goes on from its last epoch when run again.
 """
 
 import csv
-import pathlib
 import sys
 
-import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.paper import harness
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, CROP, LEARNING_RATE = 5, 300, 64, (12, 12, 8, 8), 1e-3
 COMMON = {"width": 24, "num_components": 4, "noise_couplings": 2, "noise_blocks": 1, "context_blocks": 1}
@@ -41,15 +40,13 @@ PAPER = {"flowpp-3-channel": ("C16", 3.23), "vflow-4-channel": ("C17", 3.16), "v
 
 def train(name, seed):
     recipe, arguments = MODELS[name]
-    directory = pathlib.Path("runs/paper_vflow_images") / f"{name}-seed{seed}"
-    train_data, test_data = (
-        dimflows.data.load("cifar10", split, batch_size=BATCH, crop=CROP, seed=seed) for split in ("train", "test")
-    )
-    dimflows.training.train(
+    directory = harness.RUNS / "paper_vflow_images" / f"{name}-seed{seed}"
+    _, _, metrics = harness.train(
         recipe,
         directory,
-        train_data,
-        test_data,
+        "cifar10",
+        batch_size=BATCH,
+        load={"crop": CROP},
         event_shape=[*CROP[2:], 3],
         levels=256,
         epochs=EPOCHS,
@@ -57,9 +54,7 @@ def train(name, seed):
         arguments=COMMON | arguments,
         learning_rate=LEARNING_RATE,
         seed=seed,
-        resume=directory.is_dir(),
     )
-    metrics = dimflows.training.read_metrics(directory)["."]
     with (directory / "history.csv").open(newline="") as file:
         curve = [round(float(row["val_bits_per_dim"]), 4) for row in csv.DictReader(file)]
     label, paper = PAPER[name]
@@ -68,6 +63,7 @@ def train(name, seed):
         "seed": seed,
         "row": label,
         "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
         "elbo_bits_per_dim": round(metrics["bits_per_dim"], 4),
         "curve": curve,
         "paper_bits_per_dim": paper,
