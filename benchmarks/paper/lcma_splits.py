@@ -48,6 +48,7 @@ class Study(NamedTuple):
     splits: tuple[str, ...]
     seeds: int = 3
     exits: bool = False  # whether what leaves is scored by a Gaussian given what stays
+    is_equal_cost: bool = False  # whether the steps before a snapshot count as training
 
 
 def _both(statistic, granularities, factor_outs=2):
@@ -58,6 +59,7 @@ STATIC = ("channels", "checkerboard", "random")
 CHOICES = (*STATIC, *_both("log-det", ("block", "channel")), "entropy block")
 READINGS = ("channels", *_both("log-det", ("block", "pair", "row")), *_both("per-level", ("block",)))
 READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",)))
+ONLINE = ("channels", "log-det HH channel", "after-300 HH channel", "online-75 HH channel", "online-150 HH channel")
 LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
 EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
 FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
@@ -67,6 +69,7 @@ STUDIES = {
     "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
     "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS),
     "CIFAR-10, exits": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
+    "MNIST, online": Study("MNIST 16x16", "realnvp", IMAGES, 600, ONLINE, is_equal_cost=True),
     "MNIST, exits": Study("MNIST 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
     "MNIST, Glow": Study("MNIST 16x16", "glow", GLOW, 600, EXITS),
     "MNIST, 2,400 steps": Study("MNIST 16x16", "realnvp", IMAGES, 2400, EXITS, seeds=2),
@@ -207,6 +210,8 @@ def factorization(name, shape, statistics, seed):
         return dfb.DimensionFactorization.from_contributions(values, "high", rest[0])
     letters, granularity = rest
     keep = ["high" if letter == "L" else "low" for letter in letters]
+    if what.startswith("online"):
+        return dfb.OnlineFactorization(dfb.DimensionFactorization.channels(shape, num_levels), keep, granularity)
     if what == "precision":  # minus the log of a dimension's variance given all others
         values = [np.log(np.diag(np.linalg.inv(statistics["covariance"]))).reshape(shape)] * len(letters)
     else:
@@ -225,6 +230,17 @@ def with_exits(flow, seed):
     multiscale = dfb.Multiscale(multiscale.levels, multiscale.factorization, exits)
     chain = dfb.Chain([preprocessing, multiscale])
     return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), levels=flow.levels)
+
+
+def train(study, events, levels, name, found, seed):
+    """A trained model with the split of a name, its test bits/dim, and the seconds that it took."""
+    split, callbacks = factorization(name, events[0].shape[1:], found, seed), []
+    if isinstance(split, dfb.OnlineFactorization):  # online-N: a decision after every N steps
+        batches = tf.data.Dataset.from_tensor_slices(events[0][:STATISTICS_EVENTS]).batch(1000)
+        callbacks = [dimflows.training.DecideFactorization(batches, int(name.split()[0].removeprefix("online-")), seed)]
+    if name.startswith("after") and study.is_equal_cost:  # as many steps as phase one and this training have together
+        study = study._replace(steps=study.steps - int(name.split()[0].removeprefix("after-")))
+    return fit(study, events, levels, split, seed, callbacks)
 
 
 def fit(study, events, levels, split, seed, callbacks=()):
@@ -269,7 +285,8 @@ def run(name, seed):
     path = RUNS / hashlib.sha256(settings.encode()).hexdigest()[:12]
     path.mkdir(parents=True, exist_ok=True)
     (path / "settings.json").write_text(settings)
-    results = path / ("exits.json" if study.exits else "row.json")
+    kind = "exits" if study.exits else "equal_cost" if study.is_equal_cost else "row"
+    results = path / f"{kind}.json"
     row = {"seed": seed, "bits_per_dim": {}, "seconds": {}}
     if results.is_file():
         row |= json.loads(results.read_text())
@@ -280,8 +297,7 @@ def run(name, seed):
     for split in study.splits:
         if split in row["bits_per_dim"]:
             continue
-        chosen = factorization(split, events[0].shape[1:], found, seed)
-        model, row["bits_per_dim"][split], row["seconds"][split] = fit(study, events, levels, chosen, seed)
+        model, row["bits_per_dim"][split], row["seconds"][split] = train(study, events, levels, split, found, seed)
         row["parameters"] = model.count_params()
         results.write_text(json.dumps(row))
         print(name, seed, split, row["bits_per_dim"][split], row["seconds"][split], flush=True)
