@@ -1075,7 +1075,6 @@ def _chains():
         half=False,
     )
 
-
     yield Entry(
         "chain_recompute",
         lambda s, t: dfb.Chain(
