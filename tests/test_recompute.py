@@ -329,6 +329,32 @@ def test_a_network_that_cannot_be_evaluated_twice_is_refused(layer, training, re
         trace(with_layers(layer), training)
 
 
+def test_what_a_network_does_inside_a_function_is_seen():
+    scale, count = tf.Variable(2.0), tf.Variable(0)
+
+    def network(x):
+        return tf.repeat(scale * x, 2, axis=-1)
+
+    def counting(x):
+        count.assign_add(1)
+        return network(x)
+
+    def looping(x):
+        return tf.while_loop(lambda k, _: k < 2, lambda k, x: (k + 1, compiled(x)[:, :2]), [0, x])[1]
+
+    x = tf.ones([BATCH, 4])
+    for function, is_refused in ((network, False), (counting, True)):
+        compiled = tf.function(function)
+        compiled(x[:, :2])  # traced before the chain sees it
+        for net in (compiled, lambda x: tf.repeat(looping(x), 2, axis=-1)):
+            chain = dfb.Chain([dfb.AffineCoupling(net, half())], memory="recompute")
+            if is_refused:
+                with pytest.raises(ValueError, match="affine_coupling, whose .*Assign"):
+                    tf.function(chain.inverse, autograph=False)(x)
+            else:
+                assert np.isfinite(tf.function(chain.inverse, autograph=False)(x)).all()
+
+
 @pytest.mark.parametrize("layer", [keras.layers.Dropout(0.5), keras.layers.BatchNormalization()])
 def test_what_only_training_changes_is_accepted_outside_it(layer):
     assert np.isfinite(trace(with_layers(layer), False)).all()

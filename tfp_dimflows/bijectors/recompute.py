@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
-from tensorflow.python.framework import op_callbacks, op_def_registry, ops
+from tensorflow.python.framework import op_def_registry, ops
 from tensorflow.python.ops import control_flow_util
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, per_dimension
 
-# Operations with a state that a second evaluation finds as it was, and leaves so. What is inside If and While is seen, too.
-_REPEATABLE = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Stateless", "Assert", "Print", "If", "While", "Case")
+# Operations with a state that a second evaluation finds as it was, and leaves so.
+_REPEATABLE = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Stateless", "Placeholder", "Assert", "Print")
 
 
 def value_and_log_det(
@@ -154,27 +154,29 @@ def _barrier(*values):
 
 @contextlib.contextmanager
 def _repeated(name, bijector):
-    """Context of an evaluation that will be, or is, repeated. Raises if that is not the same again."""
-    found = []
-
-    def see(op_type, inputs, attrs, outputs, op_name=None, graph=None):
-        definition = op_def_registry.get(op_type)
-        if definition is not None and definition.is_stateful and not op_type.startswith(_REPEATABLE):
-            found.append(op_name or op_type)
-
-    op_callbacks.add_op_callback(see)
-    try:
-        with base.without_probes():
-            yield
-    finally:
-        op_callbacks.remove_op_callback(see)
+    """Context of an evaluation that is made twice. Raises if the second would differ from the first, or have an effect."""
+    graph = tf.compat.v1.get_default_graph()
+    num_operations = len(graph.get_operations())
+    with base.without_probes():
+        yield
+    nodes = (op.node_def for op in graph.get_operations()[num_operations:] if op_def_registry.get(op.type).is_stateful)
     layers = [part for layer in keras_bridge.collect(bijector).layers for part in layer._flatten_layers()]
-    found += [f"a loss of {layer.name}" for layer in layers if layer._losses]
-    if found:
+    reasons = [*_unrepeatable(graph, nodes), *(f"a loss of {layer.name}" for layer in layers if layer._losses)]
+    if reasons:
         raise ValueError(
             f"{name}: got memory='recompute' and {bijector.name}, whose evaluation draws random numbers or has an effect "
-            f"({found[0]}), needs steps that can be evaluated twice, or memory='keep'"
+            f"({reasons[0]}), needs parts that can be evaluated twice, or memory='keep'"
         )
+
+
+def _unrepeatable(graph, nodes):
+    """Names of the operations with a state, in functions as well, that a second evaluation may change or find changed."""
+    for node in nodes:
+        functions = [f.name for attr in node.attr.values() for f in (attr.func, *attr.list.func) if f.name]
+        for function in functions:
+            yield from _unrepeatable(graph, graph._get_function(function).cached_definition.node_def)
+        if not functions and op_def_registry.get(node.op).is_stateful and not node.op.startswith(_REPEATABLE):
+            yield node.name
 
 
 def _is_in_reach(tensor):
