@@ -228,6 +228,14 @@ def test_a_tape_around_the_function(persistent):
     assert_equal(gradients[1], gradients[0], 1e-9)
 
 
+def test_a_chain_of_nothing():
+    chain = dfb.Chain([dfb.Chain([])], memory="recompute")
+    y = normal([BATCH, 4], 2)
+    x, log_det = tf.function(lambda y: (chain.inverse(y), chain.inverse_log_det_jacobian(y, 1)), autograph=False)(y)
+    np.testing.assert_array_equal(x, y)
+    np.testing.assert_array_equal(log_det, np.zeros(BATCH))
+
+
 # What is kept.
 
 

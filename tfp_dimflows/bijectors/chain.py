@@ -128,7 +128,8 @@ class Chain(base.FlowBijector):
         return parts
 
     def _total(self, value, routed, event_ndims, direction):
-        if self._memory == "recompute" and not tf.executing_eagerly():
+        recomputes = self._memory == "recompute" and not tf.executing_eagerly()
+        if recomputes and self._all_parts(routed, direction):
             return recompute.value_and_log_det(self.name, self._all_parts, value, routed, event_ndims, direction)
         fused = getattr(per_dimension, f"{direction}_and_log_det")
         log_dets = []
