@@ -1075,6 +1075,41 @@ def _chains():
         half=False,
     )
 
+    yield Entry(
+        "chain_recompute",
+        lambda s, t: dfb.Chain(
+            [
+                tfb.Scale(tf.Variable(normal([1], s, t))),
+                dfb.Squeeze(),
+                dfb.Chain([glow_step(4, (2, 2, 4), s + 1, t)], memory="recompute"),
+                affine_coupling(dfb.masks.Checkerboard(), (2, 2, 4), s + 2, t),
+            ],
+            memory="recompute",
+        ),
+        GRID,
+        (2, 2, 4),
+        move=squeezed,
+        in_place=False,
+        xla=True,
+        half=False,
+    )
+    yield Entry(
+        "chain_recompute_conditional",
+        lambda s, t: dfb.Chain(
+            [
+                tfb.Invert(make_coupling(lambda: dfb.masks.Index([0, 3], 4), VECTOR, "exp", (3,))(s, t)),
+                tfb.Permute(PERMUTATION),
+                make_coupling(lambda: dfb.masks.Channel(event_ndims=1), VECTOR, "tanh", (3,))(s + 1, t),
+            ],
+            memory="recompute",
+        ),
+        VECTOR,
+        condition_shape=(3,),
+        move=shuffled(PERMUTATION),
+        xla=True,
+        half=False,
+    )
+
 
 def exit_for(shape, left_shape, seed, dtype, prefix=""):
     """Glow's split prior."""

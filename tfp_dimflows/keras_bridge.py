@@ -46,6 +46,28 @@ def adaptation() -> Iterator[None]:
         _ADAPTING.reset(token)
 
 
+def training() -> bool | None:
+    """Keras's training flag as a layer called here would find it; None outside Keras."""
+    return _Flagged(lambda flag: flag)()
+
+
+def with_training(flag: bool | None, function: Callable) -> Any:
+    """The result of a function whose layers find this training flag, as they do inside a layer called with it."""
+    return _Flagged(lambda _: function())(training=flag)
+
+
+class _Flagged(keras.layers.Layer):
+    """A function of Keras's training flag, which reaches layers only."""
+
+    def __init__(self, function):
+        super().__init__(autocast=False, name="training")
+        self._function = function
+        self.built = True
+
+    def call(self, training=None):
+        return self._function(training)
+
+
 class Network(tf.Module):
     """A conditioner network under one calling convention, visible to `tf.Module` tracking.
 
@@ -161,15 +183,16 @@ def _fold_batch(x, batch_rank):
 
 
 class Holdings(NamedTuple):
-    """What `collect` found: outermost Keras 3 layers, tf_keras layers, and the variables of no Keras 3 layer."""
+    """What `collect` found: outermost Keras 3 layers, tf_keras layers, the variables of no Keras 3 layer, and tensors."""
 
     layers: list[keras.Layer]
     tf_keras_layers: list[Any]
     variables: list[tf.Variable]
+    tensors: list[tf.Tensor]
 
 
 def collect(root: Any) -> Holdings:
-    """Finds every Keras 3 layer and every other `tf.Variable` that an object holds.
+    """Finds every Keras 3 layer, every other `tf.Variable` and every tensor that an object holds.
 
     Walks `tf.Module`s (so distributions, bijectors, `tfp.util.TransformedVariable`s and tf_keras layers), lists, tuples and
     dicts, and the closures of functions (TFP keeps networks in closures).
@@ -183,16 +206,18 @@ def collect(root: Any) -> Holdings:
     Raises:
       ValueError: if a `keras.Variable` was given to a TFP object as a parameter: TFP would freeze its present value.
     """
-    layers, tf_keras_layers, variables, seen, waiting = [], [], [], set(), [root]
+    layers, tf_keras_layers, variables, tensors, seen, waiting = [], [], [], [], set(), [root]
     while waiting:
         item = waiting.pop(0)
-        if id(item) in seen or item is None or isinstance(item, (str, bytes, int, float, bool, tf.Tensor)):
+        if id(item) in seen or item is None or isinstance(item, (str, bytes, int, float, bool)):
             continue
         seen.add(id(item))
         if isinstance(item, keras.Layer):
             layers.append(item)
         elif isinstance(item, tf.Variable):
             variables.append(item)
+        elif isinstance(item, tf.Tensor):
+            tensors.append(item)
         elif isinstance(item, tf.Module):
             if isinstance(item, (tfp.bijectors.Bijector, tfp.distributions.Distribution)):
                 _check_not_frozen(item)
@@ -212,7 +237,7 @@ def collect(root: Any) -> Holdings:
         elif isinstance(item, types.FunctionType):
             waiting.extend(_cell_contents(item))
     owned = {id(v.value) for layer in layers for v in layer.variables}
-    return Holdings(layers, tf_keras_layers, [v for v in variables if id(v) not in owned])
+    return Holdings(layers, tf_keras_layers, [v for v in variables if id(v) not in owned], tensors)
 
 
 def variables_of(root: Any) -> list[tf.Variable]:

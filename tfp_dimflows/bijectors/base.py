@@ -261,6 +261,16 @@ def probes_from(seed: Any) -> Iterator[None]:
         _PROBE_SEEDS.reset(token)
 
 
+@contextlib.contextmanager
+def without_probes() -> Iterator[None]:
+    """Context in which every probe is drawn anew, whatever `probes_from` is around it."""
+    token = _PROBE_SEEDS.set(None)
+    try:
+        yield
+    finally:
+        _PROBE_SEEDS.reset(token)
+
+
 def probe_seed(seed: Any = None) -> Any:
     """The seed that is given, else the next of `probes_from`; outside it None, which draws anew at every call."""
     state = _PROBE_SEEDS.get()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 import tensorflow_probability as tfp
 
-from tfp_dimflows.bijectors import base, per_dimension
+from tfp_dimflows.bijectors import base, per_dimension, recompute
 
 tfb = tfp.bijectors
 
@@ -25,10 +25,30 @@ class Chain(base.FlowBijector):
     nested composites; other keyword arguments go to parts by name, as in `tfb.Chain`. Parts of this package are evaluated in
     one fused pass with their log-dets.
 
+    With `memory="recompute"` the gradients need the result of a pass only, not the activations of its networks: what each part
+    was given is rebuilt from its result by the part's other direction, and the part is evaluated there once more. The memory
+    of training then hardly grows with the number of parts. A coupling, whose network sees the same in both directions, costs
+    one more evaluation of it, about a third of a training step; another part two.
+
+    * It saves inside a `tf.function` only, compiled with XLA or not, as `fit` trains. Eager passes, and those of the
+      per-dimension hook, are the ordinary ones.
+    * The gradients are those at the rebuilt values, whose rounding errors (and errors of iterative solvers) add up over the
+      parts. Values in half precision lose too much.
+    * A part must evaluate to the same twice. Dropout, batch normalisation in training, power iterations, and probes without a
+      seed of their own are refused when the function is traced.
+    * The parts of a chain among the parts count as this one's. Second derivatives are right, but keep the activations.
+
     Args:
       bijectors: sequence of bijectors; the last is applied first in `forward`.
+      memory: `"keep"` or `"recompute"` what the gradients need.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
+
+    Raises:
+      ValueError: for another `memory`, or a part that cannot be evaluated twice.
+
+    References for recomputation: Gomez, Ren, Urtasun, Grosse, "The reversible residual network: backpropagation without storing
+    activations", 2017.
 
     #### Example
 
@@ -37,8 +57,13 @@ class Chain(base.FlowBijector):
     array([ 0.   , -0.693], dtype=float32)
     """
 
-    def __init__(self, bijectors: Sequence[tfb.Bijector], validate_args: bool = False, name: str = "chain"):
+    def __init__(
+        self, bijectors: Sequence[tfb.Bijector], memory: str = "keep", validate_args: bool = False, name: str = "chain"
+    ):
         parameters = dict(locals())
+        if memory not in ("keep", "recompute"):
+            raise ValueError(f"Chain: got memory={memory!r}, needs keep or recompute")
+        self._memory = memory
         # TFP's Chain knows how shapes, dtypes and event ranks propagate; only these are asked of it.
         self._shapes = tfb.Chain(list(bijectors), validate_args=validate_args)
         self._bijectors = list(bijectors)
@@ -92,7 +117,20 @@ class Chain(base.FlowBijector):
     def _inverse_and_log_det(self, y, condition, event_ndims):
         return self._total(y, self._route(condition, {}), event_ndims, "inverse")
 
+    def _all_parts(self, routed, direction):
+        """As `_parts`, with those of chains in their place."""
+        parts = []
+        for bijector, kwargs in self._parts(routed, direction):
+            if isinstance(bijector, Chain):
+                parts += bijector._all_parts(bijector._route(kwargs.pop("condition", None), kwargs), direction)
+            else:
+                parts.append((bijector, kwargs))
+        return parts
+
     def _total(self, value, routed, event_ndims, direction):
+        recomputes = self._memory == "recompute" and not tf.executing_eagerly()
+        if recomputes and self._all_parts(routed, direction):
+            return recompute.value_and_log_det(self.name, self._all_parts, value, routed, event_ndims, direction)
         fused = getattr(per_dimension, f"{direction}_and_log_det")
         log_dets = []
         for bijector, kwargs in self._parts(routed, direction):

@@ -7,7 +7,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 from tensorflow_probability.python.internal import prefer_static as ps
 
-from tfp_dimflows.bijectors import base, masks, per_dimension, transformers
+from tfp_dimflows.bijectors import base, masks, per_dimension, recompute, transformers
 from tfp_dimflows.keras_bridge import Network, variables_of
 
 tfb = tfp.bijectors
@@ -77,22 +77,48 @@ class Coupling(base.FlowBijector):
         return self._network.accepts_condition
 
     def _forward_and_log_det_per_dim(self, x, condition):
-        return self._transform(x, condition, per_dimension.forward_and_log_det_per_dim)
+        return self._transform(x, condition, "forward")
 
     def _inverse_and_log_det_per_dim(self, y, condition):
-        return self._transform(y, condition, per_dimension.inverse_and_log_det_per_dim)
+        return self._transform(y, condition, "inverse")
 
     def _transform(self, value, condition, direction):
         conditioning, transformed = self._mask.split(value)
+        return self._join(
+            conditioning, *self._apply(self._elementwise(conditioning, transformed, condition), transformed, direction)
+        )
+
+    def _elementwise(self, conditioning, transformed, condition):
         params = self._network(conditioning, condition, event_ndims=self._mask.event_ndims)
         params = transformers.unpack(params, transformed, self._transformer.params_per_dim, self.name)
-        bijector = self._transformer(self._mask.select(params))
+        return self._transformer(self._mask.select(params))
+
+    def _apply(self, bijector, transformed, direction):
         shape = transformed.shape
-        transformed, log_det = direction(bijector, transformed)
+        transformed, log_det = getattr(per_dimension, f"{direction}_and_log_det_per_dim")(bijector, transformed)
         transformed.set_shape(shape)  # TFP's spline loses it
-        log_det = base._fill(log_det, transformed)
+        return transformed, base._fill(log_det, transformed)
+
+    def _join(self, conditioning, transformed, log_det):
         zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
         return self._mask.join(conditioning, transformed), self._mask.join(zeros, log_det)
+
+    def _again(self, result, event_ndims, direction, condition, tape):
+        """`recompute.again` with one evaluation of the network, which sees the same before and after the transformation."""
+        conditioning, transformed = self._mask.split(result)
+        tape.watch(conditioning)
+        bijector = self._elementwise(conditioning, transformed, condition)
+        with tape.stop_recording():
+            transformed, _ = self._apply(bijector, transformed, per_dimension._opposite(direction))
+        tape.watch(transformed)
+        again, log_det = self._join(conditioning, *self._apply(bijector, transformed, direction))
+        parts = [conditioning, transformed]
+        return recompute.Again(parts, lambda parts: self._mask.join(*parts), again, base.sum_event(log_det, again, event_ndims))
+
+
+@recompute.again.register
+def _(bijector: Coupling, result, event_ndims, direction, kwargs, tape):
+    return bijector._again(result, event_ndims, direction, bijector._route(kwargs.get("condition"), {}), tape)
 
 
 class AffineCoupling(Coupling):

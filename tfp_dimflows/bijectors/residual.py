@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
@@ -12,7 +11,7 @@ from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows import keras_bridge
-from tfp_dimflows.bijectors import base, implicit
+from tfp_dimflows.bijectors import base, implicit, recompute
 
 tfb = tfp.bijectors
 
@@ -147,8 +146,7 @@ class InvertibleResidual(base.FlowBijector):
                 value, probes = self._log_det.estimate(vjp, y)
 
             def gradient(dg, dvalue, variables=()):
-                with tf.control_dependencies([dg, dvalue]):  # keeps the optimizer from merging the two evaluations
-                    again = [tf.identity(value) for value in (y, *leaves)]
+                again = recompute.after([y, *leaves], [dg, dvalue])
                 inputs = [*again, *variables]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(inputs)
@@ -340,7 +338,6 @@ class RussianRoulette:
         _check_positive("RussianRoulette", num_probes=num_probes)
         self.num_exact, self.num_exact_evaluation = num_exact, num_exact_evaluation
         self.num_probes, self.seed = num_probes, seed
-        self._is_training = _IsTraining()
 
     def survival(self, m: tf.Tensor) -> tf.Tensor:
         """P(N >= m), for m >= 1."""
@@ -369,7 +366,7 @@ class RussianRoulette:
     def _series(self, vjp, y, seed, seed_of_n):
         v = samplers.normal(ps.shape(y), dtype=y.dtype, seed=seed)
         u = 1.0 - samplers.uniform([], dtype=y.dtype, seed=seed_of_n)  # in (0, 1]: with u = 0 the series would not end
-        num_exact = self.num_exact if self._is_training(u) else self.num_exact_evaluation
+        num_exact = self.num_exact if keras_bridge.training() else self.num_exact_evaluation
 
         def beyond(k):
             return tf.maximum(tf.cast(k - num_exact, y.dtype), 1.0)
@@ -386,18 +383,6 @@ class RussianRoulette:
 
         _, _, value, neumann = tf.while_loop(goes_on, add, [1, v, tf.zeros_like(v), v], parallel_iterations=1)
         return value, (neumann, v)
-
-
-class _IsTraining(keras.layers.Layer):
-    """Keras's training flag, which reaches layers only."""
-
-    def __init__(self):
-        super().__init__(name="is_training")
-        self.built = True
-
-    def call(self, x, training=False):
-        """The flag, whatever `x`."""
-        return bool(training)
 
 
 def _check_positive(name, **sizes):

@@ -27,6 +27,7 @@ def glow(
     coupling: str = "affine",
     factorization: Any = "conventional",
     condition_shape: Sequence[int] | None = None,
+    memory: str = "keep",
     levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
@@ -50,6 +51,8 @@ def glow(
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
       condition_shape: shape of the condition of a conditional flow: a vector `[n]` or an image `[H, W, n]` of the event's
         height and width. It enters every coupling network.
+      memory: `"keep"` the networks' activations for the gradients, or `"recompute"` them, as in `dfb.Chain`: memory that hardly
+        grows with `depth`, at a step time about a third longer.
       levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
@@ -76,6 +79,7 @@ def glow(
         coupling=coupling,
         factorization=factorization,
         condition_shape=condition_shape,
+        memory=memory,
         seed=seed,
     )
     return common.as_distribution(flow, tuple(event_shape), levels, common.centred)
@@ -91,6 +95,7 @@ def glow_flow(
     coupling: str,
     factorization: Any,
     condition_shape: Sequence[int] | None,
+    memory: str = "keep",
     seed: int,
 ) -> dfb.Multiscale:
     """The bijector of `glow`; arguments as there."""
@@ -103,12 +108,13 @@ def glow_flow(
     if len(shape) == 1:
         condition = common.condition_channels("glow", condition_shape, shape)
         grids = common.grid_shapes(shape, num_scales, split is None)
-        flow_levels = [dfb.Chain(vector_steps(grid[0], depth, width, num_hidden, coupling, condition, seeds)) for grid in grids]
+        sizes = (depth, width, num_hidden, coupling, condition, seeds)
+        flow_levels = [dfb.Chain(vector_steps(grid[0], *sizes), memory) for grid in grids]
         return dfb.Multiscale(flow_levels, split, event_shape=shape)
     grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
     conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_scales)]
     flow_levels = [
-        dfb.Chain([dfb.Squeeze(), *image_steps(4 * grid[-1], depth, width, coupling, condition, seeds)])
+        dfb.Chain([dfb.Squeeze(), *image_steps(4 * grid[-1], depth, width, coupling, condition, seeds)], memory)
         for grid, condition in zip(grids, conditions)
     ]
     left_channels = [2 * grid[-1] for grid in grids[:-1]]

@@ -1,0 +1,82 @@
+"""Peak memory and time of a training step of Glow with `memory="keep"` and `"recompute"`, over depth.
+
+Run as `python -m benchmarks.speed.recompute_memory` from the repository's root. Each measurement has a process of its own; one
+with both models, which take turns, compares their times.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import tensorflow as tf
+
+import tfp_dimflows as dimflows
+from benchmarks import machine
+
+DEPTHS, IMAGE, WIDTH, BATCH, STEPS = (8, 16, 32), [32, 32, 3], 64, 32, 5
+MODES = ("keep", "recompute")
+
+
+def training_step(depth, memory):
+    """A compiled function of images that takes every gradient of their log-probability."""
+    distribution = dimflows.recipes.glow(IMAGE, num_scales=1, depth=depth, width=WIDTH, memory=memory)
+    variables = [v.value for v in dimflows.FlowModel(distribution).trainable_variables]
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE])])
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(distribution.log_prob(x))
+        return [tf.reduce_sum(g) for g in tape.gradient(loss, variables)]
+
+    step(tf.zeros([1, *IMAGE]))
+    return step
+
+
+def peak():
+    """MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure_memory(depth, memory):
+    """MiB that the process grows by in the steps."""
+    step = training_step(depth, memory)
+    before = peak()
+    for _ in range(STEPS):
+        step(tf.random.stateless_normal([BATCH, *IMAGE], [0, 0]))
+    return {f"{memory}_mib": peak() - before}
+
+
+def measure_time(depth):
+    """Seconds of a step, the least of several."""
+    x, seconds = tf.random.stateless_normal([BATCH, *IMAGE], [0, 0]), {memory: [] for memory in MODES}
+    steps = {memory: training_step(depth, memory) for memory in MODES}
+    for _ in range(STEPS + 1):
+        for memory, step in steps.items():
+            start = time.perf_counter()
+            step(x)[0].numpy()
+            seconds[memory].append(time.perf_counter() - start)
+    return {f"{memory}_seconds_per_step": min(times[1:]) for memory, times in seconds.items()}
+
+
+def main():
+    if len(sys.argv) > 1:
+        depth, *memory = sys.argv[1:]
+        print(json.dumps(measure_memory(int(depth), *memory) if memory else measure_time(int(depth))))
+        return
+    rows = []
+    for depth in DEPTHS:
+        row = {"depth": depth}
+        for arguments in ([str(depth), "keep"], [str(depth), "recompute"], [str(depth)]):
+            command = [sys.executable, "-m", "benchmarks.speed.recompute_memory", *arguments]
+            row |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        row["memory_ratio"] = row["recompute_mib"] / row["keep_mib"]
+        row["time_ratio"] = row["recompute_seconds_per_step"] / row["keep_seconds_per_step"]
+        rows.append({key: round(value, 3) for key, value in row.items()})
+    setting = {"image": IMAGE, "width": WIDTH, "batch_size": BATCH}
+    machine.write("recompute_memory", {"setting": setting, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
