@@ -118,6 +118,9 @@ class Coupling(base.FlowBijector):
 
 @recompute.again.register
 def _(bijector: Coupling, result, event_ndims, direction, kwargs, tape):
+    primitive = f"_{direction}_and_log_det_per_dim"
+    if getattr(type(bijector), primitive) is not getattr(Coupling, primitive):  # a subclass that does something else
+        return recompute.again.dispatch(object)(bijector, result, event_ndims, direction, kwargs, tape)
     return bijector._again(result, event_ndims, direction, bijector._route(kwargs.get("condition"), {}), tape)
 
 
