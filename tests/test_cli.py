@@ -447,6 +447,22 @@ def test_a_killed_lcma_run_goes_on_from_its_last_full_epoch(tmp_path, data_dir, 
         np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
 
 
+@pytest.mark.parametrize("online_steps", ["1", "5"], ids=["decided_before", "decided_after"])
+def test_a_killed_run_that_decides_its_factorization_ends_as_if_it_had_not_been(tmp_path, data_dir, online_steps):
+    options = ["--epochs", "3", "--steps-per-epoch", "2", "--no-baseline", "--online-steps", online_steps]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert cli.main(arguments(LCMA, whole, data_dir, *options)) == 0
+    argv = arguments(LCMA, out, data_dir, *options)
+    with killed(when=2):
+        cli.main(argv)
+    assert cli.main([*argv, "--resume"]) == 0
+    assert not (out / "pretraining").exists()
+    multiscale, expected = (training.load_run(run).bijector.bijectors[-1] for run in (out, whole))
+    assert multiscale.num_decided == 1 and multiscale.factorization == expected.factorization
+    for a, b in zip(training.load_run(whole).variables, training.load_run(out).variables, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, data_dir):
     """With the same images in the same order; equal but for the rounding of a busy machine."""
     options = ["--epochs", "3", "--steps-per-epoch", "30", "--flips"]
