@@ -25,7 +25,8 @@ def train(
       **options: of `dimflows.training.train`.
 
     Returns:
-      The model, the test data, and its metrics on them, with the seconds that all processes have spent on the run together.
+      The model, the test data, and its metrics on them, with the seconds that all processes together have spent on the run
+      (None: not known) and the metrics of the runs inside it as `parts`.
     """
     sets = [dimflows.data.load(data, split, batch_size=batch_size, seed=seed, **load or {}) for split in ("train", "test")]
     clock = directory.with_suffix(".seconds")
@@ -37,4 +38,4 @@ def train(
         spent += time.perf_counter() - start
         clock.write_text(str(spent))
     metrics = dimflows.training.read_metrics(directory)
-    return model, sets[1], metrics["."] | {"seconds": round(spent, 1), "parts": metrics}
+    return model, sets[1], metrics["."] | {"seconds": round(spent, 1) if spent else None, "parts": metrics}

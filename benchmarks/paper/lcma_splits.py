@@ -65,7 +65,7 @@ EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
 FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
 FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("precision", ("free",), 3), "entropy free")
 STUDIES = {
-    "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES),
+    "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES[:-1]),
     "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
     "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS),
     "CIFAR-10, exits": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
