@@ -45,7 +45,7 @@ def train(family, seed):
         )
         return metrics
 
-    block = run(f"lcma-{family}", directory / "block", {})
+    block = run(f"lcma-{family}", directory / "block", {"granularity": "block"})
     with np.load(directory / "block" / "contributions.npz") as stored:
         contributions, error = stored["factor_out_0"], stored["standard_error_0"]
     by_channel = {}

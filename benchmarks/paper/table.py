@@ -23,7 +23,7 @@ def _lcma_families(result, key):
 
 
 def _lcma_splits(result, key):
-    return result["table"]["MNIST 16x16, images"][key]["bits_per_dim"]
+    return result["studies"]["MNIST, uneven"]["table"][key]["bits_per_dim"]
 
 
 def _by_model(result, key):

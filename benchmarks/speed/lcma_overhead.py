@@ -29,7 +29,7 @@ def main():
     from_contributions = dimflows.bijectors.DimensionFactorization.from_contributions
     models = {
         "conventional": model("conventional"),
-        "lcma_block": model(from_contributions(contributions)),
+        "lcma_block": model(from_contributions(contributions, granularity="block")),
         "lcma_channel": model(from_contributions(contributions, granularity="channel")),
         "nothing_leaves": model(None),
     }

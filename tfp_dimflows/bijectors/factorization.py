@@ -9,7 +9,7 @@ import numpy as np
 _TL, _TR, _BL, _BR = range(4)
 
 # Of images, and of vectors; the first is the default.
-IMAGE_GRANULARITIES = ("block", "pair", "row", "column", "channel")
+IMAGE_GRANULARITIES = ("channel", "block", "pair", "row", "column")
 VECTOR_GRANULARITIES = ("free",)
 
 
@@ -119,15 +119,16 @@ class DimensionFactorization:
           keep: `"high"` (LCMA) or `"low"`: which half stays; a list gives one for each factor-out.
           granularity: of images, for every channel by itself,
 
-            * `"block"` (default): of the four entries of every 2x2 block two stay,
+            * `"channel"` (default): of the four positions in a 2x2 block two stay, the same in every block, by their
+              averages: a lattice, which convolutions can use,
+            * `"block"` (the paper's): two of the four entries of every block stay, whichever they are there,
             * `"pair"`: of every two horizontal neighbours one stays,
-            * `"row"`: of every two rows one stays, by its average; `"column"`: of every two columns,
-            * `"channel"`: the statistic is averaged over the blocks first, so that the same two positions stay everywhere;
+            * `"row"`: of every two rows one stays, by its average; `"column"`: of every two columns;
 
             of vectors `"free"`: any half.
 
         Returns:
-          The factorization. The kept channels of `"block"` and `"channel"` are ordered by rank: the highest entry of every
+          The factorization. The kept channels of `"channel"` and `"block"` are ordered by rank: the highest entry of every
           channel's block, then the second; those of the others by position. Ties go by position; where a whole statistic is
           constant (an additive flow contributes 0 everywhere) the split is the static checkerboard, or the first half of a
           vector.

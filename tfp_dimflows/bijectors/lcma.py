@@ -31,7 +31,7 @@ class LCMA(Multiscale):
       levels: as in `Multiscale`.
       contributions: one array of the event's shape per factor-out.
       keep: `"high"` (LCMA), `"low"`, or a list of them.
-      granularity: `"block"`, `"channel"`, `"free"` and others, as in `DimensionFactorization.from_contributions`.
+      granularity: `"channel"`, `"block"`, `"free"` and others, as in `DimensionFactorization.from_contributions`.
       exits: as in `Multiscale`.
       validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
