@@ -20,6 +20,7 @@ import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
+from tfp_dimflows import plot
 
 dfb, tfd = dimflows.bijectors, tfp.distributions
 
@@ -80,6 +81,7 @@ STUDIES = {
     "digits, vectors": Study("digits 8x8, vectors", "realnvp", TABLE, 600, ("random", "another-random", *FREE)),
     "breast cancer, table": Study("breast cancer", "realnvp", TABLE, 300, ("random", "another-random", *FREE), seeds=10),
 }
+PICTURED = ("CIFAR-10", "MNIST")
 
 
 def images(name, size):
@@ -269,7 +271,7 @@ def phase_one(path, study, events, levels, seed):
         snapshots = Snapshots(events[0], seed)
         model, bits, seconds = fit(study, events, levels, None, seed, [snapshots])
         values = {"log-det": contributions(model, events[0], seed), "bits_per_dim": bits, "seconds": seconds}
-        if study.recipe == "realnvp":
+        if study.recipe == "realnvp" and events[0].ndim == 4:
             values["without-actnorm"] = values["log-det"] - of_actnorm(model)
         values |= {f"after-{steps}": taken for steps, taken in snapshots.taken.items()}
         np.savez(path, **values, covariance=covariance(events[0], levels))
@@ -327,7 +329,7 @@ def stability(shape, found):
     def agreement(pairs):
         return round(statistics.mean(2.0 * float(np.mean(a & b)) for a, b in pairs), 3)
 
-    keys = [f"after-{steps}" for steps in SNAPSHOTS if f"after-{steps}" in found[0]]
+    keys = [f"after-{steps}" for steps in SNAPSHOTS if all(f"after-{steps}" in own for own in found)]
     return {
         key: {
             "with_the_end": agreement((kept(own, key), kept(own, "log-det")) for own in found),
@@ -335,6 +337,14 @@ def stability(shape, found):
         }
         for key in keys
     }
+
+
+def save_picture(study, found):
+    """The contributions of one seed, and how many levels the dimensions pass in some splits by them."""
+    names = [split for split in study.splits if split.split()[0] in ("channels", "checkerboard", "log-det")]
+    shape = found["log-det"].shape[1:]
+    path = machine.RESULTS / f"paper_lcma_splits_{study.data.split()[0].lower()}.png"
+    plot.save_factorizations(path, {name: factorization(name, shape, found, 0) for name in names}, found["log-det"])
 
 
 def main():
@@ -355,6 +365,8 @@ def main():
             "stability": stability(found[0]["log-det"].shape[1:], found),
             "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
         }
+        if name in PICTURED:
+            save_picture(study, found[0])
         budget = {"batch_size": BATCH, "optimizer": f"Adam, {LEARNING_RATE} with cosine decay, one training per split and seed"}
         machine.write("paper_lcma_splits", {"budget": budget, "studies": results})
 
