@@ -47,8 +47,8 @@ def factorizations():
     yield "channels_position_major", Factorization.channels(IMAGE, 3, order="position_major")
     yield "checkerboard", Factorization.checkerboard(IMAGE, 3)
     yield "random", Factorization.random(IMAGE, 3, seed=1)
-    yield "block", Factorization.from_contributions(STATISTICS)
-    yield "channel", Factorization.from_contributions(STATISTICS, granularity="channel")
+    for granularity in ("channel", "block", "pair", "row", "column"):
+        yield granularity, Factorization.from_contributions(STATISTICS, granularity=granularity)
     yield "vector_channels", Factorization.channels([11], 4)
     yield "vector_random", Factorization.random([11], 4, seed=1)
     yield "vector_free", Factorization.from_contributions(contributions_of([11], 3))
@@ -141,7 +141,7 @@ def test_random_halves_depend_on_the_seed_only():
 
 @pytest.mark.parametrize("keep", ["high", "low"])
 def test_block_keeps_the_two_best_of_every_block_of_every_channel(keep):
-    factorization = Factorization.from_contributions(STATISTICS, keep=keep)
+    factorization = Factorization.from_contributions(STATISTICS, keep=keep, granularity="block")
     sign = 1.0 if keep == "high" else -1.0
     shape, ids = IMAGE, np.arange(np.prod(IMAGE))
     for statistic, kept in zip(STATISTICS, factorization.kept):
@@ -153,17 +153,39 @@ def test_block_keeps_the_two_best_of_every_block_of_every_channel(keep):
         shape, ids = kept.shape, kept.ravel()
 
 
+def test_whole_channels_are_the_default_of_images():
+    assert Factorization.from_contributions(STATISTICS) == Factorization.from_contributions(STATISTICS, granularity="channel")
+
+
+@pytest.mark.parametrize(
+    ("granularity", "kept"),
+    [
+        # Of a 2x4 image 0 to 3, 4 to 7, the statistic below.
+        ("pair", [[[0, 5], [3, 6]]]),
+        ("row", [[[4, 5], [6, 7]]]),
+        ("column", [[[0, 4], [2, 6]]]),
+    ],
+)
+def test_pairs_rows_and_columns_by_a_written_out_example(granularity, kept):
+    statistic = np.array([[5.0, 1.0, 0.0, 1.0], [3.0, 4.0, 3.0, 2.0]])[..., np.newaxis]
+    factorization = Factorization.from_contributions([statistic], granularity=granularity)
+    assert factorization.kept[0].tolist() == kept
+    reverse = Factorization.from_contributions([statistic], keep="low", granularity=granularity)
+    if granularity != "column":  # ties
+        assert reverse.kept[0].tolist() == factorization.left[0].tolist()
+
+
 def test_the_highest_half_of_a_block_is_kept_by_a_written_out_example():
     statistic = np.array([[5.0, 1.0, 0.0, 1.0], [3.0, 4.0, 3.0, 2.0]])[..., np.newaxis]
-    kept = Factorization.from_contributions([statistic]).kept[0]
+    kept = Factorization.from_contributions([statistic], granularity="block").kept[0]
     # Flat indices of a 2x4 image: the first block holds 0, 1, 4, 5, the second one 2, 3, 6, 7.
     assert kept.tolist() == [[[0, 5], [6, 7]]]
-    left = Factorization.from_contributions([statistic]).left[0]
+    left = Factorization.from_contributions([statistic], granularity="block").left[0]
     assert left.tolist() == [[[4, 1], [3, 2]]]
 
 
 def test_kept_channels_are_rank_one_of_all_channels_then_rank_two():
-    factorization = Factorization.from_contributions(STATISTICS[:1])
+    factorization = Factorization.from_contributions(STATISTICS[:1], granularity="block")
     for grid, ranks in ((factorization.kept[0], (0, 1)), (factorization.left[0], (2, 3))):
         for i, j, c in itertools.product(range(2), range(4), range(3)):
             block = [((2 * i + di) * IMAGE[1] + 2 * j + dj) * IMAGE[2] + c for di, dj in ((0, 0), (0, 1), (1, 0), (1, 1))]
@@ -189,7 +211,7 @@ def test_reversing_the_sign_of_the_statistic_swaps_the_halves():
 def test_ties_go_by_position():
     statistic = np.zeros([4, 4, 2])
     statistic[0, 1, 0] = 1.0
-    kept = Factorization.from_contributions([statistic]).kept[0]
+    kept = Factorization.from_contributions([statistic], granularity="block").kept[0]
     rows, columns, channels = np.unravel_index(kept, statistic.shape)
     assert (rows[0, 0, 0], columns[0, 0, 0]) == (0, 1) and (rows[0, 0, 2], columns[0, 0, 2]) == (0, 0)
     tied = [(i, j, c) for i, j, c in np.ndindex(2, 2, 2) if (i, j, c) != (0, 0, 0)]

@@ -79,7 +79,10 @@ def test_the_configuration_is_json_and_gives_the_same():
         (lambda: Online("checkerboard"), "OnlineFactorization: got initial='checkerboard', needs a DimensionFactorization"),
         (lambda: Online(INITIAL, "highest"), 'OnlineFactorization: got keep=\'highest\', needs "high" or "low"'),
         (lambda: Online(INITIAL, ["low"]), "or a list of 2 of them"),
-        (lambda: Online(INITIAL, granularity="free"), "granularity='free' for events of shape .*needs one of block, pair, row"),
+        (
+            lambda: Online(INITIAL, granularity="free"),
+            "granularity=.free. for events of shape .*needs one of channel, block",
+        ),
         (lambda: Online(Factorization.channels([5], 2), granularity="row"), r"events of shape \(5,\), needs one of free"),
         (
             lambda: flow().decide(STATISTICS[0][..., :2]),

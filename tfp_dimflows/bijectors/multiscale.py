@@ -205,7 +205,7 @@ class Multiscale(base.FlowBijector):
         """
         if self._event_shape is None:
             raise ValueError(f"{self.name}: the layout of the event needs event_shape")
-        flatten = tfb.Reshape(event_shape_out=[np.prod(self._event_shape)], event_shape_in=self._event_shape)
+        flatten = tfb.Reshape(event_shape_out=[int(np.prod(self._event_shape))], event_shape_in=self._event_shape)
         return tfb.Chain([tfb.Permute(self._latent_order), flatten])
 
     def likelihood_contributions(self, y: tf.Tensor, condition: Any = None) -> list[tf.Tensor]:
