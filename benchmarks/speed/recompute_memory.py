@@ -5,7 +5,6 @@ with both models, which take turns, compares their times.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -14,46 +13,31 @@ import tensorflow as tf
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.speed import steps
 
 DEPTHS, IMAGE, WIDTH, BATCH, STEPS = (8, 16, 32), [32, 32, 3], 64, 32, 5
 MODES = ("keep", "recompute")
 
 
 def training_step(depth, memory):
-    """A compiled function of images that takes every gradient of their log-probability."""
-    distribution = dimflows.recipes.glow(IMAGE, num_scales=1, depth=depth, width=WIDTH, memory=memory)
-    variables = [v.value for v in dimflows.FlowModel(distribution).trainable_variables]
-
-    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE])])
-    def step(x):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(distribution.log_prob(x))
-        return [tf.reduce_sum(g) for g in tape.gradient(loss, variables)]
-
-    step(tf.zeros([1, *IMAGE]))
-    return step
-
-
-def peak():
-    """MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return steps.training_step(dimflows.recipes.glow(IMAGE, num_scales=1, depth=depth, width=WIDTH, memory=memory), IMAGE)
 
 
 def measure_memory(depth, memory):
     """MiB that the process grows by in the steps."""
     step = training_step(depth, memory)
-    before = peak()
+    before = steps.peak_mib()
     for _ in range(STEPS):
         step(tf.random.stateless_normal([BATCH, *IMAGE], [0, 0]))
-    return {f"{memory}_mib": peak() - before}
+    return {f"{memory}_mib": steps.peak_mib() - before}
 
 
 def measure_time(depth):
     """Seconds of a step, the least of several."""
     x, seconds = tf.random.stateless_normal([BATCH, *IMAGE], [0, 0]), {memory: [] for memory in MODES}
-    steps = {memory: training_step(depth, memory) for memory in MODES}
+    models = {memory: training_step(depth, memory) for memory in MODES}
     for _ in range(STEPS + 1):
-        for memory, step in steps.items():
+        for memory, step in models.items():
             start = time.perf_counter()
             step(x)[0].numpy()
             seconds[memory].append(time.perf_counter() - start)

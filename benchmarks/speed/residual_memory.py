@@ -4,7 +4,6 @@ Run as `python -m benchmarks.speed.residual_memory` from the repository's root. 
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.speed import steps
 
 tfd = tfp.distributions
 
@@ -35,22 +35,14 @@ def measure(depth, memory_saving):
     ]
     flow = dfb.Multiscale([dfb.Chain(blocks)], event_shape=IMAGE)
     distribution = tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [int(np.prod(IMAGE))]), flow)
-    variables = [v.value for v in dimflows.FlowModel(distribution).trainable_variables]
-
-    @tf.function(input_signature=[tf.TensorSpec([None, *IMAGE])])
-    def step(x):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(distribution.log_prob(x))
-        return [tf.reduce_sum(g) for g in tape.gradient(loss, variables)]
-
-    step(tf.zeros([1, *IMAGE]))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = steps.training_step(distribution, IMAGE)
+    before = steps.peak_mib()
     x = tf.random.stateless_normal([BATCH, *IMAGE], [0, 0])
     start = time.perf_counter()
     for _ in range(STEPS):
         step(x)
     seconds = time.perf_counter() - start
-    return {"mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "seconds_per_step": seconds / STEPS}
+    return {"mib": steps.peak_mib() - before, "seconds_per_step": seconds / STEPS}
 
 
 def main():
