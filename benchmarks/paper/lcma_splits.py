@@ -145,9 +145,7 @@ def entropy_statistics(shape, factor_outs, covariance, granularity):
             candidates = grid.reshape(1, -1, 1)
         else:
             height, width, channels = grid.shape
-            candidates = grid.reshape(height // 2, 2, width // 2, 2, channels).transpose(4, 0, 2, 1, 3).reshape(channels, -1, 4)
-            by_channel = granularity == "channel"
-            candidates = np.swapaxes(candidates, 1, 2) if by_channel else candidates.reshape(-1, 4, 1)
+            candidates = grid.reshape(height // 2, 2, width // 2, 2, channels).transpose(4, 0, 2, 1, 3).reshape(-1, 4, 1)
         statistic = np.zeros(len(covariance))
         statistic[_greedy(candidates, covariance)] = 1.0
         chosen.append(statistic.reshape(shape))
