@@ -49,7 +49,7 @@ def of_tfp(task, sizes):
     tfb, tfd = tfp.bijectors, tfp.distributions
     noise = tfd.Sample(tfd.Normal(0.0, 1.0), [int(np.prod(sizes["shape"]))])
     if task.startswith("glow"):
-        coupling = functools.partial(tfb.GlowDefaultNetwork, num_hidden_channels=sizes["width"])
+        coupling = functools.partial(tfb.GlowDefaultNetwork, num_hidden=sizes["width"])
         return tfd.TransformedDistribution(
             noise,
             tfb.Glow(

@@ -287,7 +287,14 @@ def to_tensor(value, dtype):
 
 def _fill(log_det, value):
     """Broadcasts per-dimension log-dets in full to the shape of `value` (structures alike)."""
-    return tf.nest.map_structure(lambda d, v: tf.broadcast_to(tf.cast(d, log_det_dtype(v.dtype)), ps.shape(v)), log_det, value)
+    return tf.nest.map_structure(_fill_part, log_det, value)
+
+
+def _fill_part(log_det, value):
+    log_det = tf.cast(log_det, log_det_dtype(value.dtype))
+    if value.shape.is_fully_defined() and log_det.shape == value.shape:
+        return log_det
+    return tf.broadcast_to(log_det, ps.shape(value))
 
 
 def log_det_dtype(dtype: tf.DType) -> tf.DType:
@@ -297,9 +304,18 @@ def log_det_dtype(dtype: tf.DType) -> tf.DType:
 
 def sum_event(log_det, value, event_ndims):
     """Sums per-dimension log-dets over the last `event_ndims` axes of `value` (over all parts of a structure)."""
-    filled = tf.nest.flatten(_fill(log_det, value))
-    ndims = tf.nest.flatten(event_ndims)
-    return sum(tf.reduce_sum(d, axis=list(range(-n, 0))) if n else d for d, n in zip(filled, ndims))
+    parts = zip(*(tf.nest.flatten(structure) for structure in (log_det, value, event_ndims)), strict=True)
+    return sum(_sum_last(tf.cast(d, log_det_dtype(v.dtype)), ps.shape(v), n) for d, v, n in parts)
+
+
+def _sum_last(log_det, shape, ndims):
+    """The sum over the last `ndims` axes of `log_det` broadcast to `shape`, at the cost of what `log_det` holds."""
+    rank, own_rank = int(ps.rank_from_shape(shape)), log_det.shape.rank
+    summed = min(ndims, own_rank)
+    own = ps.concat([[1] * (ndims - summed), ps.shape(log_det)[own_rank - summed :]], axis=0)
+    repeats = ps.cast(ps.reduce_prod(ps.where(ps.equal(own, 1), shape[rank - ndims :], 1)), log_det.dtype)
+    total = tf.reduce_sum(log_det, axis=list(range(-summed, 0))) if summed else log_det
+    return tf.broadcast_to(total * repeats, shape[: rank - ndims])
 
 
 def event_ndims_static(event_ndims: Any, name: str) -> int:

@@ -77,16 +77,31 @@ class Coupling(base.FlowBijector):
         return self._network.accepts_condition
 
     def _forward_and_log_det_per_dim(self, x, condition):
-        return self._transform(x, condition, "forward")
+        return self._per_dim(*self._transform(x, condition, "forward"))
 
     def _inverse_and_log_det_per_dim(self, y, condition):
-        return self._transform(y, condition, "inverse")
+        return self._per_dim(*self._transform(y, condition, "inverse"))
+
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        if not self._is_plain("forward"):
+            return super()._forward_and_log_det(x, condition, event_ndims)
+        return self._summed(*self._transform(x, condition, "forward"), event_ndims)
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        if not self._is_plain("inverse"):
+            return super()._inverse_and_log_det(y, condition, event_ndims)
+        return self._summed(*self._transform(y, condition, "inverse"), event_ndims)
+
+    def _is_plain(self, direction):
+        """Whether no subclass has another pass in this direction."""
+        primitive = f"_{direction}_and_log_det_per_dim"
+        return getattr(type(self), primitive) is getattr(Coupling, primitive)
 
     def _transform(self, value, condition, direction):
+        """The conditioning part, the transformed part after the transformation, and the log-det there."""
         conditioning, transformed = self._mask.split(value)
-        return self._join(
-            conditioning, *self._apply(self._elementwise(conditioning, transformed, condition), transformed, direction)
-        )
+        bijector = self._elementwise(conditioning, transformed, condition)
+        return conditioning, *self._apply(bijector, transformed, direction)
 
     def _elementwise(self, conditioning, transformed, condition):
         params = self._network(conditioning, condition, event_ndims=self._mask.event_ndims)
@@ -99,9 +114,13 @@ class Coupling(base.FlowBijector):
         transformed.set_shape(shape)  # TFP's spline loses it
         return transformed, base._fill(log_det, transformed)
 
-    def _join(self, conditioning, transformed, log_det):
+    def _per_dim(self, conditioning, transformed, log_det):
         zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
         return self._mask.join(conditioning, transformed), self._mask.join(zeros, log_det)
+
+    def _summed(self, conditioning, transformed, log_det, event_ndims):
+        log_det = tf.squeeze(self._mask.select(tf.expand_dims(log_det, axis=-1)), axis=-1)
+        return self._mask.join(conditioning, transformed), base.sum_event(log_det, transformed, event_ndims)
 
     def _again(self, result, event_ndims, direction, condition, tape):
         """`recompute.again` with one evaluation of the network, which sees the same before and after the transformation."""
@@ -111,15 +130,13 @@ class Coupling(base.FlowBijector):
         with tape.stop_recording():
             transformed, _ = self._apply(bijector, transformed, per_dimension._opposite(direction))
         tape.watch(transformed)
-        again, log_det = self._join(conditioning, *self._apply(bijector, transformed, direction))
-        parts = [conditioning, transformed]
-        return recompute.Again(parts, lambda parts: self._mask.join(*parts), again, base.sum_event(log_det, again, event_ndims))
+        again = self._summed(conditioning, *self._apply(bijector, transformed, direction), event_ndims)
+        return recompute.Again([conditioning, transformed], lambda parts: self._mask.join(*parts), *again)
 
 
 @recompute.again.register
 def _(bijector: Coupling, result, event_ndims, direction, kwargs, tape):
-    primitive = f"_{direction}_and_log_det_per_dim"
-    if getattr(type(bijector), primitive) is not getattr(Coupling, primitive):  # a subclass that does something else
+    if not bijector._is_plain(direction):
         return recompute.again.dispatch(object)(bijector, result, event_ndims, direction, kwargs, tape)
     return bijector._again(result, event_ndims, direction, bijector._route(kwargs.get("condition"), {}), tape)
 

@@ -81,15 +81,17 @@ class InvertibleConv1x1(base.FlowBijector):
 
     def _factors(self, dtype):
         """P, L and U (with its diagonal) of W = P L U."""
-        packed = tf.cast(self._packed, dtype)
-        lower = tf.linalg.set_diag(tf.linalg.band_part(packed, -1, 0), tf.ones(self._channels, dtype))
-        diagonal = tf.constant(self._sign, dtype) * tf.exp(self._log_scale(dtype))
-        upper = tf.linalg.set_diag(tf.linalg.band_part(packed, 0, -1), diagonal)
+        packed, eye = tf.cast(self._packed, dtype), np.eye(self._channels)
+        below = np.tri(self._channels, k=-1)
+        lower = packed * tf.constant(below, dtype) + tf.constant(eye, dtype)
+        diagonal = tf.constant(np.diag(self._sign), dtype) * tf.exp(self._log_scale(dtype))
+        upper = packed * tf.constant(1.0 - eye - below, dtype) + diagonal
         return tf.constant(self._permutation, dtype), lower, upper
 
     def _log_scale(self, dtype):
         # Unlike tf.linalg.diag_part's, this gradient exists for one channel inside a tf.function.
-        return tf.cast(tf.reduce_sum(self._packed * tf.eye(self._channels, dtype=self._packed.dtype), axis=-1), dtype)
+        eye = tf.constant(np.eye(self._channels), self._packed.dtype)
+        return tf.cast(tf.reduce_sum(self._packed * eye, axis=-1), dtype)
 
     def _matrix(self, dtype):
         permutation, lower, upper = self._factors(dtype)

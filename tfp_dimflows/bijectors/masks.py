@@ -98,11 +98,10 @@ class Channel:
         return conditioning, channels - conditioning
 
     def split(self, x):
-        """The two halves, as slices."""
-        conditioning, transformed = self.sizes(_static(x.shape[-1:], 1, "Channel")[0])
-        if self.flip:
-            return x[..., transformed:], x[..., :transformed]
-        return x[..., :conditioning], x[..., conditioning:]
+        """The two halves."""
+        sizes = self.sizes(_static(x.shape[-1:], 1, "Channel")[0])
+        order = -1 if self.flip else 1
+        return tuple(tf.split(x, sizes[::order], axis=-1)[::order])
 
     def join(self, conditioning, transformed):
         """Concatenates the halves."""
@@ -198,9 +197,8 @@ class Index:
 
     def split(self, x):
         """The listed entries and the others, each in ascending order."""
-        self.sizes(_static(x.shape[-1:], 1, "Index")[0])
-        x = reorder.permute_last(x, self._order)
-        return x[..., : len(self._chosen)], x[..., len(self._chosen) :]
+        sizes = self.sizes(_static(x.shape[-1:], 1, "Index")[0])
+        return tuple(tf.split(reorder.permute_last(x, self._order), sizes, axis=-1))
 
     def join(self, conditioning, transformed):
         """Puts every entry back in its place."""

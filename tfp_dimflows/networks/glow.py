@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.keras_bridge import adapting
@@ -51,13 +52,16 @@ class EdgeConv2D(keras.layers.Layer):
         self.kernel = self.add_weight(shape=(3, 3, inputs + 1, outputs), initializer=self.kernel_initializer, name="kernel")
         self.built = True
 
-    def call(self, x):
-        """The convolution of `x`."""
-        kernel = ops.convert_to_tensor(self.kernel)
+    def call(self, x, affine=None):
+        """The convolution of `x`; with a `ChannelAffine`, `affine(convolution)`."""
+        kernel, shift = ops.convert_to_tensor(self.kernel), 0.0
+        if affine is not None:
+            kernel, shift = affine.folded(kernel)
+        of_x, of_edge = tf.split(kernel, [self.inputs, 1], axis=2)
         inside = ops.zeros((1, *ops.shape(x)[1:-1], 1), dtype=x.dtype)
         edge = ops.pad(inside, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=1.0)
-        y = ops.conv(x, kernel[:, :, :-1], padding="same", data_format="channels_last")
-        return y + ops.conv(edge, kernel[:, :, -1:], padding="valid", data_format="channels_last")
+        edge = ops.conv(edge, of_edge, padding="valid", data_format="channels_last") + shift
+        return ops.conv(x, of_x, padding="same", data_format="channels_last") + edge
 
     def get_config(self) -> dict:
         """The constructor's arguments."""
@@ -74,7 +78,7 @@ class ChannelAffine(keras.layers.Layer):
     """Learned shift and scale of every channel: `y = (x + b) exp(3 s)`, at the start the identity.
 
     The 3 makes the scale learn three times as fast as the rest. The exponential is computed in the variables'
-    precision.
+    precision. After a convolution the scale acts on the kernel (`folded`), which costs nothing per pixel.
 
     Args:
       channels: size of the last axis.
@@ -94,7 +98,13 @@ class ChannelAffine(keras.layers.Layer):
 
     def call(self, x):
         """The shifted and scaled `x`."""
-        return (x + self.bias) * ops.cast(ops.exp(3.0 * self.log_scale), x.dtype)
+        scale, shift = self.folded(ops.ones((), dtype=x.dtype))
+        return x * scale + shift
+
+    def folded(self, kernel):
+        """The kernel of a convolution followed by this layer, and the shift of its result."""
+        scale = ops.cast(ops.exp(3.0 * self.log_scale), kernel.dtype)
+        return kernel * scale, self.bias * scale
 
     def get_config(self) -> dict:
         """The constructor's arguments."""
@@ -137,10 +147,12 @@ class ActNormLayer(ChannelAffine):
     def call(self, x):
         """The normalised `x`."""
         if adapting():
-            self._adapt(ops.cast(x, self.variable_dtype))
+            self.adapt(x)
         return super().call(x)
 
-    def _adapt(self, x):
+    def adapt(self, x):
+        """Sets shift and scale from the moments of `x`."""
+        x = ops.cast(x, self.variable_dtype)
         # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
         some = ops.reshape(x, (-1, x.shape[-1]))[0]
         mean, variance = ops.moments(x - some, axes=tuple(range(x.ndim - 1)))
@@ -187,7 +199,7 @@ class ZeroConv2D(keras.layers.Layer):
 
     def call(self, x):
         """The convolution of `x`, shifted and scaled."""
-        return self.affine(self.conv(x))
+        return self.conv(x, affine=self.affine)
 
     def get_config(self) -> dict:
         """The constructor's arguments."""
@@ -268,8 +280,13 @@ class GlowConvNet(Conditioner):
     def call(self, x, condition=None):
         """The parameters `[N, H, W, outputs]` for `x` and `condition`."""
         h = self._with_condition(x, condition)
-        h = ops.relu(self.norm_1(self.conv_1(h)))
-        h = ops.relu(self.norm_2(self.conv_2(h)))
+        if adapting():
+            self.norm_1.adapt(self.conv_1(h))
+        h = ops.relu(self.conv_1(h, affine=self.norm_1))
+        if adapting():
+            self.norm_2.adapt(self.conv_2(h))
+        kernel, shift = self.norm_2.folded(ops.convert_to_tensor(self.conv_2.kernel))
+        h = ops.relu(self.conv_2.convolution_op(h, kernel) + shift)
         return self.conv_out(h)
 
     def get_config(self) -> dict:
