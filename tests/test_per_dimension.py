@@ -1118,3 +1118,17 @@ def test_polar_gradient(singular_values):
     steps = 1e-5 * np.reshape(np.eye(16), [16, 4, 4])
     plus, minus = (tf.reduce_sum(weights * dense.polar(matrix + sign * steps), -1) for sign in (1, -1))
     np.testing.assert_allclose(gradient, (plus - minus) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (4, 1), (3, 4, 5), (2, 3, 4, 5), (2, 1, 4, 1), (1, 3, 1, 1)])
+def test_log_dets_that_broadcast_are_summed_as_if_in_full(shape, is_static):
+    value = np.zeros([2, 3, 4, 5])
+    log_det = np.random.default_rng(0).normal(size=shape)
+    full = np.broadcast_to(log_det, value.shape)
+    spec = None if is_static else [tf.TensorSpec([None] * array.ndim, tf.float64) for array in (log_det, value)]
+    for ndims in range(4):
+        total = tf.function(lambda d, v, ndims=ndims: base.sum_event(d, v, ndims), spec)(
+            tf.constant(log_det), tf.constant(value)
+        )
+        np.testing.assert_allclose(total, full.sum(axis=tuple(range(4 - ndims, 4))), rtol=1e-12)

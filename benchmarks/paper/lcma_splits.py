@@ -58,6 +58,7 @@ def _both(statistic, granularities, factor_outs=2):
 
 STATIC = ("channels", "checkerboard", "random")
 CHOICES = (*STATIC, *_both("log-det", ("block", "channel")), "entropy block")
+SCALE = ("checkerboard", "channels", "log-det LL block", "log-det HH channel")
 READINGS = ("channels", *_both("log-det", ("block", "pair", "row")), *_both("per-level", ("block",)))
 READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",)))
 ONLINE = ("channels", "log-det HH channel", "after-300 HH channel", "online-75 HH channel", "online-150 HH channel")
@@ -69,6 +70,7 @@ STUDIES = {
     "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES[:-1]),
     "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
     "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS),
+    "CIFAR-10, 32x32": Study("CIFAR-10", "realnvp", IMAGES | {"width": 16}, 600, SCALE, seeds=2),
     "CIFAR-10, exits": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
     "MNIST, online": Study("MNIST 16x16", "realnvp", IMAGES, 600, ONLINE, is_equal_cost=True),
     "MNIST, exits": Study("MNIST 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
@@ -119,6 +121,7 @@ def flat(parts):
 DATASETS = {
     "MNIST 16x16": (lambda: images("mnist", 16), 256),
     "MNIST 16x16, vectors": (lambda: flat(images("mnist", 16)), 256),
+    "CIFAR-10": (lambda: images("cifar10", 32), 256),
     "CIFAR-10 16x16": (lambda: images("cifar10", 16), 256),
     "photo patches 8x8, vectors": (photo_patches, 256),
     "digits 8x8, vectors": (lambda: flat(images("digits", 8)), 17),

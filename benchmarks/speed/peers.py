@@ -163,21 +163,61 @@ def torch_functions(made, batch, shape, is_compiled):
     return functions, sum(p.numel() for p in model.parameters())
 
 
+def single(make):
+    """A contender of TensorFlow with one thread per operation: its cores do operations that do not wait for each other."""
+
+    def contender(task, sizes):
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        return tensorflow(make(task, sizes), sizes["batch"], sizes["shape"], False)
+
+    return contender
+
+
 CONTENDERS = {
     "ours": lambda task, sizes: tensorflow(ours(task, sizes), sizes["batch"], sizes["shape"], False),
     "ours, XLA": lambda task, sizes: tensorflow(ours(task, sizes), sizes["batch"], sizes["shape"], True),
+    "ours, one thread per operation": single(ours),
     "TFP": lambda task, sizes: tensorflow(of_tfp(task, sizes), sizes["batch"], sizes["shape"], False),
     "TFP, XLA": lambda task, sizes: tensorflow(of_tfp(task, sizes), sizes["batch"], sizes["shape"], True),
+    "TFP, one thread per operation": single(of_tfp),
     "normflows": lambda task, sizes: torch_functions(of_normflows(task, sizes), sizes["batch"], sizes["shape"], False),
     "normflows, compiled": lambda task, sizes: torch_functions(of_normflows(task, sizes), sizes["batch"], sizes["shape"], True),
     "zuko": lambda task, sizes: torch_functions(of_zuko(task, sizes), sizes["batch"], sizes["shape"], False),
     "zuko, compiled": lambda task, sizes: torch_functions(of_zuko(task, sizes), sizes["batch"], sizes["shape"], True),
 }
 ENTRANTS = {
-    "glow": ["ours", "ours, XLA", "TFP", "TFP, XLA", "normflows", "normflows, compiled"],
-    "glow_deep": ["ours", "ours, XLA", "TFP", "normflows"],
-    "realnvp": ["ours", "ours, XLA", "normflows", "normflows, compiled", "zuko", "zuko, compiled"],
-    "maf": ["ours", "ours, XLA", "TFP", "TFP, XLA", "zuko", "zuko, compiled"],
+    "glow": [
+        "ours",
+        "ours, XLA",
+        "ours, one thread per operation",
+        "TFP",
+        "TFP, XLA",
+        "TFP, one thread per operation",
+        "normflows",
+        "normflows, compiled",
+    ],
+    "glow_deep": ["ours", "ours, one thread per operation", "TFP", "normflows"],
+    "realnvp": [
+        "ours",
+        "ours, XLA",
+        "ours, one thread per operation",
+        "normflows",
+        "normflows, compiled",
+        "zuko",
+        "zuko, compiled",
+    ],
+    "maf": [
+        "ours",
+        "ours, XLA",
+        "ours, one thread per operation",
+        "TFP",
+        "TFP, XLA",
+        "TFP, one thread per operation",
+        "zuko",
+        "zuko, compiled",
+    ],
 }
 
 
