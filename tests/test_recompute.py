@@ -179,6 +179,15 @@ def test_values_and_gradients_are_those_of_the_ordinary_pass(case, direction, mo
     assert_equal(results[1], results[0], 1e-9)
 
 
+def test_a_coupling_with_passes_of_its_own_sums_their_log_dets():
+    coupling = Stretched(mixer_for(half(), VECTOR, 2, 7, "float64"), half(), dtype=tf.float64)
+    x = normal([5, 4], 1)
+    for direction in ("forward", "inverse"):
+        per_dim = getattr(coupling, f"{direction}_log_det_per_dim")(x)
+        total = getattr(coupling, f"{direction}_log_det_jacobian")(x)
+        np.testing.assert_allclose(total, tf.reduce_sum(per_dim, axis=-1), rtol=1e-12)
+
+
 def test_float32_agrees_to_its_rounding():
     results = []
     for memory in MEMORIES:

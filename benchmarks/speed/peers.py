@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from benchmarks import machine
+from benchmarks.speed import steps
 
 ROUNDS, REPEATS = 7, 3
 LEARNING_RATE = 1e-4
@@ -251,12 +252,13 @@ def answer(task, name):
         start = time.perf_counter()
         if question == "first step":
             functions, parameters = CONTENDERS[name](task, TASKS[task])
+            before = steps.peak_mib()
             functions["step"]()
             result = {"seconds": time.perf_counter() - start, "parameters": parameters}
         else:
             for _ in range(REPEATS):
                 functions[question]()
-            result = {"seconds": (time.perf_counter() - start) / REPEATS}
+            result = {"seconds": (time.perf_counter() - start) / REPEATS, "mib": steps.peak_mib() - before}
         output.write(json.dumps(result) + "\n")
         output.flush()
 
@@ -278,6 +280,7 @@ def compare(task):
                     del seconds[name]
                 else:
                     seconds[name].append(measured["seconds"])
+                    rows[name].setdefault("training_mib", round(measured["mib"]))
         for name, values in seconds.items():
             ratios = [other / own for other, own in zip(values[1:], seconds["ours"][1:])]
             rows[name][f"{what}_ms"] = round(1e3 * statistics.median(values[1:]), 2)

@@ -3,7 +3,6 @@
 Run as `python -m benchmarks.speed.scaling` from the repository's root. Each model has a process of its own.
 """
 
-import functools
 import json
 import statistics
 import subprocess
@@ -55,10 +54,15 @@ def measure(size, batch, depth, factorization, grappler):
             value = loss(x)
         return tape.gradient(value, variables)
 
+    def update(x):
+        optimizer.apply(gradients(x), model.trainable_variables)
+
     row = {"construct_s": construct}
-    for function in (loss, gradients):
-        trace = functools.partial(tf.function(function, autograph=False).get_concrete_function, x)
-        row[f"trace_{function.__name__}_s"] = seconds_of(trace)
+    for function in (loss, gradients, update):
+        start = time.perf_counter()
+        graph = tf.function(function, autograph=False).get_concrete_function(x).graph
+        row[f"trace_{function.__name__}_s"] = time.perf_counter() - start
+        row[f"operations_{function.__name__}"] = len(graph.get_operations())
     row["first_step_s"] = seconds_of(lambda: model.train_on_batch(x))
     model.train_on_batch(x)
     step = statistics.median(seconds_of(lambda: model.train_on_batch(x)) for _ in range(STEPS))
