@@ -508,7 +508,7 @@ def test_nothing_that_left_is_moved_again():
         return flow.inverse(y)
 
     concrete = inverse.get_concrete_function(tf.TensorSpec([1, *shape], tf.float32))
-    gathered = [op.outputs[0].shape[-1] for op in concrete.graph.get_operations() if op.type == "GatherV2"]
+    gathered = [op.outputs[0].shape.num_elements() for op in concrete.graph.get_operations() if op.type == "GatherV2"]
     assert gathered == [64, 32]
 
 
