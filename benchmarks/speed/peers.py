@@ -188,37 +188,13 @@ CONTENDERS = {
     "zuko": lambda task, sizes: torch_functions(of_zuko(task, sizes), sizes["batch"], sizes["shape"], False),
     "zuko, compiled": lambda task, sizes: torch_functions(of_zuko(task, sizes), sizes["batch"], sizes["shape"], True),
 }
+_OURS, _TFP = ([name, f"{name}, XLA", f"{name}, one thread per operation"] for name in ("ours", "TFP"))
+_NORMFLOWS, _ZUKO = ([name, f"{name}, compiled"] for name in ("normflows", "zuko"))
 ENTRANTS = {
-    "glow": [
-        "ours",
-        "ours, XLA",
-        "ours, one thread per operation",
-        "TFP",
-        "TFP, XLA",
-        "TFP, one thread per operation",
-        "normflows",
-        "normflows, compiled",
-    ],
+    "glow": [*_OURS, *_TFP, *_NORMFLOWS],
     "glow_deep": ["ours", "ours, one thread per operation", "TFP", "normflows"],
-    "realnvp": [
-        "ours",
-        "ours, XLA",
-        "ours, one thread per operation",
-        "normflows",
-        "normflows, compiled",
-        "zuko",
-        "zuko, compiled",
-    ],
-    "maf": [
-        "ours",
-        "ours, XLA",
-        "ours, one thread per operation",
-        "TFP",
-        "TFP, XLA",
-        "TFP, one thread per operation",
-        "zuko",
-        "zuko, compiled",
-    ],
+    "realnvp": [*_OURS, *_NORMFLOWS, *_ZUKO],
+    "maf": [*_OURS, *_TFP, *_ZUKO],
 }
 
 
