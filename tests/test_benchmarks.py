@@ -1,14 +1,21 @@
 """The table of the papers' numbers, and the command that fills it."""
 
+import itertools
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
+import tensorflow_probability as tfp
 
+import tfp_dimflows as dimflows
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import table
+from benchmarks.paper import lcma_splits, table
+
+tfb = tfp.bijectors
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,7 +38,7 @@ def test_every_row_of_a_benchmark_has_a_value():
     [("-3.67 +- 0.03", -3.69, "reproduced"), ("-3.51 +- 0.01", -3.62, "trend only"), ("3.49", 3.49, "trend only")],
 )
 def test_only_values_within_an_error_bar_are_reproduced(paper, value, status, monkeypatch):
-    monkeypatch.setitem(table.BENCHMARKS, "vflow_toy", (lambda result, key: value, "data"))
+    monkeypatch.setitem(table.BENCHMARKS, "vflow_toy", lambda result, key: (value, "data"))
     assert table.ours({"benchmark": "vflow_toy", "key": "", "paper": paper}) == (f"{value:.3f}", "data", status)
 
 
@@ -77,3 +84,29 @@ def test_the_command_keeps_to_its_budget(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command.main()
     assert "unknown benchmarks ['nothing']" in capsys.readouterr().err
+
+
+def test_halves_of_the_colours_by_a_written_out_example():
+    # Four positions (TL, TR, BL, BR) of two colours; what is best in one of two blocks only does not count.
+    averages = np.array([[1.0, 8.0, 3.0, 4.0], [7.0, 2.0, 6.0, 5.0]])
+    statistic = np.zeros([2, 4, 2])
+    for position, (row, column) in enumerate(itertools.product(range(2), repeat=2)):
+        statistic[row, column::2] = averages[:, position]
+    statistic[0, 0, 0] += 1.0
+    kept = lcma_splits.by_statistics([statistic], "high", "colours").kept[0]
+    assert sorted(averages.ravel(), reverse=True)[:4] == [8.0, 7.0, 6.0, 5.0]
+    assert statistic.ravel()[kept][0, 1].tolist() == [8.0, 7.0, 6.0, 5.0]
+    left = lcma_splits.by_statistics([statistic], ["low"], "colours").left[0]
+    assert np.array_equal(left, kept)
+
+
+def test_couplings_condition_on_the_channels_that_stay():
+    statistic = np.broadcast_to(np.arange(4.0)[::-1], [4, 4, 4])
+    split = lcma_splits.by_statistics([statistic], "low", "colours")
+    sizes = {"num_scales": 2, "num_couplings": 1, "width": 4, "num_blocks": 1}
+    flow = dimflows.recipes.realnvp([4, 4, 4], factorization=split, levels=4, **sizes)
+    level = lcma_splits.with_halves(flow).distribution.bijector.bijectors[-1].levels[0]
+    end = next(k for k, part in enumerate(level.bijectors) if isinstance(part, tfb.Invert)) + 1
+    values = tf.range(64.0)
+    moved = dimflows.bijectors.Chain(level.bijectors[end - 2 : end]).inverse(tf.reshape(values, [4, 4, 4]))
+    assert np.array_equal(moved[..., :8].numpy(), split.kept[0])

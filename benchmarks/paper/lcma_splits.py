@@ -22,7 +22,7 @@ import tfp_dimflows as dimflows
 from benchmarks import machine
 from tfp_dimflows import plot
 
-dfb, tfd = dimflows.bijectors, tfp.distributions
+dfb, tfb, tfd = dimflows.bijectors, tfp.bijectors, tfp.distributions
 
 BATCH, LEARNING_RATE, STATISTICS_EVENTS = 128, 2e-3, 20_000
 SNAPSHOTS = (75, 150, 300, 600, 1200, 2400)
@@ -39,7 +39,8 @@ class Study(NamedTuple):
     """A flow trained on one dataset with several splits, the first of which is the one that the others are compared with.
 
     Splits are named by a statistic, what leaves at each factor-out (L: the half with the low values, H: with the high ones) and
-    the granularity.
+    the granularity: one of the library's, or "colours", half of the squeezed channels by their averages,
+    whatever their colours, with couplings on the same halves, as they are with the static "channels".
     """
 
     data: str
@@ -63,11 +64,13 @@ READINGS = ("channels", *_both("log-det", ("block", "pair", "row")), *_both("per
 READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",)))
 ONLINE = ("channels", "log-det HH channel", "after-300 HH channel", "online-75 HH channel", "online-150 HH channel")
 LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
+COLOURS = ("channels", *_both("log-det", ("colours",)), "entropy colours")
 EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
 FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
 FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("precision", ("free",), 3), "entropy free")
 STUDIES = {
     "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES[:-1]),
+    "CIFAR-10, colours": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, COLOURS),
     "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
     "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS),
     "CIFAR-10, 32x32": Study("CIFAR-10", "realnvp", IMAGES | {"width": 16}, 600, SCALE, seeds=2),
@@ -146,14 +149,56 @@ def entropy_statistics(shape, factor_outs, covariance, granularity):
     for _ in range(factor_outs):
         if granularity == "free":
             candidates = grid.reshape(1, -1, 1)
+        elif granularity == "colours":
+            candidates = squeezed(grid).reshape(1, -1, 4 * grid.shape[-1]).swapaxes(1, 2)
         else:
-            height, width, channels = grid.shape
-            candidates = grid.reshape(height // 2, 2, width // 2, 2, channels).transpose(4, 0, 2, 1, 3).reshape(-1, 4, 1)
+            candidates = squeezed(grid).reshape(-1, 4, 1)
         statistic = np.zeros(len(covariance))
         statistic[_greedy(candidates, covariance)] = 1.0
         chosen.append(statistic.reshape(shape))
-        grid = dfb.DimensionFactorization.from_contributions(chosen, "high", granularity).kept[-1]
+        grid = by_statistics(chosen, "high", granularity).kept[-1]
     return chosen
+
+
+def squeezed(grid):
+    """`[H, W, C]` as `[H/2, W/2, 4C]`, in the order of `dfb.Squeeze`."""
+    return dfb.Squeeze().inverse(grid).numpy()
+
+
+def by_statistics(statistics, keep, granularity):
+    """`dfb.DimensionFactorization.from_contributions`, or its counterpart for "colours"."""
+    if granularity != "colours":
+        return dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
+    shape = np.shape(statistics[0])
+    keeps = [keep] * len(statistics) if isinstance(keep, str) else keep
+    kept, left, grid = [], [], np.arange(np.prod(shape)).reshape(shape)
+    for statistic, half in zip(statistics, keeps):
+        channels = squeezed(grid)
+        ranked = np.argsort(statistic.ravel()[channels].mean(axis=(0, 1)))
+        low, high = (np.sort(part) for part in np.split(ranked, 2))
+        stay, leave = (high, low) if half == "high" else (low, high)
+        kept.append(channels[..., stay])
+        left.append(channels[..., leave])
+        grid = kept[-1]
+    return dfb.DimensionFactorization(shape, kept, left)
+
+
+def with_halves(flow):
+    """The distribution with the channels that stay before those that leave, for the couplings that follow a squeeze."""
+    preprocessing, multiscale = flow.distribution.bijector.bijectors
+    split, levels = multiscale.factorization, multiscale.levels
+    grid = np.arange(np.prod(split.event_shape)).reshape(split.event_shape)
+    for k, (kept, left) in enumerate(zip(split.kept, split.left)):
+        both, channels = np.concatenate([kept, left], axis=-1), squeezed(grid)
+        order = np.argmax(channels[0, 0, :, np.newaxis] == both[0, 0], axis=0)
+        assert np.array_equal(channels[..., order], both), "not the same channels everywhere"
+        parts = []
+        for part in levels[k].bijectors:
+            parts += [part, tfb.Invert(tfb.Permute(order))] if isinstance(part, dfb.Squeeze) else [part]
+        levels[k] = dfb.Chain(parts)
+        grid = kept
+    chain = dfb.Chain([preprocessing, dfb.Multiscale(levels, split)])
+    return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), levels=flow.levels)
 
 
 def _greedy(candidates, covariance):
@@ -210,7 +255,7 @@ def factorization(name, shape, statistics, seed):
         return dfb.DimensionFactorization.random(shape, num_levels, seed=[seed, len(what)])
     if what == "entropy":
         values = entropy_statistics(shape, num_levels - 1, statistics["covariance"], rest[0])
-        return dfb.DimensionFactorization.from_contributions(values, "high", rest[0])
+        return by_statistics(values, "high", rest[0])
     letters, granularity = rest
     keep = ["high" if letter == "L" else "low" for letter in letters]
     if what.startswith("online"):
@@ -219,7 +264,7 @@ def factorization(name, shape, statistics, seed):
         values = [np.log(np.diag(np.linalg.inv(statistics["covariance"]))).reshape(shape)] * len(letters)
     else:
         values = statistics[what]
-    return dfb.DimensionFactorization.from_contributions(values, keep, granularity)
+    return by_statistics(values, keep, granularity)
 
 
 def with_exits(flow, seed):
@@ -243,16 +288,17 @@ def train(study, events, levels, name, found, seed):
         callbacks = [dimflows.training.DecideFactorization(batches, int(name.split()[0].removeprefix("online-")), seed)]
     if name.startswith("after") and study.is_equal_cost:  # as many steps as phase one and this training have together
         study = study._replace(steps=study.steps - int(name.split()[0].removeprefix("after-")))
-    return fit(study, events, levels, split, seed, callbacks)
+    return fit(study, events, levels, split, seed, callbacks, has_halves=name.endswith("colours"))
 
 
-def fit(study, events, levels, split, seed, callbacks=()):
+def fit(study, events, levels, split, seed, callbacks=(), has_halves=False):
     """A trained model, its test bits/dim, and the seconds that it took."""
     start = time.perf_counter()
     train, test = events
     keras.utils.set_random_seed(seed)
     build = dimflows.recipes.get(study.recipe)
     flow = build(train.shape[1:], levels=levels, factorization=split, seed=seed, **study.flow)
+    flow = with_halves(flow) if has_halves else flow
     flow = with_exits(flow, seed) if study.exits and split is not None else flow
     model = dimflows.FlowModel(flow, seed=seed)
     model.adapt(train[:512])
@@ -350,17 +396,17 @@ def save_picture(study, found):
 
 def main():
     path = machine.RESULTS / "paper_lcma_splits.json"
-    results = json.loads(path.read_text())["studies"] if path.is_file() else {}
     for name in sys.argv[1:] or STUDIES:
         study = STUDIES[name]
         rows, found = zip(*(run(name, seed) for seed in range(study.seeds)))
         seconds = statistics.median(value for row in rows for value in row["seconds"].values())
-        results[name] = {
+        result = {
             "data": study.data,
             "recipe": study.recipe,
             "flow": study.flow,
             "steps": study.steps,
             "parameters": rows[0]["parameters"],
+            "cpu": machine.describe()["cpu"],
             "seconds_per_training": seconds,
             "table": summary(study, rows),
             "stability": stability(found[0]["log-det"].shape[1:], found),
@@ -369,7 +415,8 @@ def main():
         if name in PICTURED:
             save_picture(study, found[0])
         budget = {"batch_size": BATCH, "optimizer": f"Adam, {LEARNING_RATE} with cosine decay, one training per split and seed"}
-        machine.write("paper_lcma_splits", {"budget": budget, "studies": results})
+        others = json.loads(path.read_text())["studies"] if path.is_file() else {}
+        machine.write("paper_lcma_splits", {"budget": budget, "studies": others | {name: result}})
 
 
 if __name__ == "__main__":
