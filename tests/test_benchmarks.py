@@ -110,3 +110,11 @@ def test_couplings_condition_on_the_channels_that_stay():
     values = tf.range(64.0)
     moved = dimflows.bijectors.Chain(level.bijectors[end - 2 : end]).inverse(tf.reshape(values, [4, 4, 4]))
     assert np.array_equal(moved[..., :8].numpy(), split.kept[0])
+
+
+def test_the_share_of_positions_is_one_for_a_pattern_and_small_for_noise():
+    pattern = np.tile(np.arange(8.0).reshape(2, 2, 2), [8, 8, 1])
+    noise = np.random.default_rng(0).normal(size=[16, 16, 2])
+    slope = 100.0 * np.repeat(np.repeat(np.random.default_rng(1).normal(size=[8, 8, 1]), 2, axis=0), 2, axis=1)
+    for statistic, low, high in ((pattern + slope, 1.0, 1.0), (noise, 0.0, 0.1), (pattern + noise, 0.3, 0.95)):
+        assert low <= lcma_splits.explained_by_position([{"log-det": [statistic]}]) <= high

@@ -386,6 +386,20 @@ def stability(shape, found):
     }
 
 
+def explained_by_position(found):
+    """Of the variance of contributions within 2x2 blocks, the share that is the same in all blocks: of position and colour.
+
+    Positions in a block mean little in a picture, but the masks of the couplings tell them apart.
+    """
+    shares = []
+    for own in found:
+        statistic = own["log-det"][0]
+        blocks = squeezed(statistic).reshape(-1, statistic.shape[-1], 4)
+        within = blocks - blocks.mean(axis=-1, keepdims=True)
+        shares.append(np.mean(within.mean(axis=0) ** 2) / np.mean(within**2))
+    return round(float(np.mean(shares)), 3)
+
+
 def save_picture(study, found):
     """The contributions of one seed, and how many levels the dimensions pass in some splits by them."""
     names = [split for split in study.splits if split.split()[0] in ("channels", "checkerboard", "log-det")]
@@ -412,6 +426,8 @@ def main():
             "stability": stability(found[0]["log-det"].shape[1:], found),
             "rows": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
         }
+        if found[0]["log-det"].ndim == 4:
+            result["explained_by_position"] = explained_by_position(found)
         if name in PICTURED:
             save_picture(study, found[0])
         budget = {"batch_size": BATCH, "optimizer": f"Adam, {LEARNING_RATE} with cosine decay, one training per split and seed"}

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -16,15 +17,24 @@ import tensorflow as tf
 import tfp_dimflows as dimflows
 from benchmarks import machine
 
-STEPS, BATCH, WIDTH, TEST_POINTS, IMPORTANCE_SAMPLES = 100_000, 64, 50, 10_000, 100
+STEPS, WIDTH, TEST_POINTS, IMPORTANCE_SAMPLES = 100_000, 50, 10_000, 100
 STEPS_PER_EXECUTION = 500
 OPTIMUM = -math.log(32.0)
-# Name: (dimensions, steps of flow). A VFlow's last step is that of its posterior.
-MODELS = {"glow-2d-3": (2, 3), "vflow-10d-3": (10, 3), "glow-2d-20": (2, 20)}
-MODELS |= {f"vflow-{dims}d-3": (dims, 3) for dims in (4, 6, 8)}
-# Models trained with larger batches as well, and those batches' size.
-LARGE = {f"{name}-batch-512": 512 for name in ("vflow-10d-3", "glow-2d-3")}
-MODELS |= {name: MODELS[name.removesuffix("-batch-512")] for name in LARGE}
+
+
+class Model(NamedTuple):
+    """A model, and how it is trained."""
+
+    dims: int
+    steps: int  # a VFlow's last step is that of its posterior
+    batch: int = 64
+    samples: int = 1  # noise samples of the importance-weighted bound
+
+
+MODELS = {"glow-2d-3": Model(2, 3), "vflow-10d-3": Model(10, 3), "glow-2d-20": Model(2, 20)}
+MODELS |= {f"vflow-{dims}d-3": Model(dims, 3) for dims in (4, 6, 8)}
+MODELS |= {f"{name}-batch-512": MODELS[name]._replace(batch=512) for name in ("vflow-10d-3", "glow-2d-3")}
+MODELS["vflow-10d-3-samples-8"] = MODELS["vflow-10d-3"]._replace(samples=8)
 PICTURE, PICTURED = machine.RESULTS / "paper_vflow_toy.png", ("glow-2d-3", "vflow-10d-3")
 PAPER = {"vflow-10d-3": "-3.51 +- 0.01", "glow-2d-3": "-3.67 +- 0.03", "glow-2d-20": "-3.54 +- 0.05"}
 
@@ -37,25 +47,24 @@ def checkerboard(num, seed):
     return 2.0 * tf.stack([x, y], axis=-1)
 
 
-def build(dims, steps, seed):
+def build(model, seed):
     """The distribution of a model."""
-    if dims == 2:
-        return dimflows.recipes.glow([2], num_scales=1, depth=steps, width=WIDTH, seed=seed)
-    return dimflows.recipes.vflow_glow([2], num_extra=dims - 2, depth=steps - 1, posterior_depth=1, width=WIDTH, seed=seed)
+    if model.dims == 2:
+        return dimflows.recipes.glow([2], num_scales=1, depth=model.steps, width=WIDTH, seed=seed)
+    extra, steps = model.dims - 2, model.steps - 1
+    flow = dimflows.recipes.vflow_glow([2], num_extra=extra, depth=steps, posterior_depth=1, width=WIDTH, seed=seed)
+    return flow.copy(num_samples=model.samples)
 
 
 def train(name, seed):
     """A trained model and what to report of it."""
     keras.utils.set_random_seed(seed)
-    model = dimflows.FlowModel(build(*MODELS[name], seed), seed=seed)
+    settings = MODELS[name]
+    model = dimflows.FlowModel(build(settings, seed), seed=seed)
     rate = keras.optimizers.schedules.CosineDecay(1e-3, STEPS, alpha=0.1)
     model.adapt(checkerboard(1000, [-3, seed]))
     model.compile(keras.optimizers.Adam(rate), steps_per_execution=STEPS_PER_EXECUTION)
-    data = (
-        tf.data.Dataset.counter()
-        .map(lambda step: checkerboard(LARGE.get(name, BATCH), [seed, step]))
-        .prefetch(STEPS_PER_EXECUTION)
-    )
+    data = tf.data.Dataset.counter().map(lambda step: checkerboard(settings.batch, [seed, step])).prefetch(STEPS_PER_EXECUTION)
     start = time.perf_counter()
     model.fit(data, steps_per_epoch=STEPS, epochs=1, verbose=0)
     seconds = time.perf_counter() - start
@@ -107,7 +116,12 @@ def main():
     seeds, names = range(int(sys.argv[1]) if len(sys.argv) > 1 else 1), sys.argv[2:] or MODELS
     path = machine.RESULTS / "paper_vflow_toy.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    budget = {"steps": STEPS, "batch_size": BATCH, "optimizer": "Adam, 1e-3 to 1e-4 (cosine)", "test_points": TEST_POINTS}
+    budget = {
+        "steps": STEPS,
+        "batch_size": Model(2, 1).batch,
+        "optimizer": "Adam, 1e-3 to 1e-4 (cosine)",
+        "test_points": TEST_POINTS,
+    }
     pictured = {}
     for seed in seeds:
         for name in names:
