@@ -25,7 +25,7 @@ def _lcma_families(result, key):
 def _lcma_splits(result, key):
     name, split = key.split(":")
     study = result["studies"][name]
-    return study["table"][split]["bits_per_dim"], f"{study['data']}, {study['steps']:,} steps"
+    return statistics.mean(row["bits_per_dim"][split] for row in study["rows"]), f"{study['data']}, {study['steps']:,} steps"
 
 
 def _by_model(result, key):

@@ -28,6 +28,8 @@ class FlowModel(keras.Model):
     regularisation losses. Metrics: `nll` (nats per event), for images `bits_per_dim`, `nll / (D ln 2)`, and the terms of the
     bound that the distribution reports, such as `kl` and `reconstruction` of a `dfd.VAEPrior` (nats; without sample weights).
     Callbacks that monitor them, such as `EarlyStopping("val_nll", mode="min")`, must be told the direction.
+    A bound (`dfd.VariationalDistribution`) is trained with its own `num_samples`: several noise samples cost as many times
+    more, and mean less noise in the gradients and a tighter bound.
     Every variable the distribution holds is trained, saved and shown by `summary`: Keras 3 layers inside bijectors, raw
     `tf.Variable`s, `tfp.util.TransformedVariable`s and TFP's tf_keras networks.
 
