@@ -64,13 +64,13 @@ READINGS = ("channels", *_both("log-det", ("block", "pair", "row")), *_both("per
 READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",)))
 ONLINE = ("channels", "log-det HH channel", "after-300 HH channel", "online-75 HH channel", "online-150 HH channel")
 LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
-COLOURS = ("channels", *_both("log-det", ("colours",)), "entropy colours")
+COLOURS = ("channels", *_both("log-det", ("colours",)), "entropy colours", "random colours")
 EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
 FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
 FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("precision", ("free",), 3), "entropy free")
 STUDIES = {
     "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES[:-1]),
-    "CIFAR-10, colours": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, COLOURS),
+    "CIFAR-10, colours": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, COLOURS, seeds=5),
     "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
     "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS, seeds=2),
     "CIFAR-10, 32x32": Study("CIFAR-10", "realnvp", IMAGES | {"width": 16}, 600, SCALE, seeds=2),
@@ -251,6 +251,8 @@ def factorization(name, shape, statistics, seed):
     num_levels = 1 + len(statistics["log-det"])
     if what in ("checkerboard", "channels"):
         return getattr(dfb.DimensionFactorization, what)(shape, num_levels)
+    if name == "random colours":
+        return by_statistics(np.random.default_rng(seed).normal(size=[num_levels - 1, *shape]), "high", "colours")
     if what.endswith("random"):
         return dfb.DimensionFactorization.random(shape, num_levels, seed=[seed, len(what)])
     if what == "entropy":
