@@ -71,6 +71,7 @@ FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("p
 STUDIES = {
     "CIFAR-10": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, CHOICES[:-1]),
     "CIFAR-10, colours": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, COLOURS, seeds=5),
+    "CIFAR-10, colours by LCMA": Study("CIFAR-10 16x16", "realnvp", IMAGES, 600, COLOURS[:2], seeds=9),
     "MNIST": Study("MNIST 16x16", "realnvp", IMAGES, 600, CHOICES),
     "MNIST, readings": Study("MNIST 16x16", "realnvp", IMAGES, 600, READINGS, seeds=2),
     "CIFAR-10, 32x32": Study("CIFAR-10", "realnvp", IMAGES | {"width": 16}, 600, SCALE, seeds=2),

@@ -77,6 +77,7 @@ def train(name, seed):
         "nats": round(float(log_prob.mean()), 4),
         "parameters": sum(int(np.prod(v.shape)) for v in model.trainable_variables),
         "seconds": round(seconds, 1),
+        "cpu": machine.describe()["cpu"],
     }
 
 
