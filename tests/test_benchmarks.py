@@ -101,7 +101,8 @@ def test_halves_of_the_colours_by_a_written_out_example():
 
 
 def test_couplings_condition_on_the_channels_that_stay():
-    statistic = np.broadcast_to(np.arange(4.0)[::-1], [4, 4, 4])
+    # Colours 1 and 3 stay: an order that is not its own inverse.
+    statistic = np.broadcast_to([3.0, 1.0, 2.0, 0.0], [4, 4, 4])
     split = lcma_splits.by_statistics([statistic], "low", "colours")
     sizes = {"num_scales": 2, "num_couplings": 1, "width": 4, "num_blocks": 1}
     flow = dimflows.recipes.realnvp([4, 4, 4], factorization=split, levels=4, **sizes)

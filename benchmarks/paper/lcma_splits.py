@@ -392,7 +392,7 @@ def stability(shape, found):
 def explained_by_position(found):
     """Of the variance of contributions within 2x2 blocks, the share that is the same in all blocks: of position and colour.
 
-    Positions in a block mean little in a picture, but the masks of the couplings tell them apart.
+    Positions in a block mean little in a picture, but the masks of the couplings tell them apart, everywhere in the same way.
     """
     shares = []
     for own in found:

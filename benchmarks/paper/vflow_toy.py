@@ -17,7 +17,7 @@ import tensorflow as tf
 import tfp_dimflows as dimflows
 from benchmarks import machine
 
-STEPS, WIDTH, TEST_POINTS, IMPORTANCE_SAMPLES = 100_000, 50, 10_000, 100
+STEPS, BATCH, WIDTH, TEST_POINTS, IMPORTANCE_SAMPLES = 100_000, 64, 50, 10_000, 100
 STEPS_PER_EXECUTION = 500
 OPTIMUM = -math.log(32.0)
 
@@ -27,7 +27,7 @@ class Model(NamedTuple):
 
     dims: int
     steps: int  # a VFlow's last step is that of its posterior
-    batch: int = 64
+    batch: int = BATCH
     samples: int = 1  # noise samples of the importance-weighted bound
 
 
@@ -117,12 +117,7 @@ def main():
     seeds, names = range(int(sys.argv[1]) if len(sys.argv) > 1 else 1), sys.argv[2:] or MODELS
     path = machine.RESULTS / "paper_vflow_toy.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    budget = {
-        "steps": STEPS,
-        "batch_size": Model(2, 1).batch,
-        "optimizer": "Adam, 1e-3 to 1e-4 (cosine)",
-        "test_points": TEST_POINTS,
-    }
+    budget = {"steps": STEPS, "batch_size": BATCH, "optimizer": "Adam, 1e-3 to 1e-4 (cosine)", "test_points": TEST_POINTS}
     pictured = {}
     for seed in seeds:
         for name in names:
