@@ -94,7 +94,7 @@ def build(entry, state, seed=0, dtype="float64"):
 
     with tf.variable_creator_scope(record):
         bijector = entry.make(seed, dtype)
-    created = [v for v in created if v.trainable and v.dtype.is_floating]
+    created = [v for v in created if v.trainable and v.dtype.is_floating and not hasattr(v, "is_superseded")]
     if state == "large":
         randomize(created)
     return bijector, created
@@ -1806,6 +1806,70 @@ def _augmented():
     )
 
 
+# Loops.
+
+
+def scan(make, length, **arguments):
+    """A `Scan`; the variables that its bijectors are made with are not its own."""
+
+    def mark(next_creator, **kwargs):
+        variable = next_creator(**kwargs)
+        variable.is_superseded = True
+        return variable
+
+    def marked(k):
+        with tf.variable_creator_scope(mark):
+            return make(k)
+
+    return dfb.Scan(marked, length, **arguments)
+
+
+SHUFFLES = ([2, 0, 3, 1], [1, 2, 3, 0], [3, 2, 0, 1])
+
+
+def scan_step(k, seed, dtype):
+    """A step of which no two have the same permutation."""
+    return dfb.Chain(
+        [
+            tfb.Permute(SHUFFLES[k]),
+            dfb.ActNorm(4, dtype=dtype),
+            affine_coupling(dfb.masks.Channel(event_ndims=1), VECTOR, seed + 10 * k, dtype),
+            tfb.Scale(tf.Variable(normal(VECTOR, seed + k, dtype))),
+        ]
+    )
+
+
+def _scans():
+    for memory in ("keep", "recompute"):
+        yield Entry(
+            f"scan_vector_{memory}",
+            lambda s, t, memory=memory: scan(lambda k: scan_step(k, s, t), 3, memory=memory),
+            VECTOR,
+            reference=chain_reference([shuffled(shuffle) for shuffle in SHUFFLES]),
+            move=composed(*(shuffled(shuffle) for shuffle in SHUFFLES)),
+            xla=True,
+            half=False,
+        )
+        yield Entry(
+            f"scan_image_conditional_{memory}",
+            lambda s, t, memory=memory: scan(
+                lambda k: dfb.Chain(
+                    [
+                        dfb.ActNorm(2, dtype=t),
+                        dfb.InvertibleConv1x1(2, seed=k, dtype=t),
+                        affine_coupling(dfb.masks.Channel(), IMAGE, s + 10 * k, t, "sigmoid", (3,)),
+                    ]
+                ),
+                2,
+                memory=memory,
+            ),
+            IMAGE,
+            condition_shape=(3,),
+            in_place=False,
+            xla=True,
+        )
+
+
 # Residual blocks.
 
 
@@ -2047,6 +2111,7 @@ FAMILIES = (
     _couplings,
     _nonlinear_couplings,
     _chains,
+    _scans,
     _multiscales,
     _splits,
     _embeddings,

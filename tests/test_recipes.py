@@ -217,8 +217,11 @@ def test_channels_grow_as_nothing_leaves(name, channels, channels_if_nothing_lea
     for factorization, expected in (("conventional", channels), (None, channels_if_nothing_leaves)):
         distribution = small(name, num_scales=3, factorization=factorization)
         levels = multiscale(distribution).levels
-        seen = [{layer.inputs for layer in keras_bridge.collect(level).layers} for level in levels]
-        assert seen == expected
+        # The networks of Glow's steps are in a loop, where only the variables are found.
+        halves = [{v.shape[-1] // 2 for v in level.trainable_variables if v.name == "shift:0"} for level in levels]
+        if name == "realnvp":
+            halves = [{layer.inputs for layer in keras_bridge.collect(level).layers} for level in levels]
+        assert halves == expected
 
 
 def test_dimensions_of_vectors_halve():
@@ -379,7 +382,9 @@ def test_the_density_depends_on_all_of_the_condition(case):
 
 def coupling_networks(distribution):
     kinds = (networks.ResNet, networks.GlowConvNet, networks.MLP)
-    return [layer for layer in keras_bridge.collect(distribution).layers if isinstance(layer, kinds)]
+    scans = [part for part in distribution.submodules if isinstance(part, dfb.Scan)]
+    holders = [distribution, *(scan.bijectors for scan in scans)]
+    return [layer for layer in keras_bridge.collect(holders).layers if isinstance(layer, kinds)]
 
 
 @pytest.mark.parametrize("case", CONDITIONAL)

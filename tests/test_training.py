@@ -363,12 +363,15 @@ def test_adapt_normalises_the_output_of_every_actnorm(kind):
     if kind == "vectors":
         x = pairs()
         model = dimflows.FlowModel(keras_networks())
-        parts = model.distribution.bijector.bijectors
     else:
         x = blobs(32, (4, 4, 2)).astype(np.float32)
         model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 2], num_scales=1, depth=2, width=4))
-        parts = model.distribution.bijector.levels[0].bijectors
     model.adapt(batches(x, 8), steps=len(x) // 8)
+    if kind == "vectors":
+        parts = model.distribution.bijector.bijectors
+    else:
+        squeeze, steps = model.distribution.bijector.levels[0].bijectors
+        parts = [squeeze, *(part for step in steps.bijectors for part in step.bijectors)]
     h, seen = tf.constant(x), 0
     for part in parts:
         h = part.inverse(h)

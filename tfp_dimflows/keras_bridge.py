@@ -7,6 +7,7 @@ everything a distribution holds to a `keras.Model`.
 
 import contextlib
 import contextvars
+import copy
 import functools
 import inspect
 import types
@@ -92,6 +93,7 @@ class Network(tf.Module):
             raise TypeError(f"Network: got {network!r}, needs a callable (x, condition) -> parameters")
         self._network = network
         self._convention = _condition_convention(network)
+        self._replaced = []
         self._show_variables()
 
     @property
@@ -124,7 +126,33 @@ class Network(tf.Module):
         y = self._evaluate(x, condition)
         return tf.reshape(y, ps.concat([batch, ps.shape(y)[1:]], axis=0))
 
+    def with_variables(self, replacement: Callable[[keras.Variable], Any]) -> "Network":
+        """The same network at other values of its Keras 3 variables.
+
+        Args:
+          replacement: function of a variable to a tensor; or to a `tf.Variable`, which then also takes what a data-dependent
+            initialisation assigns.
+        """
+        other = copy.copy(self)
+        other._replaced = [(v, replacement(v)) for layer in collect(self._network).layers for v in layer.variables]
+        other._variables = []
+        return other
+
     def _evaluate(self, x, condition):
+        if not self._replaced:
+            return self._evaluate_as_it_is(x, condition)
+        with keras.StatelessScope(
+            [(v, tf.convert_to_tensor(value)) for v, value in self._replaced], collect_losses=True
+        ) as scope:
+            y = self._evaluate_as_it_is(x, condition)
+        if scope.losses:
+            raise ValueError("Network: got a network that adds a loss, needs one without to evaluate it at other values")
+        if adapting():
+            for v, value in self._replaced:
+                value.assign(scope.get_current_value(v))
+        return y
+
+    def _evaluate_as_it_is(self, x, condition):
         if self._convention == "keyword":
             y = self._network(x, condition=condition)
         elif self._convention == "positional":
@@ -235,7 +263,7 @@ def collect(root: Any) -> Holdings:
         elif isinstance(item, types.MethodType):
             waiting.extend([item.__self__, item.__func__])
         elif isinstance(item, types.FunctionType):
-            waiting.extend(_cell_contents(item))
+            waiting.extend(cell_contents(item))
     owned = {id(v.value) for layer in layers for v in layer.variables}
     return Holdings(layers, tf_keras_layers, [v for v in variables if id(v) not in owned], tensors)
 
@@ -256,7 +284,8 @@ def _check_not_frozen(item):
             )
 
 
-def _cell_contents(function):
+def cell_contents(function: types.FunctionType) -> Iterator[Any]:
+    """What a function closes over."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             yield cell.cell_contents

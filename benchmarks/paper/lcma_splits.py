@@ -26,6 +26,7 @@ dfb, tfb, tfd = dimflows.bijectors, tfp.bijectors, tfp.distributions
 
 BATCH, LEARNING_RATE, STATISTICS_EVENTS = 128, 2e-3, 20_000
 SNAPSHOTS = (75, 150, 300, 600, 1200, 2400)
+ATTRIBUTIONS = ("svd_sorted", "lu", "uniform")  # besides "polar", the default
 RUNS = pathlib.Path("runs/paper_lcma_splits")
 
 IMAGES = {"num_scales": 3, "num_couplings": 2, "width": 8, "num_blocks": 1}
@@ -65,6 +66,7 @@ READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",
 ONLINE = ("channels", "log-det HH channel", "after-300 HH channel", "online-75 HH channel", "online-150 HH channel")
 LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
 COLOURS = ("channels", *_both("log-det", ("colours",)), "entropy colours", "random colours")
+CONVENTIONS = tuple(split for how in ATTRIBUTIONS for split in _both(how, ("block",)))
 EXITS = ("channels", *_both("log-det", ("block",)), "entropy block")
 FREE = (*_both("log-det", ("free",)), *_both("precision", ("free",)), "entropy free")
 FREE_3 = ("random", "another-random", *_both("log-det", ("free",), 3), *_both("precision", ("free",), 3), "entropy free")
@@ -79,6 +81,8 @@ STUDIES = {
     "MNIST, online": Study("MNIST 16x16", "realnvp", IMAGES, 600, ONLINE, is_equal_cost=True),
     "MNIST, exits": Study("MNIST 16x16", "realnvp", IMAGES, 600, EXITS, exits=True),
     "MNIST, Glow": Study("MNIST 16x16", "glow", GLOW, 600, EXITS),
+    "MNIST, attributions": Study("MNIST 16x16", "glow", GLOW, 600, (*EXITS[:3], *CONVENTIONS)),
+    "MNIST, batch norm": Study("MNIST 16x16", "realnvp", IMAGES | {"batch_norm": True}, 600, EXITS[:3], seeds=2),
     "MNIST, 2,400 steps": Study("MNIST 16x16", "realnvp", IMAGES, 2400, EXITS, seeds=2),
     "MNIST, width 24": Study("MNIST 16x16", "realnvp", IMAGES | {"width": 24}, 600, EXITS, seeds=2),
     "MNIST, uneven": Study("MNIST 16x16", "realnvp", UNEVEN, 600, ("checkerboard", "channels", "random", *LETTERS)),
@@ -233,6 +237,16 @@ def of_actnorm(model):
     return np.stack(dimflows.likelihood_contributions(rest, [tf.zeros([1, *event_shape])]))
 
 
+def attributed(model, study, event_shape, levels, seed, attribution):
+    """A Glow from which nothing leaves, with another attribution of the log-dets of its convolutions."""
+    flow = dimflows.recipes.glow(
+        event_shape, levels=levels, factorization=None, seed=seed, attribution=attribution, **study.flow
+    )
+    other = dimflows.FlowModel(flow, seed=seed)
+    other.set_weights(model.get_weights())
+    return other
+
+
 class Snapshots(keras.callbacks.Callback):
     """The contributions after some numbers of steps."""
 
@@ -323,6 +337,9 @@ def phase_one(path, study, events, levels, seed):
         values = {"log-det": contributions(model, events[0], seed), "bits_per_dim": bits, "seconds": seconds}
         if study.recipe == "realnvp" and events[0].ndim == 4:
             values["without-actnorm"] = values["log-det"] - of_actnorm(model)
+        if study.recipe == "glow":
+            models = {how: attributed(model, study, events[0].shape[1:], levels, seed, how) for how in ATTRIBUTIONS}
+            values |= {how: contributions(other, events[0], seed) for how, other in models.items()}
         values |= {f"after-{steps}": taken for steps, taken in snapshots.taken.items()}
         np.savez(path, **values, covariance=covariance(events[0], levels))
     with np.load(path) as stored:
@@ -380,6 +397,7 @@ def stability(shape, found):
         return round(statistics.mean(2.0 * float(np.mean(a & b)) for a, b in pairs), 3)
 
     keys = [f"after-{steps}" for steps in SNAPSHOTS if all(f"after-{steps}" in own for own in found)]
+    keys += [how for how in ATTRIBUTIONS if all(how in own for own in found)]
     return {
         key: {
             "with_the_end": agreement((kept(own, key), kept(own, "log-det")) for own in found),

@@ -30,6 +30,7 @@ from tfp_dimflows.bijectors.progressive import PNF
 from tfp_dimflows.bijectors.radial import Radial
 from tfp_dimflows.bijectors.reorder import Squeeze
 from tfp_dimflows.bijectors.residual import InvertibleResidual
+from tfp_dimflows.bijectors.scan import Scan
 from tfp_dimflows.bijectors.sylvester import Sylvester
 from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
 
@@ -59,6 +60,7 @@ __all__ = [
     "PReLU",
     "Planar",
     "Radial",
+    "Scan",
     "SplineCoupling",
     "Squeeze",
     "Sylvester",

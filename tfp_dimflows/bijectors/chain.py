@@ -36,7 +36,8 @@ class Chain(base.FlowBijector):
       parts. Values in half precision lose too much.
     * A part must evaluate to the same twice. Dropout, batch normalisation in training, power iterations, and probes without a
       seed of their own are refused when the function is traced.
-    * The parts of a chain among the parts count as this one's. Second derivatives are right, but keep the activations.
+    * The parts of a chain among the parts count as this one's; a `Scan` has a `memory` of its own. Second derivatives are
+      right, but keep the activations.
 
     Args:
       bijectors: sequence of bijectors; the last is applied first in `forward`.
@@ -61,9 +62,7 @@ class Chain(base.FlowBijector):
         self, bijectors: Sequence[tfb.Bijector], memory: str = "keep", validate_args: bool = False, name: str = "chain"
     ):
         parameters = dict(locals())
-        if memory not in ("keep", "recompute"):
-            raise ValueError(f"Chain: got memory={memory!r}, needs keep or recompute")
-        self._memory = memory
+        self._memory = recompute.checked_memory(memory, "Chain")
         # TFP's Chain knows how shapes, dtypes and event ranks propagate; only these are asked of it.
         self._shapes = tfb.Chain(list(bijectors), validate_args=validate_args)
         self._bijectors = list(bijectors)

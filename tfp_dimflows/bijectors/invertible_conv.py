@@ -84,9 +84,9 @@ class InvertibleConv1x1(base.FlowBijector):
         packed, eye = tf.cast(self._packed, dtype), np.eye(self._channels)
         below = np.tri(self._channels, k=-1)
         lower = packed * tf.constant(below, dtype) + tf.constant(eye, dtype)
-        diagonal = tf.constant(np.diag(self._sign), dtype) * tf.exp(self._log_scale(dtype))
+        diagonal = tf.constant(eye, dtype) * (tf.cast(self._sign, dtype) * tf.exp(self._log_scale(dtype)))
         upper = packed * tf.constant(1.0 - eye - below, dtype) + diagonal
-        return tf.constant(self._permutation, dtype), lower, upper
+        return tf.cast(self._permutation, dtype), lower, upper
 
     def _log_scale(self, dtype):
         # Unlike tf.linalg.diag_part's, this gradient exists for one channel inside a tf.function.
@@ -134,7 +134,5 @@ class InvertibleConv1x1(base.FlowBijector):
         if self._attribution == "svd_sorted":
             return tf.math.log(tf.linalg.svd(jacobian, compute_uv=False))
         if self._attribution == "lu":
-            return (
-                log_scale if direction_sign > 0 else tf.linalg.matvec(tf.constant(self._permutation, jacobian.dtype), log_scale)
-            )
+            return log_scale if direction_sign > 0 else tf.linalg.matvec(tf.cast(self._permutation, jacobian.dtype), log_scale)
         return tf.fill(tf.shape(log_scale), tf.reduce_mean(log_scale))

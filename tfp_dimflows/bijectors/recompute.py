@@ -6,7 +6,7 @@ and the bijector is evaluated there once more, on a tape of its own.
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -19,6 +19,25 @@ from tfp_dimflows.bijectors import base, per_dimension
 
 # Operations with a state that a second evaluation finds as it was, and leaves so.
 _REPEATABLE = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Stateless", "Placeholder", "Assert", "Print")
+
+
+def checked_memory(memory: str, name: str) -> str:
+    """Checks an argument `memory`."""
+    if memory not in ("keep", "recompute"):
+        raise ValueError(f"{name}: got memory={memory!r}, needs keep or recompute")
+    return memory
+
+
+def floating(structure: Any) -> tuple[list[tf.Tensor], Callable[[Sequence[tf.Tensor]], Any]]:
+    """The floating-point tensors of a structure, and a function from others in their places to such a structure."""
+    leaves = tf.nest.flatten(structure)
+    places = [k for k, leaf in enumerate(leaves) if tf.is_tensor(leaf) and leaf.dtype.is_floating]
+
+    def rebuild(tensors):
+        replaced = dict(zip(places, tensors))
+        return tf.nest.pack_sequence_as(structure, [replaced.get(k, leaf) for k, leaf in enumerate(leaves)])
+
+    return [leaves[k] for k in places], rebuild
 
 
 def value_and_log_det(
@@ -39,17 +58,14 @@ def value_and_log_det(
       ValueError: if a second evaluation of a bijector would differ from the first, or have an effect.
     """
     training = keras_bridge.training()
-    leaves = tf.nest.flatten(condition)
-    places = [k for k, leaf in enumerate(leaves) if tf.is_tensor(leaf) and leaf.dtype.is_floating]
+    of_condition, rebuild = floating(condition)
     holdings = keras_bridge.collect([bijector for bijector, _ in parts(condition, direction)])
     held = [t for t in holdings.tensors if t.dtype.is_floating and _is_in_reach(t)]
 
     def steps(given):
         """(bijector, keyword arguments, event axes of its argument) in order, under these tensors of the condition."""
-        replaced = dict(zip(places, given))
         ndims = event_ndims
-        now = tf.nest.pack_sequence_as(condition, [replaced.get(k, leaf) for k, leaf in enumerate(leaves)])
-        for bijector, kwargs in parts(now, direction):
+        for bijector, kwargs in parts(rebuild(given), direction):
             yield bijector, kwargs, ndims
             ndims = getattr(bijector, f"{direction}_event_ndims")(ndims)
 
@@ -64,19 +80,33 @@ def value_and_log_det(
         def gradient(*upstream, variables=()):
             anew = after(given, upstream)
             watched = [*anew, *held]
-            dvalue, found = keras_bridge.with_training(
-                training, lambda: _gradients(name, list(steps(anew)), result, upstream, watched, direction)
+            _, dvalue, found = keras_bridge.with_training(
+                training, lambda: gradients(name, list(steps(anew)), result, upstream, watched, direction)
             )
             dinputs = [*dvalue, *(found.get(source.ref()) for source in watched)]
             return (dinputs, [found.get(variable.ref()) for variable in variables]) if variables else dinputs
 
         return (result, sum(log_dets)), gradient
 
-    return run(value, [leaves[k] for k in places], held)
+    return run(value, of_condition, held)
 
 
-def _gradients(name, steps, result, upstream, watched, direction):
-    """The gradients of the first step's argument, and of watched tensors and variables by their references."""
+def gradients(
+    name: str, steps: list[tuple], result: Any, upstream: Sequence[tf.Tensor], watched: list[tf.Tensor], direction: str
+) -> tuple[list[tf.Tensor], list[tf.Tensor], dict]:
+    """What the first of some steps was given, rebuilt from the last one's result, and the gradients there.
+
+    Args:
+      name: the composite's name, for errors.
+      steps: (bijector, keyword arguments, event axes of its argument), in the order in which they are applied.
+      result: what came out of the last.
+      upstream: the gradients of the parts of the result, and of the sum of the log-dets.
+      watched: tensors that the steps use.
+      direction: `"forward"` or `"inverse"`.
+
+    Returns:
+      The parts of the first step's argument, their gradients, and those of watched tensors and variables by their references.
+    """
     *dresult, dlog_det = upstream
     done, found = upstream, {}
     for bijector, kwargs, ndims in reversed(steps):
@@ -87,15 +117,15 @@ def _gradients(name, steps, result, upstream, watched, direction):
             # A constant Jacobian's log-det may have fewer axes than the sum.
             targets = [*tf.nest.flatten(step.result), tf.broadcast_to(step.log_det, tf.shape(dlog_det))]
         sources = [*watched, *tape.watched_variables()]
-        gradients = tape.gradient(targets, [*step.parts, *sources], [*dresult, dlog_det])
-        gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        dparts = [tf.zeros_like(p) if g is None else g for p, g in zip(step.parts, gradients)]
-        for source, g in zip(sources, gradients[len(dparts) :], strict=True):
+        slopes = tape.gradient(targets, [*step.parts, *sources], [*dresult, dlog_det])
+        slopes = [None if g is None else tf.convert_to_tensor(g) for g in slopes]
+        dparts = [tf.zeros_like(p) if g is None else g for p, g in zip(step.parts, slopes)]
+        for source, g in zip(sources, slopes[len(dparts) :], strict=True):
             if g is not None:
                 found[source.ref()] = found[source.ref()] + g if source.ref() in found else g
         result, dresult = step.join(step.parts), tf.nest.flatten(step.join(dparts))
-        done = [*dresult, *(g for g in gradients if g is not None)]
-    return dresult, found
+        done = [*dresult, *(g for g in slopes if g is not None)]
+    return tf.nest.flatten(result), dresult, found
 
 
 class Again(NamedTuple):

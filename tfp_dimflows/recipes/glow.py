@@ -27,6 +27,7 @@ def glow(
     coupling: str = "affine",
     factorization: Any = "conventional",
     condition_shape: Sequence[int] | None = None,
+    attribution: str = "polar",
     memory: str = "keep",
     levels: int | None = None,
     seed: int = 0,
@@ -51,6 +52,8 @@ def glow(
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
       condition_shape: shape of the condition of a conditional flow: a vector `[n]` or an image `[H, W, n]` of the event's
         height and width. It enters every coupling network.
+      attribution: how the convolutions' log-dets are shared among the channels, as in `dfb.InvertibleConv1x1`; matters to
+        likelihood contributions only.
       memory: `"keep"` the networks' activations for the gradients, or `"recompute"` them, as in `dfb.Chain`: memory that hardly
         grows with `depth`, at a step time about a third longer.
       levels: number of grey levels of integer images; None for continuous events.
@@ -79,6 +82,7 @@ def glow(
         coupling=coupling,
         factorization=factorization,
         condition_shape=condition_shape,
+        attribution=attribution,
         memory=memory,
         seed=seed,
     )
@@ -95,6 +99,7 @@ def glow_flow(
     coupling: str,
     factorization: Any,
     condition_shape: Sequence[int] | None,
+    attribution: str = "polar",
     memory: str = "keep",
     seed: int,
 ) -> dfb.Multiscale:
@@ -108,13 +113,13 @@ def glow_flow(
     if len(shape) == 1:
         condition = common.condition_channels("glow", condition_shape, shape)
         grids = common.grid_shapes(shape, num_scales, split is None)
-        sizes = (depth, width, num_hidden, coupling, condition, seeds)
+        sizes = (depth, width, num_hidden, coupling, condition, seeds, attribution)
         flow_levels = [dfb.Chain(vector_steps(grid[0], *sizes), memory) for grid in grids]
         return dfb.Multiscale(flow_levels, split, event_shape=shape)
     grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
     conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_scales)]
     flow_levels = [
-        dfb.Chain([dfb.Squeeze(), *image_steps(4 * grid[-1], depth, width, coupling, condition, seeds)], memory)
+        dfb.Chain([dfb.Squeeze(), image_steps(4 * grid[-1], depth, width, coupling, condition, seeds, attribution, memory)])
         for grid, condition in zip(grids, conditions)
     ]
     left_channels = [2 * grid[-1] for grid in grids[:-1]]
@@ -123,15 +128,22 @@ def glow_flow(
 
 
 def image_steps(
-    channels: int, depth: int, width: int, coupling: str, condition_channels: int, seeds: Iterator[int]
-) -> list[dfb.FlowBijector]:
-    """`depth` steps of flow on images, from data to latent."""
+    channels: int,
+    depth: int,
+    width: int,
+    coupling: str,
+    condition_channels: int,
+    seeds: Iterator[int],
+    attribution: str = "polar",
+    memory: str = "keep",
+) -> dfb.Scan:
+    """`depth` steps of flow on images."""
     mask = dfb.masks.Channel()
     inputs, outputs = mask.sizes(channels)
-    parts = []
-    for _ in range(depth):
-        parts.append(dfb.ActNorm(channels, log_scale_factor=3.0, dtype=common.floatx()))
-        parts.append(dfb.InvertibleConv1x1(channels, seed=next(seeds), dtype=common.floatx()))
+
+    def step(_):
+        actnorm = dfb.ActNorm(channels, log_scale_factor=3.0, dtype=common.floatx())
+        convolution = dfb.InvertibleConv1x1(channels, attribution, seed=next(seeds), dtype=common.floatx())
         network = networks.GlowConvNet(
             inputs,
             COUPLINGS[coupling] * outputs,
@@ -139,12 +151,20 @@ def image_steps(
             condition_channels=condition_channels,
             seed=next(seeds) % 2**31,
         )
-        parts.append(_coupling(network, mask, coupling, "sigmoid"))
-    return parts
+        return dfb.Chain([actnorm, convolution, _coupling(network, mask, coupling, "sigmoid")])
+
+    return dfb.Scan(step, depth, memory)
 
 
 def vector_steps(
-    dims: int, depth: int, width: int, num_hidden: int, coupling: str, condition_channels: int, seeds: Iterator[int]
+    dims: int,
+    depth: int,
+    width: int,
+    num_hidden: int,
+    coupling: str,
+    condition_channels: int,
+    seeds: Iterator[int],
+    attribution: str = "polar",
 ) -> list[dfb.FlowBijector]:
     """`depth` steps of flow on vectors, from data to latent; successive couplings transform the one and the other half."""
     if dims < 2:
@@ -155,7 +175,7 @@ def vector_steps(
         mask = dfb.masks.Channel(flip, event_ndims=1, num_conditioning=dims - dims // 2 if flip else dims // 2)
         inputs, outputs = mask.sizes(dims)
         parts.append(dfb.ActNorm(dims, dtype=common.floatx()))
-        parts.append(dfb.InvertibleConv1x1(dims, seed=next(seeds), dtype=common.floatx()))
+        parts.append(dfb.InvertibleConv1x1(dims, attribution, seed=next(seeds), dtype=common.floatx()))
         network = networks.MLP(
             inputs,
             COUPLINGS[coupling] * outputs,

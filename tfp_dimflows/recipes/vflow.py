@@ -195,7 +195,7 @@ def _glow_posterior(shape, num_extra, depth, width, num_hidden, coupling, seeds)
     if len(shape) == 3:
         network = networks.GlowConvNet(shape[-1], 2 * num_extra, width=width, seed=next(seeds) % 2**31)
         squeezed = image_steps(4 * num_extra, depth, width, coupling, 4 * shape[-1], seeds)
-        steps = [dfb.Squeeze(), *squeezed, tfb.Invert(dfb.Squeeze())]
+        steps = [dfb.Squeeze(), squeezed, tfb.Invert(dfb.Squeeze())]
     else:
         hidden = [width] * num_hidden
         network = networks.MLP(shape[0], 2 * num_extra, hidden=hidden, seed=next(seeds) % 2**31)

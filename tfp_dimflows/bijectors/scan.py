@@ -1,0 +1,325 @@
+"""`Scan`: many bijectors of one kind, of which a graph holds one."""
+
+import contextlib
+import copy
+import itertools
+import types
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+import tensorflow_probability as tfp
+import tf_keras
+from tensorflow.python.ops import control_flow_util
+
+from tfp_dimflows import keras_bridge
+from tfp_dimflows.bijectors import base, chain, per_dimension, recompute
+
+tfb = tfp.bijectors
+
+
+class Scan(base.FlowBijector):
+    """Composition of bijectors that differ only in the values of their variables, `forward(x) = b_0(b_1(... b_n(x)))`.
+
+    Each of their variables is one here, with a leading axis for its values in b_0 to b_n, so that an optimizer has as many to
+    update at any length. A `tf.function` walks the bijectors in a `tf.while_loop`, and holds one of them: the time to the first
+    step hardly grows with the length. Eagerly, in the per-dimension hook, and if compiled with XLA (whose convolutions are slow
+    in loops on a CPU) they are evaluated one by one.
+
+    * They keep the event's shape.
+    * They are told apart by values only: of their variables, and of constant arrays, which inside the loop are tensors. Masks
+      that alternate, for example, are not of one kind, but a `Chain` of two couplings is.
+    * Their networks are Keras 3 layers, or functions and `tf.Module`s that hold such, without a state: no batch normalisation,
+      dropout, spectral normalisation or regularisation losses.
+
+    Args:
+      make: function of k to the bijector b_k, called once for each k.
+      length: how many there are, n + 1.
+      memory: `"keep"` or `"recompute"` what the gradients need, as in `Chain`; the second keeps the result of one bijector,
+        whatever the length.
+      validate_args: as in `tfb.Bijector`.
+      name: the name of the operations.
+
+    Raises:
+      ValueError: for a length below 1, bijectors of different kinds, a network with a state, or another `memory`.
+
+    #### Example
+
+    >>> flow = dfb.Scan(lambda k: dfb.Chain([dfb.ActNorm(3), dfb.InvertibleConv1x1(3, seed=k)]), length=20)
+    >>> [v.shape for v in flow.trainable_variables]
+    [TensorShape([20, 3]), TensorShape([20, 3]), TensorShape([20, 3, 3])]
+    >>> flow.forward(flow.inverse([1.0, 2.0, 3.0])).numpy().round(3)
+    array([1., 2., 3.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], tfb.Bijector],
+        length: int,
+        memory: str = "keep",
+        validate_args: bool = False,
+        name: str = "scan",
+    ):
+        parameters = dict(locals())
+        if not isinstance(length, (int, np.integer)) or length < 1:
+            raise ValueError(f"{name}: got length={length!r}, needs a positive integer")
+        made = [make(k) for k in range(length)]
+        self._memory = recompute.checked_memory(memory, name)
+        self._length = int(length)
+        self._template = _Hidden(made[0])
+        self._stacked, self._is_stacked = _stack(made, name)
+        super().__init__(
+            forward_min_event_ndims=made[0].forward_min_event_ndims,
+            inverse_min_event_ndims=made[0].inverse_min_event_ndims,
+            dtype=made[0].dtype,
+            is_constant_jacobian=made[0].is_constant_jacobian,
+            validate_args=validate_args,
+            parameters=parameters,
+            name=name,
+        )
+
+    @property
+    def length(self) -> int:
+        """How many bijectors there are."""
+        return self._length
+
+    @property
+    def bijectors(self) -> list[tfb.Bijector]:
+        """The bijectors at the present values of the variables, as constants."""
+        with self._one_by_one() as parts:
+            return parts.bijectors
+
+    @property
+    def _uses_condition(self):
+        return bool(per_dimension.condition_kwargs(self._template.bijector, True))
+
+    def _at(self, values):
+        """The bijector with these values in the place of those that are stacked."""
+        if self._memory == "recompute":  # new tensors at every use, as of variables: TFP's caches would know those of one
+            values = [tfp.util.DeferredTensor(v, tf.identity) if isinstance(v, tf.Tensor) else v for v in values]
+        values, is_stacked = iter(values), iter(self._is_stacked)
+        return _copy(self._template.bijector, lambda _, leaf: next(values) if next(is_stacked) else leaf)
+
+    # One by one.
+
+    @contextlib.contextmanager
+    def _one_by_one(self, memory: str = "keep") -> Iterator[chain.Chain]:
+        """A chain of the bijectors. What a data-dependent initialisation assigns to their variables is kept."""
+        columns = [list(stack) if isinstance(stack, np.ndarray) else tf.unstack(stack) for stack in self._stacked]
+        if keras_bridge.adapting():
+            columns = [column if isinstance(column[0], np.ndarray) else [*map(tf.Variable, column)] for column in columns]
+        yield chain.Chain([self._at(values) for values in (zip(*columns) if columns else [()] * self._length)], memory)
+        if keras_bridge.adapting():
+            for stack, column in zip(self._stacked, columns):
+                if isinstance(stack, tf.Variable):
+                    stack.assign(tf.stack(column))
+
+    def _forward_and_log_det_per_dim(self, x, condition):
+        with self._one_by_one() as parts:
+            return parts._forward_and_log_det_per_dim(x, condition)
+
+    def _inverse_and_log_det_per_dim(self, y, condition):
+        with self._one_by_one() as parts:
+            return parts._inverse_and_log_det_per_dim(y, condition)
+
+    def _transport_forward(self, per_dim):
+        with self._one_by_one() as parts:
+            return parts._transport_forward(per_dim)
+
+    def _transport_inverse(self, per_dim):
+        with self._one_by_one() as parts:
+            return parts._transport_inverse(per_dim)
+
+    # In a loop.
+
+    def _forward_and_log_det(self, x, condition, event_ndims):
+        return self._total(x, condition, event_ndims, "forward")
+
+    def _inverse_and_log_det(self, y, condition, event_ndims):
+        return self._total(y, condition, event_ndims, "inverse")
+
+    def _total(self, value, condition, event_ndims, direction):
+        graph = tf.compat.v1.get_default_graph()
+        # XLA's convolutions in a loop are slow on a CPU.
+        if tf.executing_eagerly() or control_flow_util.GraphOrParentsInXlaContext(graph):
+            with self._one_by_one(self._memory) as parts:
+                return getattr(parts, f"_{direction}_and_log_det")(value, condition, event_ndims)
+        stacked = [tf.convert_to_tensor(stack) for stack in self._stacked]
+        if self._memory == "keep":
+            return self._loop(value, stacked, condition, event_ndims, direction)
+        return self._recomputed(value, stacked, condition, event_ndims, direction)
+
+    def _steps(self, arrays, k, condition, event_ndims, direction):
+        """The parts of the k-th bijector in this direction, each with its keyword arguments and event axes, and its values."""
+        values = [array.read(k if direction == "inverse" else self._length - 1 - k) for array in arrays]
+        parts = chain.Chain([self._at(values)])
+        steps = []
+        for bijector, kwargs in parts._all_parts(parts._route(condition, {}), direction):
+            steps.append((bijector, kwargs, event_ndims))
+            event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
+        return steps, values
+
+    def _loop(self, value, stacked, condition, event_ndims, direction):
+        arrays, shape = [_array(stack) for stack in stacked], value.shape
+
+        def body(k, value, total):
+            for bijector, kwargs, ndims in self._steps(arrays, k, condition, event_ndims, direction)[0]:
+                value, log_det = getattr(per_dimension, f"{direction}_and_log_det")(bijector, value, ndims, **kwargs)
+                total = total + log_det
+            if not value.shape.is_compatible_with(shape):
+                raise ValueError(f"{self.name}: got a bijector from shape {shape} to {value.shape}, needs one that keeps it")
+            value.set_shape(shape)
+            return k + 1, value, total
+
+        total = base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)
+        return self._while(body, [value, total])
+
+    def _while(self, body, start):
+        return tf.while_loop(lambda k, *_: k < self._length, body, [0, *start], maximum_iterations=self._length)[1:]
+
+    def _recomputed(self, value, stacked, condition, event_ndims, direction):
+        training = keras_bridge.training()
+        given, rebuild = recompute.floating(condition)
+
+        @tf.custom_gradient
+        def run(value, given, stacked):
+            result, total = self._loop(value, stacked, rebuild(given), event_ndims, direction)
+
+            def gradient(dresult, dtotal):
+                arrays = [_array(stack) for stack in stacked]
+                slopes = [tf.TensorArray(s.dtype, self._length, element_shape=s.shape[1:]) for s in stacked]
+
+                def body(k, result, dresult, dgiven, slopes):
+                    last = self._length - 1 - k
+                    steps, values = self._steps(arrays, last, rebuild(given), event_ndims, direction)
+                    watched = [*given, *values]
+                    (value,), (dvalue,), found = keras_bridge.with_training(
+                        training,
+                        lambda: recompute.gradients(self.name, steps, result, [dresult, dtotal], watched, direction),
+                    )
+                    value.set_shape(result.shape)
+                    dvalue.set_shape(result.shape)
+                    found = [found.get(source.ref(), tf.zeros_like(source)) for source in watched]
+                    dgiven = [sum(pair) for pair in zip(dgiven, found)]
+                    place = last if direction == "inverse" else k
+                    slopes = [slope.write(place, f) for slope, f in zip(slopes, found[len(given) :], strict=True)]
+                    return k + 1, value, dvalue, dgiven, slopes
+
+                start = [result, dresult, [tf.zeros_like(g) for g in given], slopes]
+                _, dvalue, dgiven, slopes = self._while(body, start)
+                return dvalue, dgiven, [slope.stack() for slope in slopes]
+
+            return (result, total), gradient
+
+        return run(value, given, stacked)
+
+
+class _Hidden:
+    """Holds a bijector whose variables are not to be found."""
+
+    def __init__(self, bijector):
+        self.bijector = bijector
+
+
+def _array(stack):
+    return tf.TensorArray(stack.dtype, stack.shape[0], element_shape=stack.shape[1:]).unstack(stack)
+
+
+_ARRAYS = (tf.Tensor, np.ndarray)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, tf.DType, tf.TensorShape)
+_IRRELEVANT = ("name", "_name", "_name_scope", "_scope_name", "_parameter_dict", "_cached_batch_shapes")
+
+
+def _stack(made, name):
+    """Variables and arrays with the values of all bijectors, and for every leaf of one whether it is among these."""
+    rows = [_leaves(bijector, name) for bijector in made]
+    for k, row in enumerate(rows):
+        for first, other in itertools.zip_longest(rows[0], row):
+            if first is None or other is None or _kind(*first) != _kind(*other):
+                path, values = (first or other)[0], [leaf and leaf[1] for leaf in (other, first)]
+                raise ValueError(
+                    f"{name}: bijector {k} is of another kind than bijector 0: in {path} got {values[0]!r} and {values[1]!r}, "
+                    "needs bijectors that differ in the values of variables and arrays only"
+                )
+    stacked, is_stacked = [], []
+    for column in zip(*rows):
+        leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for _, leaf in column]
+        is_variable, is_array = isinstance(leaves[0], tf.Variable), isinstance(leaves[0], _ARRAYS)
+        if is_variable:
+            label = column[0][1].name.split(":")[0].split("/")[-1]
+            stacked.append(tf.Variable(tf.stack(leaves), name=label, trainable=leaves[0].trainable))
+        elif is_array and not all(np.array_equal(leaf, leaves[0]) for leaf in leaves):
+            stacked.append(np.stack([np.asarray(leaf) for leaf in leaves]))
+        is_stacked.append(len(stacked) > sum(is_stacked))
+    return stacked, is_stacked
+
+
+def _leaves(bijector, name):
+    """Path and value of everything that a bijector computes with."""
+    leaves = []
+    _copy(bijector, lambda path, leaf: leaves.append((path, leaf)) or leaf)
+    holdings = keras_bridge.collect(bijector)
+    found = {id(leaf.value if isinstance(leaf, keras.Variable) else leaf) for _, leaf in leaves}
+    hidden = [v.name for v in holdings.variables if id(v) not in found]
+    states = [v.path for layer in holdings.layers for v in layer.variables if not v.trainable]
+    losses = [v.path for layer in holdings.layers for v in layer.variables if v.regularizer or v.constraint]
+    for reason, names in (
+        ("a variable in a closure or in a layer that is not Keras 3's", hidden),
+        ("a state that is not trained", states),
+        ("a variable with a regularizer or a constraint", losses),
+    ):
+        if names:
+            raise ValueError(f"{name}: got a bijector with {reason} ({names[0]}), needs one without; use a Chain")
+    return leaves
+
+
+def _kind(path, leaf):
+    """What has to agree."""
+    if isinstance(leaf, (keras.Variable, tf.Variable)):
+        return path, type(leaf), tuple(leaf.shape), leaf.dtype, leaf.trainable
+    if isinstance(leaf, _ARRAYS):
+        return path, type(leaf), tuple(leaf.shape), leaf.dtype
+    if isinstance(leaf, types.FunctionType):
+        cells = keras_bridge.cell_contents(leaf)
+        return path, leaf.__code__, [cell if isinstance(cell, _PLAIN) else type(cell) for cell in cells]
+    return (path, leaf) if isinstance(leaf, _PLAIN) else (path, type(leaf))
+
+
+def _copy(bijector, function):
+    """A copy of a bijector with `function(path, leaf)` in the place of all that is no container; of one variable everywhere."""
+    done = {}
+
+    def leaf_of(path, leaf):
+        if not isinstance(leaf, (keras.Variable, tf.Variable, *_ARRAYS)):
+            return function(path, leaf)
+        if id(leaf) not in done:
+            done[id(leaf)] = function(path, leaf)
+        return done[id(leaf)]
+
+    def of(path, item):
+        if id(item) in done:
+            return done[id(item)]
+        if isinstance(item, types.MethodType):
+            return types.MethodType(item.__func__, of(path, item.__self__))
+        if isinstance(item, (list, tuple)):  # TensorFlow wraps those that a module holds
+            values = [of(f"{path}[{k}]", value) for k, value in enumerate(item)]
+            return type(item)(*values) if hasattr(item, "_fields") else tuple(values) if isinstance(item, tuple) else values
+        if isinstance(item, dict):
+            return {key: of(f"{path}[{key!r}]", value) for key, value in item.items()}
+        if isinstance(item, keras_bridge.Network):
+            clone = done[id(item)] = item.with_variables(lambda v: leaf_of(f"{path}.{v.name}", v))
+            clone._network = of(f"{path}.network", clone._network)
+            return clone
+        is_ours = type(item).__module__.startswith("tfp_dimflows.bijectors")
+        if isinstance(item, tf.Module) and not isinstance(item, tf_keras.layers.Layer) or is_ours:
+            clone = done[id(item)] = copy.copy(item)
+            for key, value in vars(item).items():
+                if key == "_parameters":
+                    object.__setattr__(clone, key, {})
+                elif key not in _IRRELEVANT and not key.startswith("_self_"):
+                    object.__setattr__(clone, key, of(f"{path}.{key}", value))
+            return clone
+        return leaf_of(path, item)
+
+    return of(bijector.name, bijector)
