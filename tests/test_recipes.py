@@ -224,6 +224,16 @@ def test_channels_grow_as_nothing_leaves(name, channels, channels_if_nothing_lea
         assert halves == expected
 
 
+@pytest.mark.parametrize("event_shape", [IMAGE, VECTOR])
+def test_the_attribution_of_glow_shares_the_same_log_det_otherwise(event_shape):
+    x, shares = events(event_shape), []
+    for attribution in ("polar", "lu"):
+        flow = perturb(small("glow", event_shape, num_scales=1, attribution=attribution))
+        shares.append(multiscale(flow).inverse_log_det_per_dim(x).numpy().reshape(len(x), -1))
+    np.testing.assert_allclose(shares[0].sum(axis=-1), shares[1].sum(axis=-1), rtol=1e-4)
+    assert np.abs(shares[0] - shares[1]).max() > 1e-2
+
+
 def test_dimensions_of_vectors_halve():
     for factorization, expected in (("conventional", [7, 4, 2]), (None, [7, 7, 7])):
         distribution = small("realnvp", VECTOR, num_scales=3, factorization=factorization)

@@ -175,7 +175,7 @@ def operations(length, memory="keep"):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_the_graph_is_as_large_at_any_length(memory):
-    assert operations(9, memory) == operations(3, memory)
+    assert operations(18, memory) == operations(6, memory)
 
 
 def test_recomputation_keeps_one_result():

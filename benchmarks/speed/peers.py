@@ -7,14 +7,13 @@ Run as `python -m benchmarks.speed.peers [TASK ...]` from the repository's root,
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import time
 
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.speed import steps
+from benchmarks.speed import steps, turns
 
 ROUNDS, REPEATS = 7, 3
 LEARNING_RATE = 1e-4
@@ -198,50 +197,29 @@ ENTRANTS = {
 }
 
 
-class Contender:
-    """A process that builds a contender and times what it is told to."""
-
-    def __init__(self, task, name):
-        command = [sys.executable, "-m", "benchmarks.speed.peers", "--contender", task, name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, question):
-        """Its answer; None if it failed."""
-        try:
-            self._process.stdin.write(question + "\n")
-            self._process.stdin.flush()
-            return json.loads(self._process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            return None
-
-    def end(self):
-        """Ends the process."""
-        self._process.kill()
-        self._process.wait()
-
-
 def answer(task, name):
-    """Works as a contender: reads what to time from standard input, and writes the seconds."""
-    output, sys.stdout = sys.stdout, sys.stderr
-    for line in sys.stdin:
-        question = line.strip()
+    """Works as a contender."""
+    functions, before = {}, 0.0
+
+    def timed(question):
+        nonlocal before
         start = time.perf_counter()
         if question == "first step":
-            functions, parameters = CONTENDERS[name](task, TASKS[task])
+            made, parameters = CONTENDERS[name](task, TASKS[task])
+            functions.update(made)
             before = steps.peak_mib()
             functions["step"]()
-            result = {"seconds": time.perf_counter() - start, "parameters": parameters}
-        else:
-            for _ in range(REPEATS):
-                functions[question]()
-            result = {"seconds": (time.perf_counter() - start) / REPEATS, "mib": steps.peak_mib() - before}
-        output.write(json.dumps(result) + "\n")
-        output.flush()
+            return {"seconds": time.perf_counter() - start, "parameters": parameters}
+        for _ in range(REPEATS):
+            functions[question]()
+        return {"seconds": (time.perf_counter() - start) / REPEATS, "mib": steps.peak_mib() - before}
+
+    turns.answer(timed)
 
 
 def compare(task):
     """Medians of every contender, and the ratios to ours within a round."""
-    contenders = {name: Contender(task, name) for name in ENTRANTS[task]}
+    contenders = {name: turns.Contender("benchmarks.speed.peers", "--contender", task, name) for name in ENTRANTS[task]}
     rows = {}
     for name, contender in contenders.items():
         if (first := contender.ask("first step")) is not None:

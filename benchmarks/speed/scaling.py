@@ -1,11 +1,11 @@
 """Glow over batch size, image size, depth and factorization: time to the first step, images per second, and the data pipeline.
 
-Run as `python -m benchmarks.speed.scaling` from the repository's root. Each model has a process of its own.
+Run as `python -m benchmarks.speed.scaling` from the repository's root. Each model has a process of its own; for the steps they
+take turns.
 """
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 
@@ -14,6 +14,7 @@ import tensorflow as tf
 
 import tfp_dimflows as dimflows
 from benchmarks import machine
+from benchmarks.speed import turns
 
 BASE = {"size": 32, "batch": 32, "depth": 8, "factorization": "conventional", "grappler": True}
 CHANGES = (
@@ -24,7 +25,7 @@ CHANGES = (
     {"factorization": None},
 )
 FLOW = {"num_scales": 3, "width": 64}
-STEPS, BATCHES = 15, 500
+ROUNDS, STEPS, BATCHES = 9, 3, 500
 
 
 def seconds_of(function):
@@ -34,17 +35,36 @@ def seconds_of(function):
     return time.perf_counter() - start
 
 
-def measure(size, batch, depth, factorization, grappler):
-    """Seconds until things are there, the median of a training step, and what it makes of the batch."""
+def answer(size, batch, depth, factorization, grappler):
+    """Builds, traces and trains a model, as it is told: seconds until things are there, and of a step."""
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not grappler})
     shape, made = [size, size, 3], []
     flow = {**FLOW, "depth": depth, "factorization": factorization}
-    construct = seconds_of(lambda: made.append(dimflows.FlowModel(dimflows.recipes.glow(shape, **flow), seed=0)))
-    model, x = made[0], tf.random.stateless_normal([batch, *shape], [0, 0])
+    x = tf.random.stateless_normal([batch, *shape], [0, 0])
+
+    def build():
+        made.append(dimflows.FlowModel(dimflows.recipes.glow(shape, **flow), seed=0))
+        made[0].compile(keras.optimizers.Adam(1e-4))
+
+    def train():
+        for _ in range(STEPS):
+            made[0].train_on_batch(x)
+
+    def respond(question):
+        if question == "build":
+            return {"construct_s": seconds_of(build)}
+        if question == "first step":
+            return {"first_step_s": seconds_of(lambda: made[0].train_on_batch(x))}
+        if question == "trace":
+            return traced(made[0], x)
+        return {"step_ms": 1e3 * seconds_of(train) / STEPS}
+
+    turns.answer(respond)
+
+
+def traced(model, x):
+    """Seconds to trace, and the operations, of the loss, of its gradients, and of the optimizer's step."""
     variables = [v.value for v in model.trainable_variables]
-    optimizer = keras.optimizers.Adam(1e-4)
-    optimizer.build(model.trainable_variables)
-    model.compile(optimizer)
 
     def loss(x):
         return -tf.reduce_mean(model.distribution.log_prob(x))
@@ -55,18 +75,16 @@ def measure(size, batch, depth, factorization, grappler):
         return tape.gradient(value, variables)
 
     def update(x):
-        optimizer.apply(gradients(x), model.trainable_variables)
+        model.optimizer.apply(gradients(x), model.trainable_variables)
 
-    row = {"construct_s": construct}
+    row = {"variables": len(variables)}
     for function in (loss, gradients, update):
         start = time.perf_counter()
         graph = tf.function(function, autograph=False).get_concrete_function(x).graph
         row[f"trace_{function.__name__}_s"] = time.perf_counter() - start
-        row[f"operations_{function.__name__}"] = len(graph.get_operations())
-    row["first_step_s"] = seconds_of(lambda: model.train_on_batch(x))
-    model.train_on_batch(x)
-    step = statistics.median(seconds_of(lambda: model.train_on_batch(x)) for _ in range(STEPS))
-    return row | {"variables": len(variables), "step_ms": 1e3 * step, "images_per_s": batch / step}
+        bodies = graph.as_graph_def().library.function
+        row[f"operations_{function.__name__}"] = len(graph.get_operations()) + sum(len(body.node_def) for body in bodies)
+    return row
 
 
 def pipeline():
@@ -78,13 +96,21 @@ def pipeline():
 
 def main():
     if len(sys.argv) > 1:
-        print(json.dumps(measure(**json.loads(sys.argv[1]))))
+        answer(**json.loads(sys.argv[1]))
         return
+    settings = [BASE | change for change in CHANGES]
+    models = [turns.Contender("benchmarks.speed.scaling", json.dumps(setting)) for setting in settings]
     rows = []
-    for change in CHANGES:
-        command = [sys.executable, "-m", "benchmarks.speed.scaling", json.dumps(BASE | change)]
-        measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-        rows.append(BASE | change | {key: round(value, 2) for key, value in measured.items()})
+    for setting, model in zip(settings, models):
+        rows.append(setting | model.ask("build") | model.ask("first step") | model.ask("trace"))
+        print(rows[-1], flush=True)
+    times = [[model.ask("step")["step_ms"] for model in models] for _ in range(1 + ROUNDS)][1:]
+    for k, (row, model) in enumerate(zip(rows, models)):
+        model.end()
+        row["step_ms"] = statistics.median(one[k] for one in times)
+        row["step_ratio"] = statistics.median(one[k] / one[0] for one in times)
+        row["images_per_s"] = 1e3 * row["batch"] / row["step_ms"]
+    rows = [{key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()} for row in rows]
     machine.write("speed_scaling", {"recipe": FLOW, "pipeline_images_per_s": round(pipeline()), "rows": rows})
 
 

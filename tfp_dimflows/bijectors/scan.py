@@ -145,55 +145,79 @@ class Scan(base.FlowBijector):
         if tf.executing_eagerly() or control_flow_util.GraphOrParentsInXlaContext(graph):
             with self._one_by_one(self._memory) as parts:
                 return getattr(parts, f"_{direction}_and_log_det")(value, condition, event_ndims)
-        stacked = [tf.convert_to_tensor(stack) for stack in self._stacked]
+        rows = self._rows([tf.convert_to_tensor(stack) for stack in self._stacked if isinstance(stack, tf.Variable)])
         if self._memory == "keep":
-            return self._loop(value, stacked, condition, event_ndims, direction)
-        return self._recomputed(value, stacked, condition, event_ndims, direction)
+            return self._loop(value, rows, condition, event_ndims, direction)
+        return self._recomputed(value, rows, condition, event_ndims, direction)
 
-    def _steps(self, arrays, k, condition, event_ndims, direction):
-        """The parts of the k-th bijector in this direction, each with its keyword arguments and event axes, and its values."""
-        values = [array.read(k if direction == "inverse" else self._length - 1 - k) for array in arrays]
-        parts = chain.Chain([self._at(values)])
-        steps = []
+    def _rows(self, values, batch=True):
+        """For every dtype the values side by side, flat: a loop is much faster with one array than with many."""
+        by_dtype = {}
+        for value in values:
+            by_dtype.setdefault(value.dtype, []).append(tf.reshape(value, [self._length, -1] if batch else [-1]))
+        return [tf.concat(parts, axis=-1) for parts in by_dtype.values()]
+
+    def _values(self, arrays, k):
+        """The values of the k-th bijector, as `_at` takes them."""
+        shapes = {}
+        for stack in self._stacked:
+            if isinstance(stack, tf.Variable):
+                shapes.setdefault(stack.dtype, []).append(stack.shape[1:].num_elements())
+        parts = {dtype: iter(tf.split(array.read(k), sizes)) for array, (dtype, sizes) in zip(arrays, shapes.items())}
+        return [
+            tf.reshape(next(parts[stack.dtype]), stack.shape[1:]) if isinstance(stack, tf.Variable) else tf.gather(stack, k)
+            for stack in self._stacked
+        ]
+
+    def _steps(self, values, condition, event_ndims, direction):
+        """The parts of a bijector in this direction, each with its keyword arguments and the event axes of its argument."""
+        parts, steps = chain.Chain([self._at(values)]), []
         for bijector, kwargs in parts._all_parts(parts._route(condition, {}), direction):
             steps.append((bijector, kwargs, event_ndims))
             event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
-        return steps, values
+        return steps
 
-    def _loop(self, value, stacked, condition, event_ndims, direction):
-        arrays, shape = [_array(stack) for stack in stacked], value.shape
+    def _place(self, step, direction):
+        """Which bijector is applied at a step."""
+        return step if direction == "inverse" else self._length - 1 - step
 
-        def body(k, value, total):
-            for bijector, kwargs, ndims in self._steps(arrays, k, condition, event_ndims, direction)[0]:
+    def _while(self, body, start):
+        return tf.while_loop(lambda step, *_: step < self._length, body, [0, *start], maximum_iterations=self._length)[1:]
+
+    def _loop(self, value, rows, condition, event_ndims, direction):
+        arrays, shape = [_array(row) for row in rows], value.shape
+
+        def body(step, value, total):
+            values = self._values(arrays, self._place(step, direction))
+            for bijector, kwargs, ndims in self._steps(values, condition, event_ndims, direction):
                 value, log_det = getattr(per_dimension, f"{direction}_and_log_det")(bijector, value, ndims, **kwargs)
                 total = total + log_det
             if not value.shape.is_compatible_with(shape):
                 raise ValueError(f"{self.name}: got a bijector from shape {shape} to {value.shape}, needs one that keeps it")
             value.set_shape(shape)
-            return k + 1, value, total
+            return step + 1, value, total
 
         total = base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)
         return self._while(body, [value, total])
 
-    def _while(self, body, start):
-        return tf.while_loop(lambda k, *_: k < self._length, body, [0, *start], maximum_iterations=self._length)[1:]
-
-    def _recomputed(self, value, stacked, condition, event_ndims, direction):
+    def _recomputed(self, value, rows, condition, event_ndims, direction):
         training = keras_bridge.training()
         given, rebuild = recompute.floating(condition)
 
         @tf.custom_gradient
-        def run(value, given, stacked):
-            result, total = self._loop(value, stacked, rebuild(given), event_ndims, direction)
+        def run(value, given, rows):
+            result, total = self._loop(value, rows, rebuild(given), event_ndims, direction)
 
             def gradient(dresult, dtotal):
-                arrays = [_array(stack) for stack in stacked]
-                slopes = [tf.TensorArray(s.dtype, self._length, element_shape=s.shape[1:]) for s in stacked]
+                arrays = [_array(row) for row in rows]
+                slopes = [tf.TensorArray(row.dtype, self._length, element_shape=row.shape[1:]) for row in rows]
 
-                def body(k, result, dresult, dgiven, slopes):
-                    last = self._length - 1 - k
-                    steps, values = self._steps(arrays, last, rebuild(given), event_ndims, direction)
-                    watched = [*given, *values]
+                def body(step, result, dresult, dgiven, slopes):
+                    place = self._place(self._length - 1 - step, direction)
+                    values = self._values(arrays, place)
+                    steps = self._steps(values, rebuild(given), event_ndims, direction)
+                    variables = [v for v, stack in zip(values, self._stacked) if isinstance(stack, tf.Variable)]
+                    watched = [*given, *variables]
                     (value,), (dvalue,), found = keras_bridge.with_training(
                         training,
                         lambda: recompute.gradients(self.name, steps, result, [dresult, dtotal], watched, direction),
@@ -202,9 +226,8 @@ class Scan(base.FlowBijector):
                     dvalue.set_shape(result.shape)
                     found = [found.get(source.ref(), tf.zeros_like(source)) for source in watched]
                     dgiven = [sum(pair) for pair in zip(dgiven, found)]
-                    place = last if direction == "inverse" else k
-                    slopes = [slope.write(place, f) for slope, f in zip(slopes, found[len(given) :], strict=True)]
-                    return k + 1, value, dvalue, dgiven, slopes
+                    drows = self._rows(found[len(given) :], batch=False)
+                    return step + 1, value, dvalue, dgiven, [s.write(place, d) for s, d in zip(slopes, drows, strict=True)]
 
                 start = [result, dresult, [tf.zeros_like(g) for g in given], slopes]
                 _, dvalue, dgiven, slopes = self._while(body, start)
@@ -212,7 +235,7 @@ class Scan(base.FlowBijector):
 
             return (result, total), gradient
 
-        return run(value, given, stacked)
+        return run(value, given, rows)
 
 
 class _Hidden:
