@@ -107,6 +107,16 @@ def test_values_and_gradients_are_those_of_a_chain(case, direction, mode, memory
         assert np.abs(actual).max(axis=tuple(range(1, len(actual.shape)))).min() > 0.0
 
 
+def test_a_chain_that_recomputes_may_hold_one():
+    scan, chain, stacked, columns = pair("glow")
+    outer = dfb.Chain([tfb.Scale(tf.constant(2.0, tf.float64)), scan, dfb.Chain([scan])], memory="recompute")
+    expected = dfb.Chain([tfb.Scale(tf.constant(2.0, tf.float64)), chain, chain])
+    y = 0.2 * normal([BATCH, *IMAGE], 2)
+    run = tf.function(pass_and_gradients(outer, 3, "inverse", stacked), autograph=False)
+    for actual, wanted in zip(run(y, {})[2][2], pass_and_gradients(expected, 3, "inverse", columns)(y, {})[2][2], strict=True):
+        assert_close(actual, tf.stack(wanted), 1e-8)
+
+
 def test_contributions_and_places_are_those_of_a_chain():
     scan, chain, *_ = pair("shuffled")
     y = normal([BATCH, *VECTOR], 2)
@@ -225,8 +235,10 @@ def test_training_and_saving(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = dimflows.load(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.log_prob(x), model.log_prob(x))
-    names = [v.name for v in model.trainable_variables]
-    assert len(names) == len(trained(depth=7)[0].trainable_variables)
+    assert len(model.trainable_variables) == len(trained(depth=7)[0].trainable_variables)
+    model.export(tmp_path / "exported")
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.log_prob(x, [0, 0]), model.log_prob(x), rtol=1e-5)
 
 
 def test_mixed_precision_trains_and_keeps_float32_log_dets():
@@ -298,7 +310,21 @@ def test_bijectors_that_are_no_row_of_one_kind_are_refused(make, message):
         dfb.Scan(make, 2)
 
 
+def test_copies_start_anew():
+    first, second = (flow.trainable_variables for flow in (pair("glow")[0], pair("glow")[0].copy()))
+    made = dfb.Scan(CASES["glow"][0], LENGTH).trainable_variables
+    for a, b, c in zip(first, second, made, strict=True):
+        np.testing.assert_array_equal(b, c)
+        assert np.abs(a - b).max() > 0.01
+    scan = dimflows.recipes.glow([4, 4, 1], num_scales=1, depth=2, width=2).bijector.levels[0].bijectors[1]
+    for a, b in zip(scan.trainable_variables, scan.copy().trainable_variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_other_misuse_is_refused():
+    shared = Mixer([2], [4], 0)
+    with pytest.raises(ValueError, match="scan: got bijectors that share .*, needs ones with variables of their own"):
+        dfb.Scan(lambda k: coupling(shared), 2)
     for length in (0, 1.5):
         with pytest.raises(ValueError, match=f"scan: got length={length}, needs a positive integer"):
             dfb.Scan(glow_step, length)

@@ -270,6 +270,10 @@ def _stack(made, name):
         leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for _, leaf in column]
         is_variable, is_array = isinstance(leaves[0], tf.Variable), isinstance(leaves[0], _ARRAYS)
         if is_variable:
+            if len({id(leaf) for leaf in leaves}) < len(leaves):
+                raise ValueError(
+                    f"{name}: got bijectors that share {leaves[0].name}, needs variables of their own; use a Chain"
+                )
             label = column[0][1].name.split(":")[0].split("/")[-1]
             stacked.append(tf.Variable(tf.stack(leaves), name=label, trainable=leaves[0].trainable))
         elif is_array and not all(np.array_equal(leaf, leaves[0]) for leaf in leaves):

@@ -140,16 +140,18 @@ def image_steps(
     """`depth` steps of flow on images."""
     mask = dfb.masks.Channel()
     inputs, outputs = mask.sizes(channels)
+    seeds = [(next(seeds), next(seeds) % 2**31) for _ in range(depth)]
 
-    def step(_):
+    def step(k):
+        of_convolution, of_network = seeds[k]
         actnorm = dfb.ActNorm(channels, log_scale_factor=3.0, dtype=common.floatx())
-        convolution = dfb.InvertibleConv1x1(channels, attribution, seed=next(seeds), dtype=common.floatx())
+        convolution = dfb.InvertibleConv1x1(channels, attribution, seed=of_convolution, dtype=common.floatx())
         network = networks.GlowConvNet(
             inputs,
             COUPLINGS[coupling] * outputs,
             width=width,
             condition_channels=condition_channels,
-            seed=next(seeds) % 2**31,
+            seed=of_network,
         )
         return dfb.Chain([actnorm, convolution, _coupling(network, mask, coupling, "sigmoid")])
 
