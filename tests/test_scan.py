@@ -127,6 +127,21 @@ def test_contributions_and_places_are_those_of_a_chain():
         np.testing.assert_array_equal(getattr(scan, transport)(y), getattr(chain, transport)(y))
 
 
+def test_jacobians_in_a_graph():
+    scan, chain, *_ = pair("shuffled")
+
+    def jacobian(bijector, y):
+        with tf.GradientTape() as tape:
+            tape.watch(y)
+            x = bijector.inverse(y)
+        return tape.batch_jacobian(x, y)
+
+    y = normal([BATCH, *VECTOR], 2)
+    actual = tf.function(lambda y: jacobian(scan, y), autograph=False)(y)
+    assert_close(actual, jacobian(chain, y))
+    assert_close(np.linalg.slogdet(actual)[1], scan.inverse_log_det_jacobian(y, 1))
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_second_derivatives(memory):
     scan, chain, *_ = pair("glow", memory)
