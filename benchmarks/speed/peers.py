@@ -22,6 +22,7 @@ TASKS = {
     "glow_deep": {"shape": [32, 32, 3], "batch": 32, "levels": 3, "depth": 32, "width": 64},
     "realnvp": {"shape": [64], "batch": 512, "depth": 8, "hidden": [128, 128]},
     "maf": {"shape": [64], "batch": 512, "depth": 5, "hidden": [128, 128]},
+    "mixture": {"shape": [64], "batch": 512, "depth": 8, "hidden": [128, 128], "components": 8},
 }
 
 
@@ -38,7 +39,25 @@ def ours(task, sizes):
     if task == "realnvp":  # a level has num_couplings + 1 couplings
         shape = {"num_scales": 1, "num_couplings": sizes["depth"] - 1, "width": 128, "num_blocks": len(sizes["hidden"])}
         return dimflows.recipes.realnvp(sizes["shape"], **shape)
+    if task == "mixture":
+        return mixture_couplings(sizes)
     return dimflows.recipes.maf(sizes["shape"], num_layers=sizes["depth"], hidden=sizes["hidden"])
+
+
+def mixture_couplings(sizes):
+    """Couplings through mixtures of logistics, whose samples are found by bisection."""
+    import tensorflow_probability as tfp
+
+    import tfp_dimflows as dimflows
+
+    dfb, dims, parts = dimflows.bijectors, sizes["shape"][0], []
+    for k in range(sizes["depth"]):
+        outputs = dims // 2 * (2 + 3 * sizes["components"])
+        network = dimflows.networks.MLP(dims // 2, outputs, hidden=sizes["hidden"], seed=k)
+        mask = dfb.masks.Channel(flip=k % 2 == 1, event_ndims=1)
+        parts.append(dfb.MixtureLogisticCoupling(network, mask, sizes["components"]))
+    noise = tfp.distributions.Sample(tfp.distributions.Normal(0.0, 1.0), sizes["shape"])
+    return tfp.distributions.TransformedDistribution(noise, dfb.Chain(parts))
 
 
 def of_tfp(task, sizes):
@@ -194,6 +213,7 @@ ENTRANTS = {
     "glow_deep": ["ours", "ours, one thread per operation", "TFP", "normflows"],
     "realnvp": [*_OURS, *_NORMFLOWS, *_ZUKO],
     "maf": [*_OURS, *_TFP, *_ZUKO],
+    "mixture": _OURS,
 }
 
 
