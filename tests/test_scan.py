@@ -338,7 +338,7 @@ def test_copies_start_anew():
 
 def test_other_misuse_is_refused():
     shared = Mixer([2], [4], 0)
-    with pytest.raises(ValueError, match="scan: got bijectors that share .*, needs ones with variables of their own"):
+    with pytest.raises(ValueError, match="scan: got bijectors that share .*, needs variables of their own; use a Chain"):
         dfb.Scan(lambda k: coupling(shared), 2)
     for length in (0, 1.5):
         with pytest.raises(ValueError, match=f"scan: got length={length}, needs a positive integer"):
