@@ -1840,34 +1840,33 @@ def scan_step(k, seed, dtype):
 
 
 def _scans():
-    for memory in ("keep", "recompute"):
-        yield Entry(
-            f"scan_vector_{memory}",
-            lambda s, t, memory=memory: scan(lambda k: scan_step(k, s, t), 3, memory=memory),
-            VECTOR,
-            reference=chain_reference([shuffled(shuffle) for shuffle in SHUFFLES]),
-            move=composed(*(shuffled(shuffle) for shuffle in SHUFFLES)),
-            xla=True,
-            half=False,
-        )
-        yield Entry(
-            f"scan_image_conditional_{memory}",
-            lambda s, t, memory=memory: scan(
-                lambda k: dfb.Chain(
-                    [
-                        dfb.ActNorm(2, dtype=t),
-                        dfb.InvertibleConv1x1(2, seed=k, dtype=t),
-                        affine_coupling(dfb.masks.Channel(), IMAGE, s + 10 * k, t, "sigmoid", (3,)),
-                    ]
-                ),
-                2,
-                memory=memory,
+    yield Entry(
+        "scan_vector",
+        lambda s, t: scan(lambda k: scan_step(k, s, t), 3),
+        VECTOR,
+        reference=chain_reference([shuffled(shuffle) for shuffle in SHUFFLES]),
+        move=composed(*(shuffled(shuffle) for shuffle in SHUFFLES)),
+        xla=True,
+        half=False,
+    )
+    yield Entry(
+        "scan_image_conditional",
+        lambda s, t: scan(
+            lambda k: dfb.Chain(
+                [
+                    dfb.ActNorm(2, dtype=t),
+                    dfb.InvertibleConv1x1(2, seed=k, dtype=t),
+                    affine_coupling(dfb.masks.Channel(), IMAGE, s + 10 * k, t, "sigmoid", (3,)),
+                ]
             ),
-            IMAGE,
-            condition_shape=(3,),
-            in_place=False,
-            xla=True,
-        )
+            2,
+            memory="recompute",
+        ),
+        IMAGE,
+        condition_shape=(3,),
+        in_place=False,
+        xla=True,
+    )
 
 
 # Residual blocks.
