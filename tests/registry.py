@@ -125,6 +125,21 @@ def distribution(bijector, latent_shape, dtype="float64"):
     return tfd.TransformedDistribution(tfd.Sample(base, latent_shape), bijector)
 
 
+def pass_and_gradients(bijector, event_ndims, direction, variables):
+    """A function of values and condition to the result, the log-det and gradients of an unsymmetric function of both."""
+
+    def compute(value, kwargs):
+        with tf.GradientTape() as tape:
+            tape.watch([value, kwargs])
+            result = getattr(bijector, direction)(value, **kwargs)
+            log_det = getattr(bijector, f"{direction}_log_det_jacobian")(value, event_ndims, **kwargs)
+            weights = tf.cast(tf.range(1, value.shape[0] + 1), value.dtype)
+            loss = tf.reduce_sum(tf.sin(result) + result**2) / 7.0 + tf.reduce_sum(weights * log_det)
+        return result, log_det, tape.gradient(loss, [value, kwargs, variables])
+
+    return compute
+
+
 class Recorder(tfd.Distribution):
     """A distribution that remembers the values it was asked about."""
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import Mixer, affine_coupling, dfb, dimflows, mixer_for, normal, spline
+from registry import Mixer, affine_coupling, dfb, dimflows, mixer_for, normal, pass_and_gradients, spline
 
 from tfp_dimflows import keras_bridge
 
@@ -134,18 +134,9 @@ def randomize(chain, seed=5):
         v.assign(v + tf.constant(0.3 * generator.normal(size=v.shape), v.dtype))
 
 
-def pass_and_gradients(chain, event_ndims, direction, mode):
-    """A function of values and condition to the result, the log-det and the gradients of an unsymmetric function of both."""
-
-    def compute(value, kwargs):
-        with tf.GradientTape() as tape:
-            tape.watch([value, kwargs])
-            result = getattr(chain, direction)(value, **kwargs)
-            log_det = getattr(chain, f"{direction}_log_det_jacobian")(value, event_ndims, **kwargs)
-            weights = tf.cast(tf.range(1, BATCH + 1), value.dtype)
-            loss = tf.reduce_sum(tf.sin(result) + result**2) / 7.0 + tf.reduce_sum(weights * log_det)
-        return result, log_det, tape.gradient(loss, [value, kwargs, chain.trainable_variables])
-
+def compiled(chain, event_ndims, direction, mode):
+    """`pass_and_gradients` of all variables: eager, or in a graph, or under XLA."""
+    compute = pass_and_gradients(chain, event_ndims, direction, chain.trainable_variables)
     return compute if mode == "eager" else tf.function(compute, jit_compile=mode == "xla", autograph=False)
 
 
@@ -174,7 +165,7 @@ def test_values_and_gradients_are_those_of_the_ordinary_pass(case, direction, mo
     for memory in MEMORIES:
         chain = dfb.Chain(make("float64"), memory=memory)
         randomize(chain)
-        run = pass_and_gradients(chain, len(shape), direction, "graph" if memory == "keep" else mode)
+        run = compiled(chain, len(shape), direction, "graph" if memory == "keep" else mode)
         results.append(run(0.5 * normal([BATCH, *shape], 2), kwargs))
     assert_equal(results[1], results[0], 1e-9)
 
@@ -193,7 +184,7 @@ def test_float32_agrees_to_its_rounding():
     for memory in MEMORIES:
         chain = dfb.Chain(glow_steps("float32", depth=8), memory=memory)
         randomize(chain)
-        results.append(pass_and_gradients(chain, 3, "inverse", "graph")(normal([BATCH, *IMAGE], 2, "float32"), {}))
+        results.append(compiled(chain, 3, "inverse", "graph")(normal([BATCH, *IMAGE], 2, "float32"), {}))
     assert_equal(results[1], results[0], 1e-3)
 
 

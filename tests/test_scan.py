@@ -5,7 +5,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import Mixer, affine_coupling, assert_close, dfb, dimflows, mixer_for, normal, scan_step, tf_keras_network
+from registry import (
+    Mixer,
+    affine_coupling,
+    assert_close,
+    dfb,
+    dimflows,
+    mixer_for,
+    normal,
+    pass_and_gradients,
+    scan_step,
+    tf_keras_network,
+)
 
 tfb = tfp.bijectors
 
@@ -63,21 +74,6 @@ def pair(case, memory="keep"):
         assert stacked.name == column[0].name.split("/")[-1]
         stacked.assign(tf.stack(column))
     return scan, chain, by_shape, columns
-
-
-def pass_and_gradients(bijector, event_ndims, direction, variables):
-    """A function of values and condition to the result, the log-det and gradients of an unsymmetric function of both."""
-
-    def compute(value, kwargs):
-        with tf.GradientTape() as tape:
-            tape.watch([value, kwargs])
-            result = getattr(bijector, direction)(value, **kwargs)
-            log_det = getattr(bijector, f"{direction}_log_det_jacobian")(value, event_ndims, **kwargs)
-            weights = tf.cast(tf.range(1, BATCH + 1), value.dtype)
-            loss = tf.reduce_sum(tf.sin(result) + result**2) / 7.0 + tf.reduce_sum(weights * log_det)
-        return result, log_det, tape.gradient(loss, [value, kwargs, variables])
-
-    return compute
 
 
 @pytest.mark.parametrize(
