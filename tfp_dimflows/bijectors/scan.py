@@ -150,11 +150,11 @@ class Scan(base.FlowBijector):
             return self._loop(value, rows, condition, event_ndims, direction)
         return self._recomputed(value, rows, condition, event_ndims, direction)
 
-    def _rows(self, values, batch=True):
-        """For every dtype the values side by side, flat: a loop is much faster with one array than with many."""
+    def _rows(self, values, is_stacked=True):
+        """For every dtype the values side by side, flat: a loop is faster with one array than with many."""
         by_dtype = {}
         for value in values:
-            by_dtype.setdefault(value.dtype, []).append(tf.reshape(value, [self._length, -1] if batch else [-1]))
+            by_dtype.setdefault(value.dtype, []).append(tf.reshape(value, [self._length, -1] if is_stacked else [-1]))
         return [tf.concat(parts, axis=-1) for parts in by_dtype.values()]
 
     def _values(self, arrays, k):
@@ -226,7 +226,7 @@ class Scan(base.FlowBijector):
                     dvalue.set_shape(result.shape)
                     found = [found.get(source.ref(), tf.zeros_like(source)) for source in watched]
                     dgiven = [sum(pair) for pair in zip(dgiven, found)]
-                    drows = self._rows(found[len(given) :], batch=False)
+                    drows = self._rows(found[len(given) :], is_stacked=False)
                     return step + 1, value, dvalue, dgiven, [s.write(place, d) for s, d in zip(slopes, drows, strict=True)]
 
                 start = [result, dresult, [tf.zeros_like(g) for g in given], slopes]
