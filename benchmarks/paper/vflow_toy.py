@@ -34,7 +34,7 @@ class Model(NamedTuple):
 MODELS = {"glow-2d-3": Model(2, 3), "vflow-10d-3": Model(10, 3), "glow-2d-20": Model(2, 20)}
 MODELS |= {f"vflow-{dims}d-3": Model(dims, 3) for dims in (4, 6, 8)}
 MODELS |= {f"{name}-batch-512": MODELS[name]._replace(batch=512) for name in ("vflow-10d-3", "glow-2d-3")}
-MODELS["vflow-10d-3-samples-8"] = MODELS["vflow-10d-3"]._replace(samples=8)
+MODELS |= {f"{name}-samples-8": MODELS[name]._replace(samples=8) for name in ("vflow-10d-3", "vflow-10d-3-batch-512")}
 PICTURE, PICTURED = machine.RESULTS / "paper_vflow_toy.png", ("glow-2d-3", "vflow-10d-3")
 PAPER = {"vflow-10d-3": "-3.51 +- 0.01", "glow-2d-3": "-3.67 +- 0.03", "glow-2d-20": "-3.54 +- 0.05"}
 
