@@ -255,7 +255,18 @@ def test_dequantize_never_reaches_the_end_of_the_range(dtype, levels):
     assert levels - 1 <= smallest <= largest < levels
     assert dtype == "bfloat16" or largest > levels - 0.2
     below = distribution.dequantize(np.zeros([10, 1000], np.uint8), seed=SEED)
-    assert 0.0 <= float(tf.reduce_min(below)) < 0.1 < 0.9 < float(tf.reduce_max(below)) <= 1.0
+    assert 0.0 <= float(tf.reduce_min(below)) < 0.1 < 0.9 < float(tf.reduce_max(below)) < 1.0
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_saturated_noise_stays_in_its_cell(mode):
+    """In float32 a sigmoid is 1 from 17 on, and any u near 1 is rounded up beside a large x."""
+    x = np.arange(256)[:, np.newaxis]
+    for shift in (-200.0, -17.0, 12.0, 17.0, 200.0):
+        noise = dfb.Chain([tfb.Sigmoid(), tfb.Shift(shift)])
+        distribution = dfd.Dequantized(tfd.Sample(tfd.Normal(0.0, 1.0), [1]), levels=256, noise=noise)
+        dequantize = tf.function(lambda d=distribution: d.dequantize(x, seed=SEED), jit_compile=mode == "compiled")
+        np.testing.assert_array_equal(np.floor(dequantize()), x)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.float32, np.float64])

@@ -137,8 +137,7 @@ def test_both_tails(dtype, tolerance, size):
     b = bijector(p, dtype)
     values = tf.constant(x, dtype)
     np.testing.assert_allclose(b.inverse(values), z, rtol=10 * tolerance)
-    # The log-det is a difference of numbers of the size of z.
-    np.testing.assert_allclose(b.inverse_log_det_per_dim(values), log_det, atol=4 * tolerance * np.abs(z).max())
+    np.testing.assert_allclose(b.inverse_log_det_per_dim(values), log_det, atol=10 * tolerance)
     np.testing.assert_allclose(b.forward(fresh(b.inverse(values))), x, rtol=10 * tolerance)
     latent = tf.constant(x, dtype)
     np.testing.assert_allclose(b.inverse(fresh(b.forward(latent))), x, rtol=10 * tolerance)
@@ -316,7 +315,7 @@ def test_beyond_the_image_forward_stays_at_its_ends(dtype):
         x = b.forward(value)
     log_det = b.forward_log_det_per_dim(value)
     assert np.isfinite(x).all() and np.isfinite(log_det).all()
-    assert not np.isnan(tape.gradient(x, value)).any()
+    np.testing.assert_array_equal(tape.gradient(x, value), np.zeros([6, 6]))
     np.testing.assert_allclose(x[:3], np.broadcast_to(x[0], [3, 6]), rtol=1e-5)
     np.testing.assert_allclose(x[3:], np.broadcast_to(x[-1], [3, 6]), rtol=1e-5)
     np.testing.assert_allclose(b.inverse(fresh(x)).numpy()[[0, -1]], [p["shift"] - end, p["shift"] + end], rtol=1e-4)
@@ -345,6 +344,25 @@ def test_total_probability(seed):
     image = np.diff(tfd.Normal(np.float64(0.0), 1.0).cdf(ends).numpy())[0]
     assert abs(total[False] - 1.0) < 1e-5
     assert abs(total[True] - image) < 1e-5 and total[True] < total[False] - 1e-7
+
+
+@pytest.mark.parametrize("kind", ["mixture", "spline"])
+def test_couplings_integrate_to_one_on_the_plane(kind):
+    mask, parts = dfb.masks.Index([0], size=2), []
+    for seed in range(2):
+        transformer = dfb.transformers.MixtureLogistic(3) if kind == "mixture" else dfb.transformers.Spline(BINS, BOUND)
+        options = {"hidden": [8], "activation": "tanh", "zero_init": False, "seed": seed, "dtype": "float64"}
+        network = dimflows.networks.MLP(1, transformer.params_per_dim, **options)
+        parts.append(
+            dfb.MixtureLogisticCoupling(network, mask, 3)
+            if kind == "mixture"
+            else dfb.SplineCoupling(network, mask, BINS, BOUND)
+        )
+        mask = mask.complement()
+    side = np.linspace(-30.0, 30.0, 1201)
+    grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+    total = np.exp(distribution(dfb.Chain(parts), [2]).log_prob(grid).numpy()).sum() * (side[1] - side[0]) ** 2
+    assert abs(total - 1.0) < 1e-3
 
 
 def test_samples_of_the_exact_map_have_its_distribution():

@@ -45,6 +45,25 @@ def test_the_reference_sizes_of_cifar10(name, total):
         assert (count(flow.posterior), count(flow.flow)) == parts[1:]
 
 
+@pytest.mark.parametrize("name", ["flowpp", "vflow"])
+@pytest.mark.parametrize(("config", "layers"), [("imagenet32", "noise and flow"), ("imagenet64", "flow")])
+def test_where_the_imagenet_configurations_have_attention(name, config, layers):
+    """Narrow networks of one block on 16x16 images: the rest is the configuration's."""
+    options = {"width": 4, "num_components": 1, "num_blocks": 1, "noise_blocks": 1, "context_blocks": 1}
+    options |= {"noise_couplings": 1} | ({"posterior_blocks": 1, "posterior_couplings": 1} if name == "vflow" else {})
+    with_it, without = (
+        recipes.get(name)([16, 16, 1], config=config, levels=256, attention=attention, **options) for attention in (True, False)
+    )
+    assert (count(with_it.noise) > count(without.noise)) == (layers == "noise and flow")
+    flows = [d.distribution.distribution for d in (with_it, without)]
+    if name == "vflow":
+        flows = [flow.distribution.bijector for flow in flows]
+        has_attention = count(flows[0].posterior) > count(flows[1].posterior)
+        assert has_attention == (layers == "noise and flow")
+        flows = [flow.flow for flow in flows]
+    assert count(flows[0]) > count(flows[1])
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models_train_sample_and_score_integer_images(name):
     model = dimflows.FlowModel(small(name, levels=LEVELS), seed=0)

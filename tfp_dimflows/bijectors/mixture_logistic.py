@@ -18,9 +18,10 @@ class MixtureLogisticCDF(base.FlowBijector):
         inverse log-det of a dimension:  s + log f(x) - log F(x) - log(1 - F(x)),   f = F'
         forward:                   x = F^-1(sigmoid((z - t) exp(-s)))
 
-    F and 1 - F are both computed in logarithms, so that neither tail loses digits. `forward` finds x by bisection, in a fixed
-    number of steps down to float precision, between the smallest and the largest of the components' own solutions; its
-    derivatives, with respect to z and to all parameters, are those of the implicit function (first derivatives only).
+    F and 1 - F are both computed in logarithms, and f over the smaller of them as one sum, so that neither tail loses digits.
+    `forward` finds x by bisection, in a fixed number of steps down to float precision, between the smallest and the largest of
+    the components' own solutions; its derivatives, with respect to z and to all parameters, are those of the implicit function
+    (first derivatives only).
     Cost: O(K) per dimension for `inverse`, some dozens of times that for `forward`.
 
     Args:
@@ -31,7 +32,7 @@ class MixtureLogisticCDF(base.FlowBijector):
       log_scale: s, broadcasts to the event.
       smooth: whether the logit is that of 0.9 F + 0.05 (VFlow's code). Its slope is then bounded, but the map from data to
         latent is not onto: the image is exp(s) (-2.944, 2.944) + t, so the density that it gives with a normal base integrates
-        to less than 1 (a valid lower bound), and `forward` takes values beyond the image as its ends.
+        to less than 1 (a valid lower bound), and `forward` takes values beyond the image as its ends, of derivative 0.
       name: the name of the operations.
 
     References: Ho, Chen, Srinivas, Duan, Abbeel, "Flow++", 2019; Chen, Lu, Chenli, Zhu, Tian, "VFlow", 2020 (`smooth`).
@@ -63,27 +64,40 @@ class MixtureLogisticCDF(base.FlowBijector):
         return tf.cast(z, y.dtype), log_slope + self._log_scale
 
     def _forward_and_log_det_per_dim(self, x, condition):
-        logit = (tf.cast(x, self._logits.dtype) - self._shift) * tf.exp(-self._log_scale)
+        logit = self._within_image((tf.cast(x, self._logits.dtype) - self._shift) * tf.exp(-self._log_scale))
         y = implicit.increasing_root(self._logit_and_log_slope, logit, *self._bracket(logit))
         _, log_slope = self._logit_and_log_slope(y)
         return tf.cast(y, x.dtype), -(log_slope + self._log_scale)
 
     def _logit_and_log_slope(self, x):
         """logit(F(x)) and log of its derivative (or those of 0.9 F + 0.05)."""
-        log_cdf, log_survival, log_density = self._logs(x)
+        log_cdf, log_survival, log_hazard = self._logs(x)
         if not self._smooth:
-            return log_cdf - log_survival, log_density - log_cdf - log_survival
+            return log_cdf - log_survival, log_hazard - tf.maximum(log_cdf, log_survival)
         margin, share = tf.constant(math.log(_SMOOTH), x.dtype), math.log1p(-2.0 * _SMOOTH)
         low, high = (tfp.math.log_add_exp(share + log, margin) for log in (log_cdf, log_survival))
+        log_density = log_hazard + tf.minimum(log_cdf, log_survival)
         return low - high, log_density + share - low - high
 
     def _logs(self, x):
-        """Logarithms of F, 1 - F and f."""
+        """Logarithms of F, 1 - F and f / min(F, 1 - F)."""
         u = (x[..., tf.newaxis] - self._means) * tf.exp(-self._log_scales)
         log_weights = tf.nn.log_softmax(self._logits)
         below, above = tf.math.log_sigmoid(u), tf.math.log_sigmoid(-u)
-        logs = (log_weights + below, log_weights + above, log_weights + below + above - self._log_scales)
-        return tuple(tf.reduce_logsumexp(log, axis=-1) for log in logs)
+        log_cdf, log_survival = (tf.reduce_logsumexp(log_weights + log, axis=-1) for log in (below, above))
+        # Far out log f and log min(F, 1 - F) are large and nearly equal; their difference is a mean over the components.
+        is_below = (log_cdf < log_survival)[..., tf.newaxis]
+        log_shares = tf.nn.log_softmax(log_weights + tf.where(is_below, below, above))
+        log_hazard = tf.reduce_logsumexp(log_shares + tf.where(is_below, above, below) - self._log_scales, axis=-1)
+        return log_cdf, log_survival, log_hazard
+
+    def _within_image(self, logit):
+        """The logit, or the end of the image that it is beyond: F of 0 or 1 but for rounding."""
+        if not self._smooth:
+            return logit
+        p = _SMOOTH + (1.0 - 2.0 * _SMOOTH) * np.finfo(logit.dtype.as_numpy_dtype).eps
+        end = math.log1p(-p) - math.log(p)
+        return tf.clip_by_value(logit, -end, end)
 
     def _bracket(self, logit):
         """The smallest and the largest of the components' own solutions."""

@@ -112,8 +112,9 @@ class Dequantized(VariationalDistribution):
         else:
             e = samplers.normal(shape, dtype=x.dtype, seed=seed)
             u, log_r = variational.push_noise(self._noise, e, tf.broadcast_to(x, shape), self.event_shape.rank)
-        # Rounding must not carry n - 1 + u to n, where the continuous distribution has ended.
-        return tf.minimum(x + u, np.nextafter(*np.array([self._levels, 0], x.dtype.as_numpy_dtype))), log_r
+        # Rounding, of u to 1 or of the sum, must not carry x + u into the next cell.
+        below_one = np.nextafter(*np.array([1, 0], x.dtype.as_numpy_dtype))
+        return tf.minimum(x + u, (x + 1.0) * below_one), log_r
 
     def _noisy(self, x, num_samples, seed):
         """Continuous events with the noise that `log_weights` takes for a seed, log r(u | x); the seed for what is below."""

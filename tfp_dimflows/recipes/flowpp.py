@@ -24,6 +24,7 @@ SMALL = {
     "pointwise": True,
     "noise_couplings": 2,
     "noise_blocks": 1,
+    "noise_attention": True,
     "context_blocks": 1,
 }
 CONFIGS = {
@@ -37,6 +38,7 @@ CONFIGS = {
         "pointwise": True,
         "noise_couplings": 4,
         "noise_blocks": 2,
+        "noise_attention": True,
         "context_blocks": 3,
     },
     "imagenet32": {
@@ -48,6 +50,7 @@ CONFIGS = {
         "pointwise": False,
         "noise_couplings": 8,
         "noise_blocks": 8,
+        "noise_attention": True,
         "context_blocks": 8,
     },
     "imagenet64": {
@@ -59,6 +62,7 @@ CONFIGS = {
         "pointwise": False,
         "noise_couplings": 4,
         "noise_blocks": 5,
+        "noise_attention": False,
         "context_blocks": 5,
     },
 }
@@ -81,6 +85,7 @@ def flowpp(
     pointwise: bool | None = None,
     noise_couplings: int | None = None,
     noise_blocks: int | None = None,
+    noise_attention: bool | None = None,
     context_blocks: int | None = None,
     smooth: bool = False,
     alpha: float = 0.05,
@@ -95,7 +100,8 @@ def flowpp(
 
     `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"` (31,443,440 parameters on 32x32x3
     with `levels`), `"imagenet32"` and `"imagenet64"` (sizes of the release; its ImageNet networks differ in details:
-    weight-normalised convolutions, attention in the context).
+    weight-normalised convolutions and attention in the context for 32x32, a concat-ELU before the last convolution). They are
+    sizes only: optimizer and schedule are the user's.
 
     Args:
       event_shape: `[H, W, C]`.
@@ -111,6 +117,7 @@ def flowpp(
       pointwise: whether there are 1x1 convolutions.
       noise_couplings: couplings of the dequantisation flow; 0: uniform noise.
       noise_blocks: blocks of its networks.
+      noise_attention: whether they have self-attention, if the others have.
       context_blocks: gated convolutions of its context network.
       smooth: as in `dfb.MixtureLogisticCDF`.
       alpha: margin of the logit preprocessing.
@@ -153,7 +160,8 @@ class Couplings:
 
     def __init__(self, sizes: dict, num_heads: int, attention: bool, smooth: bool, seed: int):
         self.sizes = sizes
-        self._options = {"num_heads": num_heads, "attention": attention, "dropout": sizes["dropout"], "width": sizes["width"]}
+        self._attention = attention
+        self._options = {"num_heads": num_heads, "dropout": sizes["dropout"], "width": sizes["width"]}
         self._smooth = smooth
         self._generator = np.random.default_rng(seed)
 
@@ -161,7 +169,14 @@ class Couplings:
         """The next integer seed."""
         return int(self._generator.integers(2**31))
 
-    def flow(self, shape: Sequence[int], layout: Sequence[str], num_blocks: int, condition_channels: int = 0) -> dfb.Chain:
+    def flow(
+        self,
+        shape: Sequence[int],
+        layout: Sequence[str],
+        num_blocks: int,
+        condition_channels: int = 0,
+        attention: bool = True,
+    ) -> dfb.Chain:
         """The couplings of a layout on events of a shape, from data to latent."""
         height, width, channels = shape
         parts = []
@@ -173,7 +188,7 @@ class Couplings:
             elif kind in ("column", "channel") and count.isdigit():
                 mask = masks.Columns() if kind == "column" else masks.Channel()
                 for _ in range(int(count)):
-                    parts += self._step(mask, (height, width, channels), num_blocks, condition_channels)
+                    parts += self._step(mask, (height, width, channels), num_blocks, condition_channels, attention)
                     mask = mask.complement()
             else:
                 raise ValueError(f"flowpp: got {item!r} in a layout, needs 'squeeze', 'N column' or 'N channel'")
@@ -184,7 +199,7 @@ class Couplings:
     ) -> dfb.EmbedCondition:
         """A flow from standard normal noise to (0, 1), events of a shape, given an image of `inputs` channels."""
         sizes = self.sizes
-        couplings = self.flow(shape, [f"{num_couplings} column"], num_blocks, CONTEXT_WIDTH)
+        couplings = self.flow(shape, [f"{num_couplings} column"], num_blocks, CONTEXT_WIDTH, sizes["noise_attention"])
         context = networks.FlowPPContext(
             inputs, width=CONTEXT_WIDTH, num_blocks=sizes["context_blocks"], dropout=sizes["dropout"], seed=self.seed()
         )
@@ -192,7 +207,7 @@ class Couplings:
         flow = dfb.Chain([tfb.Sigmoid(), tfb.Invert(couplings)])
         return dfb.EmbedCondition(flow, lambda image: context(preprocess(image)), condition_ndims=3)
 
-    def _step(self, mask, shape, num_blocks, condition_channels):
+    def _step(self, mask, shape, num_blocks, condition_channels, attention):
         given, transformed = (part.shape for part in mask.split(tf.zeros(shape)))
         components = self.sizes["num_components"]
         network = networks.FlowPPNet(
@@ -201,6 +216,7 @@ class Couplings:
             image_size=given[:2],
             num_blocks=num_blocks,
             condition_channels=condition_channels,
+            attention=self._attention and attention,
             seed=self.seed(),
             **self._options,
         )

@@ -54,6 +54,7 @@ def vflow(
     pointwise: bool | None = None,
     noise_couplings: int | None = None,
     noise_blocks: int | None = None,
+    noise_attention: bool | None = None,
     posterior_couplings: int | None = None,
     posterior_blocks: int | None = None,
     context_blocks: int | None = None,
@@ -66,7 +67,7 @@ def vflow(
 
     The posterior has the form of Flow++'s dequantisation flow, `posterior_couplings` couplings given a context of the logits of
     the image; its values are in (0, 1). `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"`
-    (39,700,096 parameters on 32x32x3 with `levels`), `"imagenet32"` and `"imagenet64"`.
+    (39,700,096 parameters on 32x32x3 with `levels`), `"imagenet32"` and `"imagenet64"`, sizes of the release as in `flowpp`.
 
     Args:
       event_shape: `[H, W, C]`.
@@ -82,6 +83,7 @@ def vflow(
       pointwise: as in `flowpp`.
       noise_couplings: as in `flowpp`.
       noise_blocks: as in `flowpp`.
+      noise_attention: as in `flowpp`, of the posterior's networks too.
       posterior_couplings: couplings of the posterior; 0: the extra channels are standard normal noise.
       posterior_blocks: blocks of its networks.
       context_blocks: gated convolutions of the context networks.
