@@ -136,6 +136,9 @@ class TestDigits:
         options = data.load("digits", batch_size=64, flips=True, data_dir=embedded_dir).options()
         assert options.experimental_distribute.auto_shard_policy == tf.data.experimental.AutoShardPolicy.DATA
 
+    def test_an_iterator_that_ends_has_no_thread_to_wait_for(self, embedded_dir):
+        assert not data.load("digits", batch_size=64, repeat=True, data_dir=embedded_dir).options().autotune.enabled
+
     def test_splits_are_all_of_scikit_learns_digits(self, embedded_dir):
         train, test = (
             images_of(data.load("digits", split, batch_size=99, drop_remainder=False, data_dir=embedded_dir))

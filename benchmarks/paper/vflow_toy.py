@@ -76,6 +76,9 @@ def train(name, seed):
     model.adapt(checkerboard(1000, [-3, seed]))
     model.compile(keras.optimizers.Adam(rate), steps_per_execution=STEPS_PER_EXECUTION)
     data = tf.data.Dataset.counter().map(lambda step: checkerboard(settings.batch, [seed, step])).prefetch(STEPS_PER_EXECUTION)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread, asleep, can hold up the end of `fit`
+    data = data.with_options(options)
     start = time.perf_counter()
     model.fit(data, steps_per_epoch=settings.iterations, epochs=1, verbose=0)
     seconds = time.perf_counter() - start

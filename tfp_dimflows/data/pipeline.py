@@ -183,6 +183,8 @@ def load(
             tf.image.stateless_random_flip_left_right, num_parallel_calls=tf.data.AUTOTUNE
         )
     options = tf.data.Options()
+    # Autotuning has a thread that sleeps for up to a minute, and the end of an iterator, and with it of `fit`, can wait for it.
+    options.autotune.enabled = False
     # Between machines, TensorFlow's default shards by file and fails on datasets of fewer files than machines.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return images.prefetch(tf.data.AUTOTUNE).with_options(options)
