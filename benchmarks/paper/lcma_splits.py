@@ -61,7 +61,7 @@ def _both(statistic, granularities, factor_outs=2):
 STATIC = ("channels", "checkerboard", "random")
 CHOICES = (*STATIC, *_both("log-det", ("block", "channel")), "entropy block")
 SCALE = ("checkerboard", "channels", "log-det LL block", "log-det HH channel")
-READINGS = ("channels", *_both("log-det", ("block", "pair", "row")), *_both("per-level", ("block",)))
+READINGS = ("channels", *_both("log-det", ("block", "pair", "row", "column")), *_both("per-level", ("block",)))
 READINGS += (*_both("without-actnorm", ("block",)), *_both("after-75", ("block",)))
 ONLINE = ("channels", "log-det HH channel", "after-300 HH channel", "online-75 HH channel", "online-150 HH channel")
 LETTERS = tuple(f"log-det {''.join(letters)} block" for letters in itertools.product("LH", repeat=3))
