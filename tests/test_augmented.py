@@ -226,23 +226,36 @@ def test_a_copy_has_the_same_density():
 # The identity on the extra dimensions.
 
 
-def base_flow(conditional=False):
+def base_flow(conditional=False, event_ndims=1):
     net = (ConditionalNet if conditional else Net)(1, 4, 1)
-    mask = dfb.masks.Channel(event_ndims=1, num_conditioning=1)
+    mask = dfb.masks.Channel(event_ndims=event_ndims, num_conditioning=1)
     return dfb.Chain([dfb.AffineCoupling(net, mask, dtype=tf.float64), dfb.ElementwiseAffine(normal([3], 2), normal([3], 3))])
 
 
 @pytest.mark.parametrize("num_extra", [1, 3])
-def test_a_flow_that_ignores_the_extra_dimensions_is_the_flow_without_them(num_extra):
-    plain = flow_of(base_flow(), [3])
-    vflow = dfb.VFlow(OnFirst(base_flow(), 3), None, num_extra, event_ndims=1)
-    augmented = dfd.Augmented(flow_of(vflow, [3 + num_extra]), num_extra)
-    x = 2.0 * normal([6, 3], 5)
+@pytest.mark.parametrize("shape", [(3,), (2, 2, 3)])
+def test_a_flow_that_ignores_the_extra_dimensions_is_the_flow_without_them(shape, num_extra):
+    rank, joint = len(shape), [*shape[:-1], 3 + num_extra]
+    plain = flow_of(base_flow(event_ndims=rank), shape)
+    vflow = dfb.VFlow(OnFirst(base_flow(event_ndims=rank), 3, rank), None, num_extra, event_ndims=rank)
+    augmented = dfd.Augmented(flow_of(vflow, joint), num_extra)
+    x = 2.0 * normal([6, *shape], 5)
     expected = plain.log_prob(x)
     assert_close(augmented.log_weights(x, num_samples=9), np.tile(expected, [9, 1]), 1e-10)
     for s in (1, 9):
         assert_close(augmented.log_prob(fresh(x), num_samples=s), expected, 1e-10)
         assert_close(augmented.elbo(fresh(x), num_samples=s), expected, 1e-10)
+
+
+def test_a_bounded_posterior_leaves_out_the_z_beyond():
+    """z uniform on (0, 1): what is left is the probability of x with such a z."""
+    vflow = dfb.VFlow(tfb.Scale(tf.constant(2.0, tf.float64)), tfb.NormalCDF(), 1, event_ndims=1)
+    augmented = dfd.Augmented(flow_of(vflow, [3]), 1)
+    x = normal([5, 2], 1)
+    weights = np.exp(augmented.log_weights(x, num_samples=20_000, seed=SEED))
+    within = tfd.Normal(tf.zeros([], tf.float64), 2.0).cdf(1.0) - 0.5
+    assert_mean(weights, np.exp(tf.reduce_sum(tfd.Normal(tf.zeros([], tf.float64), 2.0).log_prob(x), -1)) * within)
+    assert np.isfinite(augmented.sample(50, seed=SEED)).all()
 
 
 def test_lcma_ranks_and_factors_out_augmented_dimensions():
@@ -286,6 +299,30 @@ def test_a_condition_reaches_the_flow(num_samples):
         assert_close(augmented.decode(z, condition=condition), x)
     sample = augmented.sample(7, seed=SEED, bijector_kwargs={"condition": one})
     assert sample.shape == [7, 3] and np.isfinite(sample).all()
+
+
+class PicturedNet(Net):
+    """The network with an image of 6 channels as condition, or with a dict of it."""
+
+    def __call__(self, x, condition=None):
+        condition = condition["image"] if isinstance(condition, dict) else condition
+        return tf.tanh(x @ self.first + condition) @ self.second
+
+
+@pytest.mark.parametrize("structure", [False, True])
+def test_a_posterior_without_condition_leaves_the_flow_any(structure):
+    mask = dfb.masks.Channel(event_ndims=3, num_conditioning=1)
+    flow = dfb.Chain([dfb.AffineCoupling(PicturedNet(1, 4, 1), mask, dtype=tf.float64)])
+    vflow = dfb.VFlow(OnFirst(flow, 3, 3), tfb.Scale(tf.constant(2.0, tf.float64)), 1, event_ndims=3)
+    x, e, condition = normal([5, 2, 2, 3], 1), normal([5, 2, 2, 1], 2), normal([5, 2, 2, 6], 3)
+    given = {"image": condition} if structure else condition
+    joint = tf.concat([x, e], axis=-1)
+    expected = tf.concat([flow.inverse(x, condition=condition), 2.0 * e], axis=-1)
+    latent = vflow.inverse(joint, condition=given)
+    assert_close(latent, expected)
+    assert_close(vflow.forward(fresh(latent), condition=given), joint)
+    ildj = flow.inverse_log_det_jacobian(x, event_ndims=3, condition=condition) + 4.0 * np.log(2.0)
+    assert_close(vflow.inverse_log_det_jacobian(joint, event_ndims=3, condition=given), ildj)
 
 
 @pytest.mark.parametrize("num_samples", [1, 4])
@@ -549,6 +586,26 @@ def test_samples_in_chunks_are_distinct_and_have_the_right_mean(small_chunks):
     assert np.abs(distribution.log_weights(POINTS, num_samples=30) - distribution.log_weights(POINTS, num_samples=30)).min() > 0
 
 
+def test_probes_of_chunks_are_distinct(small_chunks):
+    """In a graph the chunks are passes of one loop, whose body is traced once."""
+
+    class Probed(dfd.VariationalDistribution):
+        def __init__(self):
+            super().__init__([2], tf.float64, name="Probed")
+
+        def _log_weights(self, x, num_samples, seed):
+            probe = tf.random.stateless_normal([], dfb.base.probe_seed(), dtype=x.dtype)
+            return tf.zeros([num_samples, *x.shape[:-1]], x.dtype) + probe
+
+    def function(seed):
+        with dfb.base.probes_from(seed):
+            return Probed().log_weights(POINTS, num_samples=70, seed=SEED)
+
+    eager, other = function(tf.constant([1, 2])), function(tf.constant([1, 3]))
+    assert np.unique(eager).size == np.unique(np.stack([eager, other])).size - np.unique(other).size == 10
+    assert_close(tf.function(function, autograph=False)(tf.constant([1, 2])), eager)
+
+
 @pytest.mark.parametrize("num_samples", [3, 16, 17, 50])
 def test_an_unknown_batch_size(num_samples):
     distribution = linear(exact_posterior())
@@ -801,7 +858,7 @@ def conditional_vflow(**options):
             lambda: dfd.Augmented(tfd.MultivariateNormalDiag(tf.zeros([4, 3])), 1),
             r"Augmented: got a distribution with batch shape \(4,\), needs a single one",
         ),
-        (lambda: dfd.Augmented(gaussian(), 1, num_samples=0), "Augmented: got num_samples=0, needs at least 1"),
+        (lambda: dfd.Augmented(gaussian(), 1, num_samples=0), "Augmented: got num_samples=0, needs a positive integer"),
         (
             lambda: dfd.Augmented(gaussian(), 1).log_prob(tf.ones([5, 3])),
             r"Augmented: got values of shape \(5, 3\), needs .*\(2,\)",
@@ -811,6 +868,7 @@ def conditional_vflow(**options):
             r"mine: got values of shape \(\), needs .*\(2,\)",
         ),
         (lambda: dfd.Augmented(gaussian(), 1).log_weights(tf.ones([2]), num_samples=0), "Augmented: got num_samples=0, needs"),
+        (lambda: dfd.Augmented(gaussian(), 1, num_samples=1.5), "Augmented: got num_samples=1.5, needs a positive integer"),
     ],
 )
 def test_errors_name_the_object_what_it_got_and_what_it_needs(make, message):
@@ -864,4 +922,7 @@ def test_log_prob_runs_each_network_once():
         assert sorted(calls) == ["flow", "posterior"]
     calls.clear()
     tf.function(lambda: dfd.Augmented(joint, 2).sample(3), autograph=False)()
-    assert calls.count("flow") == 1
+    assert calls == ["flow"]
+    calls.clear()
+    dfd.Augmented(joint, 2).decode(normal([3, 4], 1))
+    assert calls == ["flow"]

@@ -16,6 +16,7 @@ from registry import (
 )
 
 import tfp_dimflows as dimflows
+from tfp_dimflows.bijectors import implicit
 
 dfb = dimflows.bijectors
 tfb, tfd = tfp.bijectors, tfp.distributions
@@ -397,6 +398,35 @@ def test_eager_traced_and_compiled_agree(smooth, dtype, tolerance):
             np.testing.assert_allclose(actual, expected, rtol=10 * tolerance, atol=10 * tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_bisection_finds_every_number(dtype):
+    largest = np.finfo(dtype).max
+    x = np.array([0.0, 6e-5, -6e-5, 1.0, -1.0, -3.7, 1000.5, largest, -largest, np.nextafter(2.0, 3.0, dtype=dtype)], dtype)
+    root = implicit.bisect(tf.identity, tf.constant(x), tf.fill(x.shape, -largest), tf.fill(x.shape, largest))
+    np.testing.assert_allclose(root, x, rtol=0.0, atol=np.finfo(dtype).tiny)  # below that, numbers may count as zero
+
+
+def test_a_wide_component_does_not_cost_a_narrow_one_its_digits():
+    b = dfb.MixtureLogisticCDF([0.0, 0.0], [0.3, 0.0], tf.constant([-7.0, 20.0]))
+    z = tf.constant([-0.9, 0.0, 0.9])
+    np.testing.assert_allclose(b.inverse(fresh(b.forward(z))), z, atol=1e-4)
+
+
+def test_variables_as_parameters_are_followed():
+    p = parameters(components=2, scale=0.7)
+    variables = {name: tf.Variable(value) for name, value in p.items()}
+    b, x = dfb.MixtureLogisticCDF(**variables), normal([5, 6], 1)
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(b.inverse(x) ** 2)
+    assert all(np.abs(g).max() > 0.0 for g in tape.gradient(total, list(variables.values())))
+    assert_close(b.inverse(fresh(x)), formula(x.numpy(), p)[0])
+    changed = parameters(components=2, scale=0.7, seed=1)
+    for name, variable in variables.items():
+        variable.assign(changed[name])
+    assert_close(b.inverse(fresh(x)), formula(x.numpy(), changed)[0])
+    assert_close(b.forward(b.inverse(fresh(x)) + 0.0), x)
+
+
 def test_the_number_of_steps_does_not_depend_on_the_data():
     """XLA can only compile a loop with its gradient if the number of iterations is fixed."""
     graph = tf.function(lambda z: bijector(parameters()).forward(z)).get_concrete_function(normal([2, 6])).graph
@@ -456,6 +486,13 @@ def test_a_coupling_of_another_number_of_parameters():
     ):
         with pytest.raises(ValueError, match=f"{coupling.name}: the network .* needs {needed} per entry: a last axis of 16"):
             coupling.inverse(tf.ones([1, 4]))
+
+
+def test_transformers_need_components():
+    with pytest.raises(ValueError, match="MixtureLogistic: got num_components=0, needs at least 1"):
+        dfb.transformers.MixtureLogistic(num_components=0)
+    with pytest.raises(ValueError, match="Spline: got num_bins=0, needs at least 1"):
+        dfb.transformers.Spline(num_bins=0)
 
 
 # Splines.

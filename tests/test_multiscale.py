@@ -701,7 +701,7 @@ def test_contributions_do_not_change_the_variables():
 @pytest.mark.parametrize(
     "bijector, data, message",
     [
-        (lambda: tfb.Chain([tfb.Exp()]), [tf.ones([1, 2])], "there is no Multiscale in chain_of_exp"),
+        (lambda: tfb.Chain([tfb.Exp()]), [tf.ones([1, 2])], "got chain_of_exp, needs a Multiscale or a chain"),
         (lambda: dfb.Multiscale([tfb.Exp()]), [tf.ones([1, 2])], "multiscale has one level"),
         (lambda: dfb.Multiscale(identities(2)), [], "the dataset is empty"),
     ],

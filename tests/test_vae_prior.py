@@ -214,7 +214,7 @@ def test_half_precision_networks_give_full_precision_densities():
         ({"latent_dims": 0}, r"VAEPrior: got latent_dims=0, needs a positive integer"),
         ({"latent_dims": 3}, r"VAEPrior: the encoder's output has shape \(4,\), the Gaussian posterior needs \[6\]"),
         ({"likelihood": "laplace"}, r"VAEPrior: got likelihood='laplace', needs one of \('per_dimension', 'global'\)"),
-        ({"num_samples": 0}, r"VAEPrior: got num_samples=0, needs at least 1"),
+        ({"num_samples": 0}, r"VAEPrior: got num_samples=0, needs a positive integer"),
     ],
 )
 def test_bad_arguments(change, message):

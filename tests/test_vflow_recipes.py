@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from registry import randomize
 
 import tfp_dimflows as dimflows
 
@@ -43,6 +44,18 @@ def test_the_reference_sizes_of_cifar10(name, total):
     if name == "vflow":
         flow = distribution.distribution.distribution.distribution.bijector
         assert (count(flow.posterior), count(flow.flow)) == parts[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "total"),
+    [
+        ("flowpp", {"config": "cifar10-width32"}, 5_989_680),
+        ("vflow", {"config": "cifar10-width56"}, 16_718_696),
+        ("vflow", {"config": "cifar10-width32", "num_extra": 1, "num_blocks": 11}, 6_487_272),
+    ],
+)
+def test_the_sizes_of_the_smaller_models_of_cifar10(name, options, total):
+    assert count(recipes.get(name)([32, 32, 3], levels=256, **options)) == total
 
 
 @pytest.mark.parametrize("name", ["flowpp", "vflow"])
@@ -100,6 +113,17 @@ def test_continuous_events(name):
     assert isinstance(distribution, dfd.Augmented) == name.startswith("vflow")
 
 
+def test_samples_of_a_vflow_have_gradients():
+    """The posterior of `vflow` ends in (0, 1), where the extra channels of a sample need not be."""
+    distribution = small("vflow")
+    randomize(distribution.trainable_variables)
+    of_flow = distribution.distribution.bijector.flow.trainable_variables
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(distribution.sample(4, seed=1) ** 2)
+    gradients = tape.gradient(total, of_flow)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0.0 for g in gradients)
+
+
 def test_equal_seeds_give_equal_weights():
     one, same, other = (small("vflow", levels=LEVELS, seed=seed) for seed in (1, 1, 2))
     for a, b in zip(one.trainable_variables, same.trainable_variables):
@@ -137,6 +161,9 @@ def test_glow_of_vectors_counts_as_by_hand():
         ("flowpp", {"config": "huge"}, "flowpp: got config='huge', needs one of small, cifar10, imagenet32, imagenet64"),
         ("flowpp", {"layout": ["2 rows"]}, "got '2 rows' in a layout, needs 'squeeze', 'N column' or 'N channel'"),
         ("flowpp", {"width": 0}, "flowpp: got width=0, needs a positive integer"),
+        ("flowpp", {"noise_couplings": -1}, "flowpp: got noise_couplings=-1, needs a nonnegative integer"),
+        ("vflow", {"posterior_couplings": -1}, "vflow: got posterior_couplings=-1, needs a nonnegative integer"),
+        ("vflow", {"posterior_blocks": 0}, "vflow: got posterior_blocks=0, needs a positive integer"),
         ("vflow", {"num_extra": 0}, "vflow: got num_extra=0, needs a positive integer"),
         ("vflow-glow", {"num_extra": -1}, "vflow-glow: got num_extra=-1, needs a positive integer"),
     ],

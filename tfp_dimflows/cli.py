@@ -71,7 +71,7 @@ def _parser():
     command.set_defaults(command=_evaluate)
     command.add_argument("run", metavar="RUN")
     command.add_argument("--split", help="default: the run's test split")
-    command.add_argument("--num-samples", type=_positive, default=1, help="importance samples of the dequantisation noise")
+    command.add_argument("--num-samples", type=_positive, default=1, help="importance samples of the noise")
     command.add_argument("--batch-size", type=_positive)
     command.add_argument("--seed", type=int, default=0)
     _add_data_dir(command)

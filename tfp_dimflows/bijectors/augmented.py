@@ -21,6 +21,11 @@ class VFlow(base.FlowBijector):
     `dfd.Augmented` makes it a distribution over x, whose bounds are those of the method: with e standard normal,
     log p(x, e) - log N(e) = log p(x, z) - log q(z | x). Cost: one pass of the flow, one of the posterior.
 
+    A posterior whose values are bounded, such as one that ends in a sigmoid, leaves out the z beyond: the bounds are then those
+    of the probability of x together with a z within (still lower bounds of log p(x)), and `forward` has no finite e for others.
+
+    A condition goes to the flow and, if it is one vector for each event, to the posterior, joined to x along the last axis.
+
     Args:
       flow: bijector of the augmented events, any one: multi-scale, LCMA, progressive.
       posterior: bijector from e to z, events of the extra dimensions, given x as condition; None: z = e, q(z | x) = N(0, I).
@@ -95,6 +100,8 @@ class VFlow(base.FlowBijector):
         return any(per_dimension.condition_kwargs(part, True) for part in parts)
 
     def _posterior_kwargs(self, x, condition):
+        if not per_dimension.condition_kwargs(self._posterior, x):
+            return {}
         condition = base.vector_condition(condition, x, self._event_ndims, self.name)
         return per_dimension.condition_kwargs(self._posterior, base.append_condition(x, condition, self._event_ndims))
 

@@ -9,18 +9,25 @@ from tensorflow.python.eager import record
 def bisect(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:
     """The x in [low, high] with function(x) = target, elementwise, for an increasing function; without derivatives.
 
-    The number of steps is fixed: the bracket shrinks by 2^40 for 32 bits, by 2^70 for 64 bits.
+    What is halved is the number of floating-point numbers in the bracket, so that as many steps as the numbers have bits leave
+    two neighbours of any bracket.
     """
+    bits = 8 * target.dtype.size
+    integers = {16: tf.int16, 32: tf.int32, 64: tf.int64}[bits]
+
+    def flip(k):  # the bits of negative numbers, read as integers, are in descending order
+        return tf.where(k < 0, tf.bitwise.bitwise_xor(k, integers.max), k)
 
     def halve(low, high):
-        middle = 0.5 * (low + high)
-        is_low = function(middle) < target
+        half_of_difference = tf.bitwise.right_shift(tf.bitwise.bitwise_xor(low, high), tf.ones_like(low))
+        middle = tf.bitwise.bitwise_and(low, high) + half_of_difference  # (low + high) // 2 without overflow
+        is_low = function(tf.bitcast(flip(middle), target.dtype)) < target
         return tf.where(is_low, middle, low), tf.where(is_low, high, middle)
 
-    steps = 40 if target.dtype == tf.float32 else 70
     with record.stop_recording():
-        low, high = tf.while_loop(lambda *_: True, halve, (low, high), maximum_iterations=steps)
-        return tf.stop_gradient(0.5 * (low + high))
+        bracket = tuple(flip(tf.bitcast(end, integers)) for end in (low, high))
+        _, high = tf.while_loop(lambda *_: True, halve, bracket, maximum_iterations=bits)
+        return tf.stop_gradient(tf.bitcast(flip(high), target.dtype))
 
 
 def increasing_root(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:

@@ -73,7 +73,8 @@ def likelihood_contributions(
     transform the data but are not counted.
 
     Args:
-      bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`.
+      bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`. Of
+        a `VFlow` that is its `flow`, for data joined with extra dimensions.
       dataset: batches of events. Integer images get uniform noise in [0, 1).
       seed: integer seed of that noise, and of the probes of stochastic log-dets.
       standard_errors: whether to return the standard errors of the means too. They tell how far a ranking of stochastic
@@ -84,7 +85,7 @@ def likelihood_contributions(
       A list of float64 arrays of the event's shape, one per factor-out; with `standard_errors` a pair of such lists.
 
     Raises:
-      ValueError: if there is no `Multiscale` in the bijector, it has a single level, or the dataset is empty.
+      ValueError: if there is no `Multiscale` in the chain, it has a single level, or the dataset is empty.
 
     References: Das, Abbeel, Spanos, "Likelihood Contribution based Multi-scale Architecture for Generative Flows", 2020.
 
@@ -128,7 +129,7 @@ def _locate(bijector) -> tuple[list[tfb.Bijector], Multiscale]:
     """The bijectors between the data and the `Multiscale`, outermost first, and the `Multiscale`."""
     found = _search(bijector)
     if found is None:
-        raise ValueError(f"likelihood_contributions: there is no Multiscale in {bijector.name}")
+        raise ValueError(f"likelihood_contributions: got {bijector.name}, needs a Multiscale or a chain with one in it")
     return found
 
 

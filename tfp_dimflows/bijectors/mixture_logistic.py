@@ -5,6 +5,7 @@ import math
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.internal import tensor_util
 
 from tfp_dimflows.bijectors import base, implicit
 
@@ -50,9 +51,9 @@ class MixtureLogisticCDF(base.FlowBijector):
         self, logits, means, log_scales, shift=0.0, log_scale=0.0, smooth: bool = False, name: str = "mixture_logistic_cdf"
     ):
         parameters = dict(locals())
-        self._logits = tf.convert_to_tensor(logits)
+        self._logits = tensor_util.convert_nonref_to_tensor(logits)
         self._means, self._log_scales, self._shift, self._log_scale = (
-            tf.convert_to_tensor(p, self._logits.dtype) for p in (means, log_scales, shift, log_scale)
+            tensor_util.convert_nonref_to_tensor(p, self._logits.dtype) for p in (means, log_scales, shift, log_scale)
         )
         self._smooth = smooth
         super().__init__(forward_min_event_ndims=0, parameters=parameters, name=name)

@@ -167,6 +167,8 @@ class MixtureLogistic(Transformer):
     """
 
     def __init__(self, num_components: int, smooth: bool = False):
+        if num_components < 1:
+            raise ValueError(f"MixtureLogistic: got num_components={num_components}, needs at least 1")
         super().__init__(self._bijector, params_per_dim=2 + 3 * num_components)
         self._num_components = num_components
         self._smooth = smooth
@@ -197,6 +199,8 @@ class Spline(Transformer):
     """
 
     def __init__(self, num_bins: int = 8, bound: float = 5.0):
+        if num_bins < 1:
+            raise ValueError(f"Spline: got num_bins={num_bins}, needs at least 1")
         super().__init__(self._bijector, params_per_dim=3 * num_bins - 1)
         self._num_bins = num_bins
         self._bound = bound

@@ -2,9 +2,11 @@
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability.python.distributions.transformed_distribution import _TransformedDistribution
 from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
+from tfp_dimflows.bijectors import Chain, VFlow
 from tfp_dimflows.distributions.variational import VariationalDistribution, decode, encode, noise_log_prob, with_sample_axis
 
 tfd = tfp.distributions
@@ -90,7 +92,7 @@ class Augmented(VariationalDistribution):
 
     def decode(self, z, **bijector_kwargs) -> tf.Tensor:
         """Events of latent values, without the extra dimensions."""
-        return self._drop(decode(self._distribution, z, **bijector_kwargs))
+        return self._drop(decode(self._joint(), z, **bijector_kwargs))
 
     def _log_weights(self, x, num_samples, seed, **kwargs):
         x = tf.cast(x, self.dtype)
@@ -108,7 +110,14 @@ class Augmented(VariationalDistribution):
         return ps.concat([ps.shape(x)[:-1], [self._num_extra]], axis=0)
 
     def _sample_n(self, n, seed=None, **kwargs):
-        return self._drop(self._distribution.sample(n, seed=seed, **kwargs))
+        return self._drop(self._joint().sample(n, seed=seed, **kwargs))
+
+    def _joint(self):
+        """What x is drawn from, with extra dimensions to drop: of a `VFlow` z, which spares its posterior the way to e."""
+        joint = self._distribution
+        if isinstance(joint, _TransformedDistribution) and isinstance(joint.bijector, VFlow):
+            return joint.copy(bijector=Chain([joint.bijector.flow]))
+        return joint
 
     def _drop(self, joint):
         return joint[..., : self.event_shape[-1]]

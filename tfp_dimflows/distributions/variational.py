@@ -13,6 +13,7 @@ from tensorflow_probability.python.internal import prefer_static as ps
 from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows.bijectors import per_dimension
+from tfp_dimflows.bijectors.base import probe_seed, probes_from
 
 tfb, tfd = tfp.bijectors, tfp.distributions
 
@@ -108,10 +109,18 @@ class VariationalDistribution(tfd.Distribution):
         chunks, rest = divmod(num_samples - 1, at_once)
         first_seed, *seeds = tf.unstack(samplers.split_seed(seed, n=chunks + 1, salt="log_weights"))
         first = self._log_weights(x, rest + 1, first_seed, **kwargs)
+        probes = probe_seed()
+
+        def chunk(seeds):
+            # Inside the loop a seed of probes from outside would be the same in every pass.
+            with contextlib.nullcontext() if probes is None else probes_from(seeds[-1]):
+                return self._log_weights(x, at_once, seeds[0], **kwargs)
+
+        of_parts = [] if probes is None else [tf.convert_to_tensor(samplers.split_seed(probes, n=chunks))]
         with reports():  # what is reported inside the loop cannot leave it
             others = tf.map_fn(
-                tf.autograph.experimental.do_not_convert(lambda seed: self._log_weights(x, at_once, seed, **kwargs)),
-                tf.stack(seeds),
+                tf.autograph.experimental.do_not_convert(chunk),
+                [tf.stack(seeds), *of_parts],
                 parallel_iterations=1,
                 fn_output_signature=first.dtype,
             )
@@ -237,6 +246,6 @@ def with_sample_axis(kwargs: dict) -> dict:
 
 
 def _checked_num_samples(num_samples, name):
-    if num_samples < 1:
-        raise ValueError(f"{name}: got num_samples={num_samples}, needs at least 1")
-    return num_samples
+    if int(num_samples) != num_samples or num_samples < 1:
+        raise ValueError(f"{name}: got num_samples={num_samples}, needs a positive integer")
+    return int(num_samples)

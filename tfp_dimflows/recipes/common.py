@@ -36,11 +36,11 @@ def checked_event_shape(event_shape: Sequence[int], recipe: str, ranks: tuple[in
     return shape
 
 
-def check_sizes(recipe: str, **sizes: int) -> None:
-    """Raises a ValueError unless every size is a positive integer."""
+def check_sizes(recipe: str, least: int = 1, **sizes: int) -> None:
+    """Raises a ValueError unless every size is an integer that is positive, or at least 0 with `least=0`."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{recipe}: got {name}={size!r}, needs a positive integer")
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{recipe}: got {name}={size!r}, needs a {'positive' if least else 'nonnegative'} integer")
 
 
 def resolve_config(recipe: str, configs: dict, config: str, given: dict) -> dict:

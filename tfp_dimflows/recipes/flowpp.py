@@ -66,8 +66,9 @@ CONFIGS = {
         "context_blocks": 5,
     },
 }
+CONFIGS["cifar10-width32"] = CONFIGS["cifar10"] | {"width": 32, "num_blocks": 13}
 CONTEXT_WIDTH = 32
-CHECKED = ("width", "num_blocks", "num_components")
+CHECKED = ("width", "num_blocks", "num_components", "noise_blocks", "context_blocks")
 
 
 @recipe
@@ -100,12 +101,13 @@ def flowpp(
 
     `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"` (31,443,440 parameters on 32x32x3
     with `levels`), `"imagenet32"` and `"imagenet64"` (sizes of the release; its ImageNet networks differ in details:
-    weight-normalised convolutions and attention in the context for 32x32, a concat-ELU before the last convolution). They are
-    sizes only: optimizer and schedule are the user's.
+    weight-normalised convolutions and attention in the context for 32x32, a concat-ELU before the last convolution), and
+    `"cifar10-width32"`, the small model that VFlow is compared with. They are sizes only: optimizer and schedule are the
+    user's.
 
     Args:
       event_shape: `[H, W, C]`.
-      config: `"small"`, `"cifar10"`, `"imagenet32"` or `"imagenet64"`.
+      config: `"small"`, `"cifar10"`, `"imagenet32"`, `"imagenet64"` or `"cifar10-width32"`.
       layout: couplings from data to latent, `"N column"` (on even and odd columns) or `"N channel"` (on halves of the
         channels), and `"squeeze"`.
       width: width of the networks.
@@ -142,6 +144,7 @@ def flowpp(
     shape = common.checked_event_shape(event_shape, "flowpp", ranks=(3,))
     sizes = common.resolve_config("flowpp", CONFIGS, config, given)
     common.check_sizes("flowpp", **{name: sizes[name] for name in CHECKED})
+    common.check_sizes("flowpp", least=0, noise_couplings=sizes["noise_couplings"])
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     flow = dfb.Multiscale([build.flow(shape, sizes["layout"], sizes["num_blocks"])], event_shape=shape)
     return as_dequantized(common.as_distribution(flow, shape, None), shape, levels, alpha, build)

@@ -36,6 +36,7 @@ CONFIGS = {
     "imagenet32": FLOWPP["imagenet32"] | {"num_extra": 3, "pointwise": True, "posterior_couplings": 8, "posterior_blocks": 8},
     "imagenet64": FLOWPP["imagenet64"] | {"num_extra": 3, "pointwise": True, "posterior_couplings": 4, "posterior_blocks": 5},
 }
+CONFIGS |= {f"cifar10-width{width}": CONFIGS["cifar10"] | {"width": width} for width in (64, 56, 32)}
 
 
 @recipe
@@ -66,12 +67,17 @@ def vflow(
     """VFlow on Flow++: the flow of `flowpp` on images with extra channels, drawn from a conditional flow given the image.
 
     The posterior has the form of Flow++'s dequantisation flow, `posterior_couplings` couplings given a context of the logits of
-    the image; its values are in (0, 1). `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"`
-    (39,700,096 parameters on 32x32x3 with `levels`), `"imagenet32"` and `"imagenet64"`, sizes of the release as in `flowpp`.
+    the image; its values are in (0, 1), and the bounds are those of the probability of the image with such extra channels (see
+    `dfb.VFlow`). `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"`
+    (39,700,096 parameters on 32x32x3 with `levels`), `"imagenet32"` and `"imagenet64"`, sizes of the release as in `flowpp`;
+    `"cifar10-width64"`, `"cifar10-width56"` and `"cifar10-width32"` have the widths of the paper's smaller models, of which
+    widths and blocks alone are known: 20.6, 16.7 and 7.5 million parameters here, 16.5, 11.9 and 4.0 in the paper. Its model
+    with one extra channel is `config="cifar10-width32", num_extra=1, num_blocks=11`.
 
     Args:
       event_shape: `[H, W, C]`.
-      config: `"small"`, `"cifar10"`, `"imagenet32"` or `"imagenet64"`.
+      config: `"small"`, `"cifar10"`, `"imagenet32"`, `"imagenet64"`, `"cifar10-width64"`, `"cifar10-width56"` or
+        `"cifar10-width32"`.
       num_extra: number of extra channels.
       layout: as in `flowpp`, for images with the extra channels.
       width: as in `flowpp`.
@@ -109,7 +115,8 @@ def vflow(
     given = dict(locals())
     shape = common.checked_event_shape(event_shape, "vflow", ranks=(3,))
     sizes = common.resolve_config("vflow", CONFIGS, config, given)
-    common.check_sizes("vflow", **{name: sizes[name] for name in (*CHECKED, "num_extra")})
+    common.check_sizes("vflow", **{name: sizes[name] for name in (*CHECKED, "num_extra", "posterior_blocks")})
+    common.check_sizes("vflow", least=0, **{name: sizes[name] for name in ("noise_couplings", "posterior_couplings")})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     joint = (*shape[:2], shape[-1] + sizes["num_extra"])
     extra = (*shape[:2], sizes["num_extra"])
