@@ -30,8 +30,8 @@ PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales
 PROGRESSIVE = ["train", "pnf", "--batch-size", "128", "--set", "network=dense", "width=8", "num_scales=1", "num_couplings=1"]
 
 FLOW_VAE = ["train", "flow-vae", "--batch-size", "128", "--set", "width=4", "num_blocks=1", "depth=1", "latent_dims=3"]
-VFLOW = ["train", "vflow", "--batch-size", "128", "--set", "width=4", "num_components=2", "layout=['1 column', '1 channel']"]
-VFLOW += ["noise_couplings=1", "posterior_couplings=1"]
+VFLOW = ["train", "vflow", "--batch-size", "128", "--set", "width=4", "num_components=2", "posterior_couplings=1"]
+VFLOW += ["noise_couplings=1", 'layout=["1 column", "1 channel"]']
 VAE_FLOW = ["train", "vae-flow", "--batch-size", "128", "--set", "width=4", "latent_dims=3", "posterior=planar"]
 
 
@@ -234,18 +234,10 @@ def test_a_vflow(tmp_path, data_dir, capsys):
     assert cli.main(arguments(VFLOW, run, data_dir, *options)) == 0
     assert_picture(run / "samples.png")
     capsys.readouterr()
-
-    def bits(num_samples):
-        command = ["evaluate", str(run), "--num-samples", str(num_samples), "--data-dir", str(data_dir)]
-        assert cli.main(command) == 0
-        printed = json.loads(capsys.readouterr().out)
-        assert printed["num_samples"] == num_samples and printed["num_events"] == 360
-        return printed["bits_per_dim"]
-
-    assert 0.0 < bits(8) < bits(1) < 16.0
-    path = tmp_path / "walks.png"
-    assert cli.main(["interpolate", str(run), "--num", "2", "--out", str(path), "--data-dir", str(data_dir)]) == 0
-    assert_picture(path, 16)
+    assert cli.main(["evaluate", str(run), "--num-samples", "8", "--data-dir", str(data_dir)]) == 0
+    tighter = json.loads(capsys.readouterr().out)
+    assert tighter["num_samples"] == 8 and tighter["num_events"] == 360
+    assert 0.0 < tighter["bits_per_dim"] < training.read_metrics(run)["."]["bits_per_dim"] < 16.0
 
 
 def test_means_need_a_vae(finished, tmp_path, capsys):
