@@ -124,6 +124,13 @@ def test_samples_of_a_vflow_have_gradients():
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0.0 for g in gradients)
 
 
+def test_networks_without_blocks():
+    blocks = {"noise_blocks": 0, "context_blocks": 0, "posterior_blocks": 0}
+    without, with_them = (small("vflow", levels=LEVELS, **options) for options in (blocks, {}))
+    assert 0 < count(without.noise) < count(with_them.noise)
+    assert np.isfinite(without.log_prob(images(2), seed=0)).all()
+
+
 def test_equal_seeds_give_equal_weights():
     one, same, other = (small("vflow", levels=LEVELS, seed=seed) for seed in (1, 1, 2))
     for a, b in zip(one.trainable_variables, same.trainable_variables):
@@ -163,7 +170,8 @@ def test_glow_of_vectors_counts_as_by_hand():
         ("flowpp", {"width": 0}, "flowpp: got width=0, needs a positive integer"),
         ("flowpp", {"noise_couplings": -1}, "flowpp: got noise_couplings=-1, needs a nonnegative integer"),
         ("vflow", {"posterior_couplings": -1}, "vflow: got posterior_couplings=-1, needs a nonnegative integer"),
-        ("vflow", {"posterior_blocks": 0}, "vflow: got posterior_blocks=0, needs a positive integer"),
+        ("vflow", {"posterior_blocks": -1}, "vflow: got posterior_blocks=-1, needs a nonnegative integer"),
+        ("vflow", {"context_blocks": -1}, "vflow: got context_blocks=-1, needs a nonnegative integer"),
         ("vflow", {"num_extra": 0}, "vflow: got num_extra=0, needs a positive integer"),
         ("vflow-glow", {"num_extra": -1}, "vflow-glow: got num_extra=-1, needs a positive integer"),
     ],

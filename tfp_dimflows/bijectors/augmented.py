@@ -24,7 +24,7 @@ class VFlow(base.FlowBijector):
     A posterior whose values are bounded, such as one that ends in a sigmoid, leaves out the z beyond: the bounds are then those
     of the probability of x together with a z within (still lower bounds of log p(x)), and `forward` has no finite e for others.
 
-    A condition goes to the flow and, if it is one vector for each event, to the posterior, joined to x along the last axis.
+    A condition goes to the flow and, joined to x along the last axis, to the posterior, unless that takes none.
 
     Args:
       flow: bijector of the augmented events, any one: multi-scale, LCMA, progressive.
@@ -35,7 +35,8 @@ class VFlow(base.FlowBijector):
       name: the name of the operations.
 
     Raises:
-      ValueError: unless num_extra is positive; when an event has no more dimensions than the extra ones.
+      ValueError: unless num_extra is positive; when an event has no more dimensions than the extra ones; when a posterior that
+        takes a condition is given more of it than one vector for each event.
 
     References: Chen, Lu, Chenli, Zhu, Tian, "VFlow: More expressive generative flows with variational data augmentation", 2020.
 

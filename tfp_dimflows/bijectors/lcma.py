@@ -73,8 +73,8 @@ def likelihood_contributions(
     transform the data but are not counted.
 
     Args:
-      bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`. Of
-        a `VFlow` that is its `flow`, for data joined with extra dimensions.
+      bijector: a `Multiscale`, or a chain (this package's or TFP's) with one in it; usually one with `factorization=None`. For
+        a `VFlow` give its `flow`, and events [x, z] as the data.
       dataset: batches of events. Integer images get uniform noise in [0, 1).
       seed: integer seed of that noise, and of the probes of stochastic log-dets.
       standard_errors: whether to return the standard errors of the means too. They tell how far a ranking of stochastic

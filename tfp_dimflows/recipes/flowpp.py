@@ -68,7 +68,8 @@ CONFIGS = {
 }
 CONFIGS["cifar10-width32"] = CONFIGS["cifar10"] | {"width": 32, "num_blocks": 13}
 CONTEXT_WIDTH = 32
-CHECKED = ("width", "num_blocks", "num_components", "noise_blocks", "context_blocks")
+POSITIVE = ("width", "num_blocks", "num_components")
+NONNEGATIVE = ("noise_couplings", "noise_blocks", "context_blocks")
 
 
 @recipe
@@ -143,8 +144,8 @@ def flowpp(
     given = dict(locals())
     shape = common.checked_event_shape(event_shape, "flowpp", ranks=(3,))
     sizes = common.resolve_config("flowpp", CONFIGS, config, given)
-    common.check_sizes("flowpp", **{name: sizes[name] for name in CHECKED})
-    common.check_sizes("flowpp", least=0, noise_couplings=sizes["noise_couplings"])
+    common.check_sizes("flowpp", **{name: sizes[name] for name in POSITIVE})
+    common.check_sizes("flowpp", least=0, **{name: sizes[name] for name in NONNEGATIVE})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     flow = dfb.Multiscale([build.flow(shape, sizes["layout"], sizes["num_blocks"])], event_shape=shape)
     return as_dequantized(common.as_distribution(flow, shape, None), shape, levels, alpha, build)

@@ -11,8 +11,8 @@ from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
-from tfp_dimflows.recipes.flowpp import CHECKED, Couplings, as_dequantized
 from tfp_dimflows.recipes.flowpp import CONFIGS as FLOWPP
+from tfp_dimflows.recipes.flowpp import NONNEGATIVE, POSITIVE, Couplings, as_dequantized
 from tfp_dimflows.recipes.glow import glow_flow, image_steps, vector_steps
 from tfp_dimflows.recipes.registry import recipe
 
@@ -115,8 +115,9 @@ def vflow(
     given = dict(locals())
     shape = common.checked_event_shape(event_shape, "vflow", ranks=(3,))
     sizes = common.resolve_config("vflow", CONFIGS, config, given)
-    common.check_sizes("vflow", **{name: sizes[name] for name in (*CHECKED, "num_extra", "posterior_blocks")})
-    common.check_sizes("vflow", least=0, **{name: sizes[name] for name in ("noise_couplings", "posterior_couplings")})
+    common.check_sizes("vflow", **{name: sizes[name] for name in (*POSITIVE, "num_extra")})
+    nonnegative = (*NONNEGATIVE, "posterior_couplings", "posterior_blocks")
+    common.check_sizes("vflow", least=0, **{name: sizes[name] for name in nonnegative})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     joint = (*shape[:2], shape[-1] + sizes["num_extra"])
     extra = (*shape[:2], sizes["num_extra"])
