@@ -9,10 +9,10 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
-from tensorflow_probability.python.bijectors import glow as tfp_glow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows.bijectors import base, dense, per_dimension
+from tfp_dimflows.upstream import tfp_glow
 
 tfb = tfp.bijectors
 

@@ -18,7 +18,8 @@ import keras
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
-from tensorflow_probability.python.internal import prefer_static as ps
+
+from tfp_dimflows.upstream import prefer_static as ps
 
 _ADAPTING = contextvars.ContextVar("adapting", default=False)
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import tensorflow as tf
-from tensorflow.python.eager import record
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base, implicit, per_dimension, transformers
 from tfp_dimflows.keras_bridge import Network
+from tfp_dimflows.upstream import prefer_static as ps
+from tfp_dimflows.upstream import record
 
 
 class Autoregressive(base.FlowBijector):

@@ -7,11 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow.python.eager import record
-from tensorflow_probability.python.internal import cache_util, nest_util, samplers
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.keras_bridge import adapting
+from tfp_dimflows.upstream import cache_util, nest_util, record, samplers
+from tfp_dimflows.upstream import prefer_static as ps
 
 tfb = tfp.bijectors
 

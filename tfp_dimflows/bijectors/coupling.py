@@ -5,10 +5,10 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base, masks, per_dimension, recompute, transformers
 from tfp_dimflows.keras_bridge import Network, variables_of
+from tfp_dimflows.upstream import prefer_static as ps
 
 tfb = tfp.bijectors
 

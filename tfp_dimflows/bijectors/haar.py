@@ -3,9 +3,9 @@
 import math
 
 import tensorflow as tf
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.upstream import prefer_static as ps
 
 
 class HaarSplit(base.FlowBijector):

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import tensorflow as tf
-from tensorflow.python.eager import record
+
+from tfp_dimflows.upstream import record
 
 
 def bisect(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tensor) -> tf.Tensor:

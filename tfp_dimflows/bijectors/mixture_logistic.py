@@ -5,9 +5,9 @@ import math
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.internal import tensor_util
 
 from tfp_dimflows.bijectors import base, implicit
+from tfp_dimflows.upstream import tensor_util
 
 _SMOOTH = 0.05
 

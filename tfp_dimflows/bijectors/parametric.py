@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_probability.python.internal import dtype_util, parameter_properties, tensor_util
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.upstream import dtype_util, parameter_properties, tensor_util
+from tfp_dimflows.upstream import prefer_static as ps
 
 
 class Parametric(base.FlowBijector):

@@ -27,11 +27,18 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow.python.util import nest
-from tensorflow_probability.python.bijectors import blockwise, chain, composition, glow, invert, joint_map
-from tensorflow_probability.python.internal import nest_util
 
 from tfp_dimflows.bijectors import base, dense
+from tfp_dimflows.upstream import (
+    TFPBlockwise,
+    TFPChain,
+    TFPComposition,
+    TFPInvert,
+    TFPJointMap,
+    nest,
+    nest_util,
+    tfp_glow,
+)
 
 tfb = tfp.bijectors
 
@@ -184,7 +191,7 @@ def condition_kwargs(bijector: tfb.Bijector, condition: Any) -> dict:
         return {}
     if isinstance(bijector, base.FlowBijector):
         return {"condition": condition} if bijector._uses_condition else {}
-    if isinstance(bijector, invert._Invert):
+    if isinstance(bijector, TFPInvert):
         return condition_kwargs(bijector.bijector, condition)
     kwargs = {}
     for part in tf.nest.flatten(getattr(bijector, "bijectors", ())):
@@ -375,10 +382,10 @@ def _transform_diagonal_transport(bijector, per_dim, direction):
 
 
 # `tfb.Chain` and the like return these base classes where a part is no composite tensor.
-_register([chain._Chain], _chain, _walk_transport)
-_register([joint_map._JointMap], _joint_map, _walk_transport)
-_register([blockwise._Blockwise], _blockwise, _blockwise_transport)
-_register([invert._Invert], _invert, _invert_transport)
+_register([TFPChain], _chain, _walk_transport)
+_register([TFPJointMap], _joint_map, _walk_transport)
+_register([TFPBlockwise], _blockwise, _blockwise_transport)
+_register([TFPInvert], _invert, _invert_transport)
 _register([tfb.TransformDiagonal], _transform_diagonal, _transform_diagonal_transport)
 
 
@@ -395,7 +402,7 @@ def _composition_transport(bijector, per_dim, direction):
 
 def _wrapped(bijector):
     """The one composition that `Glow`, its blocks, exits and squeezes are names for."""
-    if not isinstance(bijector._bijectors, composition.Composition):
+    if not isinstance(bijector._bijectors, TFPComposition):
         _refuse(bijector, "how it composes its parts is not known")
     return bijector._bijectors
 
@@ -409,9 +416,9 @@ def _activation_normalization(bijector, value, direction, kwargs):
         return _pass(bijector._bijector, value, direction, kwargs)
 
 
-_register([composition.Composition], _composition, _composition_transport)
-_register([glow.OneByOneConv], _one_by_one_conv, _stay)
-_register([glow.ActivationNormalization], _activation_normalization, _stay)
+_register([TFPComposition], _composition, _composition_transport)
+_register([tfp_glow.OneByOneConv], _one_by_one_conv, _stay)
+_register([tfp_glow.ActivationNormalization], _activation_normalization, _stay)
 
 
 # Triangular Jacobians: the logarithm of the diagonal.

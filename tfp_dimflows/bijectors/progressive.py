@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import FlowBijector, _fill, append_condition, log_det_dtype, to_tensor, vector_condition
 from tfp_dimflows.bijectors.haar import HaarSplit
+from tfp_dimflows.upstream import prefer_static as ps
+from tfp_dimflows.upstream import samplers
 
 tfb, tfd = tfp.bijectors, tfp.distributions
 

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
-from tensorflow.python.framework import op_def_registry, ops
-from tensorflow.python.ops import control_flow_util
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, per_dimension
+from tfp_dimflows.upstream import control_flow_util, op_def_registry, ops
 
 # Operations with a state that a second evaluation finds as it was, and leaves so.
 _REPEATABLE = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Stateless", "Placeholder", "Assert", "Print")

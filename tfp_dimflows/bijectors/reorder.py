@@ -2,9 +2,9 @@
 
 import numpy as np
 import tensorflow as tf
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.upstream import prefer_static as ps
 
 ORDERS = ("channel_major", "position_major")
 

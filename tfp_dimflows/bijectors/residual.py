@@ -6,12 +6,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow.python.eager import record
-from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, implicit, recompute
+from tfp_dimflows.upstream import prefer_static as ps
+from tfp_dimflows.upstream import record, samplers
 
 tfb = tfp.bijectors
 

@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
-from tensorflow.python.ops import control_flow_util
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, chain, per_dimension, recompute
+from tfp_dimflows.upstream import control_flow_util
 
 tfb = tfp.bijectors
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import record
-from tensorflow_probability.python.internal import prefer_static as ps
 
 from tfp_dimflows.bijectors import implicit
 from tfp_dimflows.bijectors.parametric import Parametric, log_tanh_sum_slope, tanh_slope
+from tfp_dimflows.upstream import prefer_static as ps
+from tfp_dimflows.upstream import record
 
 VARIANTS = ("orthogonal", "householder", "triangular")
 _LIMIT = 1.0 - 5e-7

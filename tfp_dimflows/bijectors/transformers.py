@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import tensor_util
 
 from tfp_dimflows.bijectors import base
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.keras_bridge import variables_of
+from tfp_dimflows.upstream import prefer_static as ps
+from tfp_dimflows.upstream import tensor_util
 
 tfb = tfp.bijectors
 

@@ -2,12 +2,11 @@
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.distributions.transformed_distribution import _TransformedDistribution
-from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows.bijectors import Chain, VFlow
 from tfp_dimflows.distributions.variational import VariationalDistribution, decode, encode, noise_log_prob, with_sample_axis
+from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
+from tfp_dimflows.upstream import prefer_static as ps
 
 tfd = tfp.distributions
 
@@ -115,7 +114,7 @@ class Augmented(VariationalDistribution):
     def _joint(self):
         """What x is drawn from, with extra dimensions to drop: of a `VFlow` z, which spares its posterior the way to e."""
         joint = self._distribution
-        if isinstance(joint, _TransformedDistribution) and isinstance(joint.bijector, VFlow):
+        if isinstance(joint, TFPTransformedDistribution) and isinstance(joint.bijector, VFlow):
             return joint.copy(bijector=Chain([joint.bijector.flow]))
         return joint
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
+from tfp_dimflows.upstream import prefer_static as ps
+from tfp_dimflows.upstream import samplers
 
 tfb, tfd = tfp.bijectors, tfp.distributions
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.distributions.transformed_distribution import _TransformedDistribution
-from tensorflow_probability.python.internal import prefer_static as ps
-from tensorflow_probability.python.internal import samplers
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import probe_seed, probes_from
+from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
+from tfp_dimflows.upstream import prefer_static as ps
 
 tfb, tfd = tfp.bijectors, tfp.distributions
 
@@ -202,7 +201,7 @@ def noise_log_prob(noise: tf.Tensor, event_ndims: int) -> tf.Tensor:
 
 def is_bound(distribution: tfd.Distribution) -> bool:
     """Whether the log-prob of a distribution is a bound: its own, or that of one below its bijectors."""
-    if isinstance(distribution, _TransformedDistribution):
+    if isinstance(distribution, TFPTransformedDistribution):
         return is_bound(distribution.distribution)
     return isinstance(distribution, VariationalDistribution)
 
@@ -222,7 +221,7 @@ def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs) -> t
     if isinstance(distribution, VariationalDistribution):
         return distribution.encode(x, **bijector_kwargs)
     x, below = distribution.bijector.inverse(x, **bijector_kwargs), distribution.distribution
-    return encode(below, x) if isinstance(below, (VariationalDistribution, _TransformedDistribution)) else x
+    return encode(below, x) if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)) else x
 
 
 def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
@@ -230,7 +229,7 @@ def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> t
     if isinstance(distribution, VariationalDistribution):
         return distribution.decode(z, **bijector_kwargs)
     below = distribution.distribution
-    z = decode(below, z) if isinstance(below, (VariationalDistribution, _TransformedDistribution)) else z
+    z = decode(below, z) if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)) else z
     return distribution.bijector.forward(z, **bijector_kwargs)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 import tensorflow_probability as tfp
-from tensorflow_probability.python.bijectors import chain as tfp_chain
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import PNF, Chain
@@ -18,6 +17,7 @@ from tfp_dimflows.bijectors.per_dimension import condition_kwargs
 from tfp_dimflows.distributions import Dequantized
 from tfp_dimflows.training.backup import Backup
 from tfp_dimflows.training.model import FlowModel
+from tfp_dimflows.upstream import TFPChain
 
 tfd = tfp.distributions
 
@@ -222,6 +222,6 @@ class _Stages:
 
 def _parts(bijector):
     """The parts of nested chains, from the data's side to the latent one."""
-    if isinstance(bijector, (Chain, tfp_chain._Chain)):
+    if isinstance(bijector, (Chain, TFPChain)):
         return [part for b in bijector.bijectors for part in _parts(b)]
     return [bijector]
