@@ -46,6 +46,7 @@ class Entry:
       half: whether it takes float16 and bfloat16 values.
       silent: names of variables that legitimately have a zero gradient.
       open_to_conditions: whether a part can use a condition, though the entry is tested without one.
+      fixed: whether there are no trainable variables.
     """
 
     name: str
@@ -63,6 +64,19 @@ class Entry:
     half: bool = True
     silent: tuple = ()
     open_to_conditions: bool = False
+    fixed: bool = False
+
+    @property
+    def core(self):
+        """Whether README's command runs the entry."""
+        return self.name in CORE
+
+    @property
+    def states(self):
+        """The states of variables to look at: the initial one matters once per class."""
+        if self.fixed:
+            return ("initial",)
+        return STATES if self.core else ("large",)
 
     def data(self, batch=(2,), seed=1, dtype="float64"):
         """Data values."""
@@ -117,6 +131,11 @@ def randomize(variables, seed=11):
 def fresh(value):
     """The same values in a new tensor, which no cache knows."""
     return tf.constant(value.numpy())
+
+
+def event_sum(per_dim, event_shape):
+    """The sum over the dimensions of an event."""
+    return np.asarray(per_dim).sum(axis=tuple(range(-len(event_shape), 0)))
 
 
 def distribution(bijector, latent_shape, dtype="float64"):
@@ -238,6 +257,13 @@ def mixer_for(mask, event_shape, params_per_dim, seed=0, dtype="float64", condit
     if condition_shape is None:
         return Mixer(conditioning, out_shape, seed, dtype)
     return ConditionalMixer(conditioning, out_shape, condition_shape, seed, dtype)
+
+
+def conditional_coupling(seed=0, name="coupling"):
+    """A coupling of four dimensions, given three."""
+    mask = dfb.masks.Channel(event_ndims=1, flip=bool(seed % 2))
+    network = ConditionalMixer([2], [4], [3], seed)
+    return dfb.Coupling(network, mask, dfb.transformers.Affine("exp"), name=name)
 
 
 class ModuleNetwork(tf.Module):
@@ -711,18 +737,20 @@ def make_coupling(mask, shape, transformer, condition_shape=None):
 
 
 def _couplings():
-    for name, (mask, shape, transformer) in MASKS.items():
-        others = set(TRANSFORMERS) if name in ("checkerboard", "index") else {transformer, "spline"}
-        for kind in sorted(others):
-            yield Entry(
-                f"coupling_{name}_{kind}",
-                make_coupling(mask, shape, kind),
-                shape,
-                reference=TRANSFORMERS[kind][2],
-                triangular=True,
-                xla=name in ("checkerboard", "columns", "index") and kind in (transformer, "spline"),
-                half=kind != "spline",
-            )
+    """Every mask with one transformer, every transformer with one mask."""
+    kinds = [(name, transformer) for name, (_, _, transformer) in MASKS.items()]
+    kinds += [("checkerboard", "spline")] + [("index", kind) for kind in TRANSFORMERS if kind != MASKS["index"][2]]
+    for name, kind in kinds:
+        mask, shape, _ = MASKS[name]
+        yield Entry(
+            f"coupling_{name}_{kind}",
+            make_coupling(mask, shape, kind),
+            shape,
+            reference=TRANSFORMERS[kind][2],
+            triangular=True,
+            xla=name in ("checkerboard", "columns", "index") and kind in (MASKS[name][2], "spline"),
+            half=kind != "spline",
+        )
     for name, shape in (("checkerboard", IMAGE), ("index", (5,))):
         yield Entry(
             f"coupling_{name}_conditional",
@@ -783,6 +811,7 @@ def _elementwise():
             reference=mixture_reference,
             triangular=True,
             xla=True,
+            fixed=True,
         )
     yield Entry(
         "elementwise_affine",
@@ -791,6 +820,7 @@ def _elementwise():
         reference=affine_reference,
         triangular=True,
         xla=True,
+        fixed=True,
     )
     yield Entry(
         "elementwise_affine_variables",
@@ -805,6 +835,7 @@ def _elementwise():
         VECTOR,
         reference=zero_reference,
         triangular=True,
+        fixed=True,
     )
     for levels, alpha in ((256, 0.05), (8, 0.2)):
         yield Entry(
@@ -815,6 +846,7 @@ def _elementwise():
             reference=logit_reference,
             triangular=True,
             xla=levels == 8,
+            fixed=True,
         )
     for kind in ("exp", "spline"):
         make_transformer, params_per_dim, _ = TRANSFORMERS[kind]
@@ -854,6 +886,7 @@ def _moves_and_maps():
             move=functools.partial(squeezed, order=order),
             triangular=True,
             xla=True,
+            fixed=True,
         )
     yield Entry(
         "squeeze_3",
@@ -863,6 +896,7 @@ def _moves_and_maps():
         reference=zero_reference,
         move=functools.partial(squeezed, order="position_major", factor=3),
         triangular=True,
+        fixed=True,
     )
     for attribution in ("polar", "svd_sorted", "lu", "uniform"):
         yield Entry(
@@ -1073,6 +1107,7 @@ def _chains():
         ),
         triangular=True,
         half=False,
+        fixed=True,
     )
     yield Entry(
         "chain_nested_conditional",
@@ -1286,6 +1321,7 @@ def _multiscales():
         ),
         triangular=True,
         half=False,
+        fixed=True,
     )
     yield Entry(
         "multiscale_vector",
@@ -1366,6 +1402,7 @@ def _splits():
             reference=haar_reference,
             move=haar_move(axis),
             xla=name in ("signal", "height_orthonormal"),
+            fixed=True,
         )
 
 
@@ -2118,6 +2155,21 @@ def _autoregressives():
     )
 
 
+# Every class, and each of its kinds that differ in more than shapes.
+CORE = frozenset(
+    """
+    actnorm_pixels elementwise_affine_variables mixture_logistic_cdf_smooth logit_8 conditional_transform_exp
+    squeeze_channel_major conv_polar affine_coupling_conditional additive_coupling
+    coupling_checkerboard_odd_sigmoid coupling_channel_exp coupling_index_tanh coupling_index_conditional
+    mixture_coupling_columns spline_coupling_conditional blockwise_image
+    chain_nested_conditional chain_squeeze chain_elementwise_after_moves chain_recompute scan_image_conditional scan_vector
+    multiscale_exits multiscale_vector_random lcma_block online_free haar_width haar_height_orthonormal embed_image
+    pnf_image_conditional pnf_signal_odd_orthonormal vflow_image vflow_vector_conditional residual_conditional
+    prelu_per_channel planar radial sylvester_orthogonal sylvester_reversed autoregressive_conditional
+    autoregressive_gated autoregressive_image
+    """.split()
+)
+
 FAMILIES = (
     _elementwise,
     _moves_and_maps,
@@ -2136,3 +2188,4 @@ FAMILIES = (
     _autoregressives,
 )
 ENTRIES = {entry.name: entry for family in FAMILIES for entry in family()}
+assert CORE <= ENTRIES.keys(), CORE - ENTRIES.keys()
