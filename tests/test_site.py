@@ -236,7 +236,7 @@ def test_code_of_the_pages(path, tmp_path, monkeypatch):
     assert all(np.isfinite(w).all() for model in models for w in model.get_weights())
 
 
-@pytest.mark.parametrize("name", ["index.md", "which_technique.md", "coming_from.md"])
+@pytest.mark.parametrize("name", ["index.md", "which_technique.md", "coming_from.md", "adding_a_bijector.md", "citing.md"])
 def test_names_on_the_pages_exist(name):
     prefixes = {"dfb": "tfp_dimflows.bijectors", "dfd": "tfp_dimflows.distributions", "dimflows": "tfp_dimflows"}
     text = FENCE.sub("", (TUTORIALS / "site" / name).read_text())
