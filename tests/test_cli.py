@@ -431,6 +431,7 @@ def killed(when):
             yield
 
 
+@pytest.mark.slow
 def test_a_killed_lcma_run_goes_on_from_its_last_full_epoch(tmp_path, data_dir, capsys, monkeypatch):
     out = tmp_path / "run"
     options = ["--epochs", "3", "--pretrain-epochs", "1", "--steps-per-epoch", "2", "--no-baseline"]
@@ -461,6 +462,7 @@ def test_a_killed_lcma_run_goes_on_from_its_last_full_epoch(tmp_path, data_dir, 
         np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("online_steps", ["1", "5"], ids=["decided_before", "decided_after"])
 def test_a_killed_run_that_decides_its_factorization_ends_as_if_it_had_not_been(tmp_path, data_dir, online_steps):
     options = ["--epochs", "3", "--steps-per-epoch", "2", "--no-baseline", "--online-steps", online_steps]
@@ -477,6 +479,7 @@ def test_a_killed_run_that_decides_its_factorization_ends_as_if_it_had_not_been(
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, data_dir):
     """With the same images in the same order; equal but for the rounding of a busy machine."""
     options = ["--epochs", "3", "--steps-per-epoch", "30", "--flips"]
@@ -594,6 +597,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_written(tmp_path, data_dir
     assert contents(out) == before | {"samples.png": (out / "samples.png").read_bytes()}
 
 
+@pytest.mark.slow
 def test_training_on_all_devices(tmp_path, data_dir, capsys):
     out = tmp_path / "run"
     assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1", "--strategy", "mirrored")) == 0
@@ -602,6 +606,7 @@ def test_training_on_all_devices(tmp_path, data_dir, capsys):
     assert cli.main(["evaluate", str(out), "--data-dir", str(data_dir)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", [None, 0], ids=["first_batch", "first_epoch_end"])
 def test_a_run_killed_in_its_first_epoch_starts_again(when, tmp_path, data_dir):
     argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "1")
@@ -634,6 +639,7 @@ OTHER_DATASETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name", "event_shape"), OTHER_DATASETS)
 def test_other_datasets(command, name, event_shape, tmp_path):
     data_dir = os.environ.get("TFDS_DATA_DIR", os.path.expanduser("~/tensorflow_datasets"))

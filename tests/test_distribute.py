@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distribute")]
+
 # Each script runs in processes of its own, since TensorFlow's devices are set once.
 MODEL = """
 import json, sys

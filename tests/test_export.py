@@ -36,6 +36,7 @@ print(json.dumps({name: value.numpy().tolist() for name, value in results.items(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_model_computes_the_same_without_this_package(name, tmp_path):
     event_shape, arguments = MODELS[name]

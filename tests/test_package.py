@@ -1,6 +1,7 @@
-"""The package as a whole: what it takes from other libraries' private modules."""
+"""The package as a whole: its version, what it takes from private modules of other libraries."""
 
 import ast
+import importlib.metadata
 import pathlib
 
 import tfp_dimflows as dimflows
@@ -53,3 +54,7 @@ def test_private_modules_are_imported_in_one_file_only():
     others = [path for path in [*ROOT.rglob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")] if path.name != "upstream.py"]
     assert len(others) > 60
     assert {str(path): private_imports(path) for path in others if private_imports(path)} == {}
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert dimflows.__version__ == importlib.metadata.version("tfp-dimflows")

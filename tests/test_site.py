@@ -18,6 +18,9 @@ from test_docs import examples
 import tfp_dimflows as dimflows
 from tfp_dimflows import recipes
 
+pytest.importorskip("properdocs", reason="needs the extra docs: pip install -e '.[docs]'")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+
 ROOT = pathlib.Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"
 SOURCES = sorted((TUTORIALS / "site").rglob("*.md"))

@@ -4,9 +4,10 @@ import base64
 import pathlib
 import re
 
-import nbformat
-import papermill
 import pytest
+
+papermill = pytest.importorskip("papermill", reason="needs the extra tutorials: pip install -e '.[tutorials]'")
+nbformat = pytest.importorskip("nbformat")
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 MAX_BYTES = 500_000
@@ -49,6 +50,7 @@ def test_there_are_tutorials():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @notebooks
 def test_a_tutorial_runs(path, tmp_path, surroundings):
     parameters = read(path).metadata["tests"]

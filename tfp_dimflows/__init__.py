@@ -9,9 +9,11 @@ from tfp_dimflows.bijectors.per_dimension import (
 )
 from tfp_dimflows.keras_bridge import adaptation
 from tfp_dimflows.training import FlowModel, fit_progressively, load
+from tfp_dimflows.version import __version__
 
 __all__ = [
     "FlowModel",
+    "__version__",
     "adaptation",
     "bijectors",
     "data",

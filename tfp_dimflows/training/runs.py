@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import fcntl
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.training.backup import Backup, least_of_workers
 from tfp_dimflows.training.callbacks import DecideFactorization, _find_multiscale
 from tfp_dimflows.training.model import FlowModel, load
+from tfp_dimflows.version import __version__
 
 CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
     "config.json",
@@ -115,7 +115,7 @@ def train(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    config = {"version": _version(), "recipe": recipe, "event_shape": list(event_shape), "levels": levels}
+    config = {"version": __version__, "recipe": recipe, "event_shape": list(event_shape), "levels": levels}
     config |= {"arguments": arguments, **budget}
     if recipes.base_of(recipe):
         phase = {"pretrain_epochs": pretrain_epochs} if online_steps is None else {"online_steps": online_steps}
@@ -198,15 +198,11 @@ def load_run(directory: str | os.PathLike) -> FlowModel:
     try:
         return load(str(path))
     except (TypeError, ValueError) as error:
-        if config.get("version") == _version():
+        if config.get("version") == __version__:
             raise
         raise ValueError(
-            f"run: {directory} is of version {config.get('version')}, and version {_version()} cannot load it: {error}"
+            f"run: {directory} is of version {config.get('version')}, and version {__version__} cannot load it: {error}"
         ) from error
-
-
-def _version():
-    return importlib.metadata.version("tfp-dimflows")
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
