@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
@@ -2189,3 +2190,9 @@ FAMILIES = (
 )
 ENTRIES = {entry.name: entry for family in FAMILIES for entry in family()}
 assert CORE <= ENTRIES.keys(), CORE - ENTRIES.keys()
+
+
+def parameters(entry, *values):
+    """Values of a parametrised test of an entry: `-m contract` runs all of them, README's command those of the core."""
+    marks = [pytest.mark.contract, pytest.mark.core] if entry.core else [pytest.mark.contract]
+    return pytest.param(*values, id="-".join([entry.name, *values[1:]]), marks=marks)

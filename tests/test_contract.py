@@ -22,23 +22,19 @@ from registry import (
     jacobian,
     normal,
     numerical_jacobian,
+    parameters,
 )
 
 tfb = tfp.bijectors
 
 
-def parameters(entry, *others):
-    marks = [pytest.mark.contract, pytest.mark.core] if entry.core else [pytest.mark.contract]
-    return pytest.param(entry, *others, id="-".join([entry.name, *others]), marks=marks)
-
-
 def entries(condition=lambda entry: True):
     """Parametrises a test over the entries for which a condition holds."""
-    return pytest.mark.parametrize("entry", [parameters(e) for e in ENTRIES.values() if condition(e)])
+    return pytest.mark.parametrize("entry", [parameters(e, e) for e in ENTRIES.values() if condition(e)])
 
 
 every_entry = entries()
-every_state = pytest.mark.parametrize(("entry", "state"), [parameters(e, s) for e in ENTRIES.values() for s in e.states])
+every_state = pytest.mark.parametrize(("entry", "state"), [parameters(e, e, s) for e in ENTRIES.values() for s in e.states])
 core = entries(lambda entry: entry.core)  # for what is written once per class or in the base
 
 

@@ -416,17 +416,15 @@ REFUSED = {
 ABSTRACT = {"Bijector", "AutoCompositeTensorBijector"}
 
 
-def cases(*kinds):
-    return pytest.mark.parametrize(
-        ("case", "direction"),
-        [
-            pytest.param(case, direction, id=f"{name}-{i}-{direction}")
-            for name, listed in (CASES | PARTS_OF_GLOW).items()
-            for i, case in enumerate(listed)
-            for direction in case.directions
-            if case.kind in kinds or not kinds
-        ],
-    )
+every_case = pytest.mark.parametrize(
+    ("case", "direction"),
+    [
+        pytest.param(case, direction, id=f"{name}-{i}-{direction}")
+        for name, listed in (CASES | PARTS_OF_GLOW).items()
+        for i, case in enumerate(listed)
+        for direction in case.directions
+    ],
+)
 
 
 def instance(case, direction):
@@ -487,8 +485,9 @@ def test_table_lists_every_public_bijector():
     assert not set(CASES) & set(REFUSED)
 
 
-@cases()
-def test_shape_and_sum(case, direction):
+@every_case
+def test_rule(case, direction):
+    """One Jacobian serves all that is said of a bijector of TFP's."""
     bijector, value, event_ndims = instance(case, direction)
     log_det = HOOK[direction](bijector, fresh(value))
     tf.nest.map_structure(lambda d, v: d.shape.assert_is_compatible_with(v.shape), log_det, value)
@@ -499,44 +498,34 @@ def test_shape_and_sum(case, direction):
     np.testing.assert_allclose(total, np.broadcast_to(expected, total.shape), rtol=1e-8, atol=1e-9)
     if isinstance(bijector, tfb.FFJORD):
         return  # autodiff through the solver takes minutes; FFJORD is compared with a quadrature below
-    exact = np.linalg.slogdet(jacobian(bijector, direction, value))[1]
-    np.testing.assert_allclose(total.sum(), exact, rtol=1e-6, atol=1e-7)
-
-
-@cases(ELEMENTWISE, TRIANGULAR)
-def test_diagonal_of_jacobian(case, direction):
-    bijector, value, _ = instance(case, direction)
     matrix = jacobian(bijector, direction, value)
-    if case.kind == ELEMENTWISE:
+    np.testing.assert_allclose(total.sum(), np.linalg.slogdet(matrix)[1], rtol=1e-6, atol=1e-7)
+    assert_attribution(case.kind, flat(log_det), matrix)
+    if case.kind == MOVE:
+        assert_moves(bijector, direction, ids(value), matrix)
+    elif case.kind != TOTAL:
+        tf.nest.map_structure(np.testing.assert_array_equal, TRANSPORT[direction](bijector, ids(value)), ids(value))
+
+
+def assert_attribution(kind, log_det, matrix):
+    """Contributions of dimensions that belong to the Jacobian."""
+    if kind == ELEMENTWISE:
         np.testing.assert_array_equal(matrix, np.diag(np.diag(matrix)))
-    log_det = HOOK[direction](bijector, fresh(value))
-    np.testing.assert_allclose(flat(log_det), np.log(np.abs(np.diag(matrix))), rtol=1e-6, atol=1e-7)
+    if kind in (ELEMENTWISE, TRIANGULAR):
+        np.testing.assert_allclose(log_det, np.log(np.abs(np.diag(matrix))), rtol=1e-6, atol=1e-7)
+    elif kind == DENSE:
+        np.testing.assert_allclose(log_det, log_of_polar_factor(matrix), rtol=1e-6, atol=1e-8)
+    elif kind == MOVE:
+        np.testing.assert_array_equal(log_det, 0.0)
 
 
-@cases(DENSE)
-def test_polar_of_jacobian(case, direction):
-    bijector, value, _ = instance(case, direction)
-    matrix = jacobian(bijector, direction, value)
-    expected = log_of_polar_factor(matrix)
-    np.testing.assert_allclose(flat(HOOK[direction](bijector, value)), expected, rtol=1e-6, atol=1e-8)
-
-
-@cases(MOVE)
-def test_moves(case, direction):
-    bijector, value, _ = instance(case, direction)
-    np.testing.assert_array_equal(flat(HOOK[direction](bijector, value)), 0.0)
-    numbers = ids(value)
+def assert_moves(bijector, direction, numbers, matrix):
+    """Numbers move as values do, and back."""
     moved = TRANSPORT[direction](bijector, numbers)
     assert all(m.dtype.is_integer for m in tf.nest.flatten(moved))
-    np.testing.assert_array_equal(flat(moved), jacobian(bijector, direction, value) @ flat(numbers))
+    np.testing.assert_array_equal(flat(moved), matrix @ flat(numbers))
     back = TRANSPORT[OPPOSITE[direction]](bijector, moved)
     tf.nest.map_structure(np.testing.assert_array_equal, back, numbers)
-
-
-@cases(ELEMENTWISE, TRIANGULAR, DENSE)
-def test_dimensions_stay(case, direction):
-    bijector, value, _ = instance(case, direction)
-    tf.nest.map_structure(np.testing.assert_array_equal, TRANSPORT[direction](bijector, ids(value)), ids(value))
 
 
 # Compositions with moves. TFP's own pass through the moves alone says where every dimension goes.

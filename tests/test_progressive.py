@@ -27,6 +27,7 @@ from registry import (
     multiscale_stage,
     normal,
     pair_axis,
+    parameters,
     pnf_walk,
     randomize,
     vector_stage,
@@ -36,7 +37,7 @@ tfb, tfd = tfp.bijectors, tfp.distributions
 LN2 = np.log(2.0)
 
 PNFS = [name for name in ENTRIES if name.startswith("pnf") and name != "pnf_in_a_chain"]
-every_pnf = pytest.mark.parametrize("name", PNFS)
+every_pnf = pytest.mark.parametrize("name", [parameters(ENTRIES[name], name) for name in PNFS])
 batches = pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 
 
