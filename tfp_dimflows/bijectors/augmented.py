@@ -1,11 +1,9 @@
 """`VFlow`: a flow on data augmented by noise dimensions."""
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, per_dimension
-
-tfb = tfp.bijectors
 
 
 class VFlow(base.FlowBijector):

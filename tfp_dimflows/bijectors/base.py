@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.keras_bridge import adapting
 from tfp_dimflows.upstream import cache_util, nest_util, record, samplers
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb = tfp.bijectors
 
 
 class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base
-
-tfb = tfp.bijectors
 
 TRACES = ("hutchinson", "exact")
 

@@ -4,13 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, masks, per_dimension, recompute, transformers
 from tfp_dimflows.keras_bridge import Network, variables_of
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb = tfp.bijectors
 
 
 class Coupling(base.FlowBijector):

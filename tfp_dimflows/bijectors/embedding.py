@@ -3,12 +3,10 @@
 from collections.abc import Callable
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, per_dimension
 from tfp_dimflows.keras_bridge import Network
-
-tfb = tfp.bijectors
 
 
 class EmbedCondition(base.FlowBijector):

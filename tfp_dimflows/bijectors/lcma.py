@@ -6,15 +6,13 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import probes_from
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.multiscale import Multiscale
-
-tfb = tfp.bijectors
 
 
 class LCMA(Multiscale):

@@ -5,14 +5,13 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import base, per_dimension, reorder
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization, OnlineFactorization
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class Multiscale(base.FlowBijector):

@@ -27,6 +27,7 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, dense
 from tfp_dimflows.upstream import (
@@ -39,8 +40,6 @@ from tfp_dimflows.upstream import (
     nest_util,
     tfp_glow,
 )
-
-tfb = tfp.bijectors
 
 
 def inverse_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs) -> Any:

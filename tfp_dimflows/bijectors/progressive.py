@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import FlowBijector, _fill, append_condition, log_det_dtype, to_tensor, vector_condition
 from tfp_dimflows.bijectors.haar import HaarSplit
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class PNF(FlowBijector):

@@ -5,14 +5,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, implicit, recompute
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import record, samplers
-
-tfb = tfp.bijectors
 
 _NODES = 65
 # By how much the square of a product may exceed its vector's: the precision of a branch in bfloat16.

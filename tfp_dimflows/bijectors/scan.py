@@ -11,12 +11,11 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, chain, per_dimension, recompute
 from tfp_dimflows.upstream import control_flow_util
-
-tfb = tfp.bijectors
 
 
 class Scan(base.FlowBijector):

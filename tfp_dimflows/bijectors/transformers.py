@@ -4,15 +4,13 @@ import math
 from collections.abc import Callable
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.keras_bridge import variables_of
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import tensor_util
-
-tfb = tfp.bijectors
 
 LOG_SCALES = ("tanh", "sigmoid", "exp")
 

@@ -1,14 +1,12 @@
 """The marginal of a distribution over noise-augmented data."""
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import Chain, VFlow
 from tfp_dimflows.distributions.variational import VariationalDistribution, decode, encode, noise_log_prob, with_sample_axis
 from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfd = tfp.distributions
 
 
 class Augmented(VariationalDistribution):

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 _LOG_SCALE_BOUND = 3.0
 

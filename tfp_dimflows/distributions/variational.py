@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import probe_seed, probes_from
 from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 _VALUES_AT_ONCE = 2**17
 _REPORTS = contextvars.ContextVar("reports", default=None)

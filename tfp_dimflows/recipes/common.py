@@ -8,13 +8,11 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
-
-tfb = tfp.bijectors
-tfd = tfp.distributions
 
 
 def floatx() -> tf.DType:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_probability as tfp
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows.recipes import common
@@ -13,8 +13,6 @@ from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import recipe
 from tfp_dimflows.recipes.residual import IRESNET, RESIDUAL_FLOW, iresnet, residual_flow
-
-tfd = tfp.distributions
 
 # Arguments of the base that are not LCMA's: its factorization of images is one for convolutions.
 _NOT_TAKEN = ("event_shape", "factorization", "network")

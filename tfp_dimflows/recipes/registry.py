@@ -6,9 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import tensorflow_probability as tfp
-
-tfd = tfp.distributions
+from tensorflow_probability import distributions as tfd
 
 _RECIPES: dict[str, Callable[..., tfd.Distribution]] = {}
 

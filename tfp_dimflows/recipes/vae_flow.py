@@ -4,7 +4,8 @@ import functools
 from collections.abc import Sequence
 
 import keras
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
@@ -12,8 +13,6 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.autoregressive import made_layers
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 POSTERIORS = ("gaussian", "planar", "radial", "sylvester-orthogonal", "sylvester-householder", "sylvester-triangular", "iaf")
 

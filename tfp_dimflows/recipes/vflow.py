@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
@@ -15,8 +16,6 @@ from tfp_dimflows.recipes.flowpp import CONFIGS as FLOWPP
 from tfp_dimflows.recipes.flowpp import NONNEGATIVE, POSITIVE, Couplings, as_dequantized
 from tfp_dimflows.recipes.glow import glow_flow, image_steps, vector_steps
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 SMALL = FLOWPP["small"] | {
     "num_extra": 1,

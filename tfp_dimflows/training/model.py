@@ -10,14 +10,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge, recipes
 from tfp_dimflows.bijectors.base import probes_from
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.distributions import Augmented, Dequantized, variational
 from tfp_dimflows.upstream import samplers
-
-tfd = tfp.distributions
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")

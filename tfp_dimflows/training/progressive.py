@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import PNF, Chain
@@ -18,8 +18,6 @@ from tfp_dimflows.distributions import Dequantized
 from tfp_dimflows.training.backup import Backup
 from tfp_dimflows.training.model import FlowModel
 from tfp_dimflows.upstream import TFPChain
-
-tfd = tfp.distributions
 
 
 def fit_progressively(
