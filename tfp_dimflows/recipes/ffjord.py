@@ -1,7 +1,6 @@
 """FFJORD: continuous flows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from tensorflow_probability import distributions as tfd
@@ -23,7 +22,7 @@ def ffjord(
     end_time: float = 0.5,
     trace: str | None = None,
     num_steps: int | None = None,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
     levels: int | None = None,
     seed: int = 0,

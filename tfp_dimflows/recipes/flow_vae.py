@@ -29,7 +29,7 @@ def flow_vae(
     depth: int = 3,
     width: int = 32,
     num_blocks: int = 2,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
     levels: int | None = None,
     seed: int = 0,
@@ -76,12 +76,12 @@ def flow_vae(
     if likelihood not in dfd.VAEPrior.LIKELIHOODS:
         raise ValueError(f"flow-vae: got likelihood={likelihood!r}, needs one of {dfd.VAEPrior.LIKELIHOODS}")
     flow_seed, encoder_seed, decoder_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
-    sizes = {"num_scales": num_scales, "width": width, "factorization": factorization, "condition_shape": None}
+    sizes: dict[str, Any] = {"num_scales": num_scales, "width": width, "factorization": factorization, "condition_shape": None}
     preprocess = common.centred if flow == "glow" else common.logit(alpha)
     bijector = tfb.Identity()
     if flow == "realnvp":
         options = {"num_couplings": depth, "num_blocks": num_blocks, "network": None, "batch_norm": False, "l2": 5e-5}
-        bijector = realnvp_flow(shape, **sizes, **options, seed=flow_seed)
+        bijector = realnvp_flow(shape, **sizes | options, seed=flow_seed)
     elif flow == "glow":
         bijector = glow_flow(shape, **sizes, depth=depth, num_hidden=2, coupling="affine", seed=flow_seed)
     elif flow is not None:

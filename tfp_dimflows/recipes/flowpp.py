@@ -211,7 +211,9 @@ class Couplings:
         flow = dfb.Chain([tfb.Sigmoid(), tfb.Invert(couplings)])
         return dfb.EmbedCondition(flow, lambda image: context(preprocess(image)), condition_ndims=3)
 
-    def _step(self, mask, shape, num_blocks, condition_channels, attention):
+    def _step(
+        self, mask: masks.Mask, shape: tuple[int, int, int], num_blocks: int, condition_channels: int, attention: bool
+    ) -> list[tfb.Bijector]:
         given, transformed = (part.shape for part in mask.split(tf.zeros(shape)))
         components = self.sizes["num_components"]
         network = networks.FlowPPNet(

@@ -1,7 +1,6 @@
 """VFlow: flows on data augmented by noise dimensions."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -139,7 +138,7 @@ def vflow_glow(
     width: int = 50,
     num_hidden: int = 2,
     coupling: str = "affine",
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
@@ -199,7 +198,9 @@ def vflow_glow(
     return dfd.Dequantized(pixels, levels=levels)
 
 
-def _glow_posterior(shape, num_extra, depth, width, num_hidden, coupling, seeds):
+def _glow_posterior(
+    shape: tuple[int, ...], num_extra: int, depth: int, width: int, num_hidden: int, coupling: str, seeds: Iterator[int]
+) -> dfb.Chain:
     """From noise to the extra dimensions: a Gaussian given x, then steps of Glow given x."""
     if len(shape) == 3:
         network = networks.GlowConvNet(shape[-1], 2 * num_extra, width=width, seed=next(seeds) % 2**31)
@@ -213,6 +214,6 @@ def _glow_posterior(shape, num_extra, depth, width, num_hidden, coupling, seeds)
     return dfb.Chain([gaussian, *steps])
 
 
-def _augmented(flow, posterior, joint, num_extra):
+def _augmented(flow: tfb.Bijector, posterior: tfb.Bijector | None, joint: tuple[int, ...], num_extra: int) -> dfd.Augmented:
     vflow = dfb.VFlow(flow, posterior, num_extra, event_ndims=len(joint))
     return dfd.Augmented(common.as_distribution(vflow, joint, None), num_extra)
