@@ -7,6 +7,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dimflows", description="Train and use normalizing flows.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -114,25 +115,25 @@ def _parser():
     return parser
 
 
-def _add_data_dir(command):
+def _add_data_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-dir", help="where TFDS datasets are; default: TFDS_DATA_DIR, else TFDS's own")
 
 
-def _positive(text):
+def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return value
 
 
-def _train(arguments):
+def _train(arguments: argparse.Namespace) -> None:
     strategy, out = _strategy(arguments)
     with strategy.scope():
         _train_into(out, arguments)
     _report(out, arguments.recipe)
 
 
-def _strategy(arguments):
+def _strategy(arguments: argparse.Namespace) -> tuple[tf.distribute.Strategy, str]:
     """The strategy, made before TensorFlow does anything, and the run directory: workers but the first have one beside it."""
     if arguments.strategy == "mirrored":
         return tf.distribute.MirroredStrategy(), arguments.out
@@ -143,7 +144,7 @@ def _strategy(arguments):
     return tf.distribute.get_strategy(), arguments.out
 
 
-def _train_into(out, arguments):
+def _train_into(out: str, arguments: argparse.Namespace) -> None:
     options = {"image_size": arguments.image_size, "levels": arguments.levels}
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
     batch_size = arguments.batch_size
@@ -184,7 +185,7 @@ def _train_into(out, arguments):
     )
 
 
-def _settings(pairs):
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
@@ -197,7 +198,7 @@ def _settings(pairs):
     return settings
 
 
-def _report(directory, recipe):
+def _report(directory: str, recipe: str) -> None:
     titles = {".": recipe, "conventional": f"{recipes.base_of(recipe)}, conventional factorization"}
     print("\ntest bits/dim   parameters   model")
     for part, metrics in training.read_metrics(directory).items():
@@ -206,7 +207,9 @@ def _report(directory, recipe):
     print(f"\n{directory}: " + ", ".join(sorted(p.name for p in pathlib.Path(directory).iterdir())))
 
 
-def _run_data(arguments, split=None, batch_size=None, name=None):
+def _run_data(
+    arguments: argparse.Namespace, split: str | None = None, batch_size: int | None = None, name: str | None = None
+) -> tf.data.Dataset:
     config = training.read_config(arguments.run)
     options = dict(config["data"])
     trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
@@ -223,7 +226,7 @@ def _run_data(arguments, split=None, batch_size=None, name=None):
     )
 
 
-def _evaluate(arguments):
+def _evaluate(arguments: argparse.Namespace) -> None:
     model = training.load_run(arguments.run)
     total, count = 0.0, 0
     for step, batch in enumerate(_run_data(arguments, arguments.split, arguments.batch_size)):
@@ -235,7 +238,7 @@ def _evaluate(arguments):
     print(json.dumps({"nll": nll, "bits_per_dim": bits, "num_events": count, "num_samples": arguments.num_samples}))
 
 
-def _sample(arguments):
+def _sample(arguments: argparse.Namespace) -> None:
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"{arguments.kind}-{arguments.seed}.png")
     model = training.load_run(arguments.run)
@@ -257,7 +260,7 @@ def _sample(arguments):
     print(path)
 
 
-def _interpolate(arguments):
+def _interpolate(arguments: argparse.Namespace) -> None:
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"interpolation-{arguments.seed}.png")
     walks = _walks(arguments, training.load_run(arguments.run), arguments.steps)
@@ -265,14 +268,14 @@ def _interpolate(arguments):
     print(path)
 
 
-def _walks(arguments, model, steps):
+def _walks(arguments: argparse.Namespace, model: training.FlowModel, steps: int) -> np.ndarray:
     """Walks between pairs of test images, one per row."""
     images = _some_images(_run_data(arguments), 2 * arguments.num, arguments.seed)
     pairs = len(images) // 2
     return model.interpolate(images[:pairs], images[pairs : 2 * pairs], steps).numpy().swapaxes(0, 1)
 
 
-def _upscale(arguments):
+def _upscale(arguments: argparse.Namespace) -> None:
     config = training.read_config(arguments.run)
     path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"upscale-{arguments.seed}.png")
     model = training.load_run(arguments.run)
@@ -290,26 +293,26 @@ def _upscale(arguments):
     print(path)
 
 
-def _some_images(batches, num, seed):
+def _some_images(batches: tf.data.Dataset, num: int, seed: int) -> tf.Tensor:
     return next(iter(batches.unbatch().shuffle(10_000, seed=seed).batch(num)))
 
 
-def _enlarged(images, event_shape):
+def _enlarged(images: tf.Tensor, event_shape: tf.TensorShape) -> np.ndarray:
     """Each pixel repeated to the size of an event."""
     height, width = (full // small for full, small in zip(event_shape[:2], images.shape[1:3]))
     return np.repeat(np.repeat(images, height, axis=1), width, axis=2)
 
 
-def _new_file(path):
+def _new_file(path: str | pathlib.Path) -> str | pathlib.Path:
     if pathlib.Path(path).exists():
         raise ValueError(f"{path} already exists; name another file with --out")
     return path
 
 
-def _recipes(arguments):
+def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipes.names():
         recipe = recipes.get(name)
-        print(f"{name}: {recipe.__doc__.strip().splitlines()[0]}")
+        print(f"{name}: {str(recipe.__doc__).strip().splitlines()[0]}")
         for parameter in inspect.signature(recipe).parameters.values():
             if parameter.name not in ("event_shape", "levels"):
                 print(f"    {parameter.name}={parameter.default!r}")

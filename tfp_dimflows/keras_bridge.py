@@ -61,12 +61,12 @@ def with_training(flag: bool | None, function: Callable) -> Any:
 class _Flagged(keras.layers.Layer):
     """A function of Keras's training flag, which reaches layers only."""
 
-    def __init__(self, function):
+    def __init__(self, function: Callable[[bool | None], Any]):
         super().__init__(autocast=False, name="training")
         self._function = function
         self.built = True
 
-    def call(self, training=None):
+    def call(self, training: bool | None = None) -> Any:
         return self._function(training)
 
 
@@ -94,7 +94,7 @@ class Network(tf.Module):
             raise TypeError(f"Network: got {network!r}, needs a callable (x, condition) -> parameters")
         self._network = network
         self._convention = _condition_convention(network)
-        self._replaced = []
+        self._replaced: list[tuple[keras.Variable, Any]] = []
         self._show_variables()
 
     @property
@@ -139,7 +139,7 @@ class Network(tf.Module):
         other._variables = []
         return other
 
-    def _evaluate(self, x, condition):
+    def _evaluate(self, x: tf.Tensor, condition: Any) -> tf.Tensor:
         if not self._replaced:
             return self._evaluate_as_it_is(x, condition)
         with keras.StatelessScope(
@@ -153,7 +153,7 @@ class Network(tf.Module):
                 value.assign(scope.get_current_value(v))
         return y
 
-    def _evaluate_as_it_is(self, x, condition):
+    def _evaluate_as_it_is(self, x: tf.Tensor, condition: Any) -> tf.Tensor:
         if self._convention == "keyword":
             y = self._network(x, condition=condition)
         elif self._convention == "positional":
@@ -166,13 +166,13 @@ class Network(tf.Module):
             self._show_variables()
         return y
 
-    def _show_variables(self):
+    def _show_variables(self) -> None:
         # The network itself, a closure or a module may hold Keras 3 layers, which `tf.Module` does not see.
         self._complete = all(layer.built for layer in collect(self._network).layers)
         self._variables = variables_of(self._network)
 
 
-def _condition_convention(network) -> str:
+def _condition_convention(network: Callable) -> str:
     if isinstance(network, (keras.Layer, tf_keras.layers.Layer)):
         if isinstance(network, (keras.Model, tf_keras.Model)) and len(getattr(network, "inputs", None) or ()) == 2:
             return "list"
@@ -183,7 +183,7 @@ def _condition_convention(network) -> str:
         parameters = inspect.signature(network).parameters
     except (TypeError, ValueError):
         return "none"
-    _, *others = parameters.values() or [None]
+    others = list(parameters.values())[1:]
     if any(p.name == "condition" for p in others):
         return "keyword"
     # An optional one, as in `lambda x, net=net: net(x)` or tf.tanh's name, is no place for a condition.
@@ -191,7 +191,7 @@ def _condition_convention(network) -> str:
     return "positional" if positional and positional[0].default is inspect.Parameter.empty else "none"
 
 
-def _broadcast_batch(condition, batch, batch_rank):
+def _broadcast_batch(condition: Any, batch: tf.Tensor, batch_rank: int) -> tf.Tensor:
     condition = tf.convert_to_tensor(condition)
     if batch_rank == 0:
         return condition
@@ -207,7 +207,7 @@ def _broadcast_batch(condition, batch, batch_rank):
     return tf.broadcast_to(condition, shape)
 
 
-def _fold_batch(x, batch_rank):
+def _fold_batch(x: tf.Tensor, batch_rank: int) -> tf.Tensor:
     return tf.reshape(x, ps.concat([[-1], ps.shape(x)[batch_rank:]], axis=0))
 
 
@@ -276,7 +276,7 @@ def variables_of(root: Any) -> list[tf.Variable]:
     return [v for v in owned if isinstance(v, tf.Variable)] + holdings.variables
 
 
-def _check_not_frozen(item):
+def _check_not_frozen(item: tf.Module) -> None:
     for key, value in (item.parameters or {}).items():
         if isinstance(value, keras.Variable):
             raise ValueError(

@@ -9,20 +9,28 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import DimensionFactorization
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 __all__ = ["contributions", "density", "image_grid", "interpolation", "kept_dimensions", "learning_curves"]
 
 _PANEL = 3.2  # inches
 
 
-def image_grid(images: Any, levels: int | None = None, *, limits: Sequence[float] | None = None, ax: Any = None) -> Any:
+def image_grid(
+    images: ArrayLike, levels: int | None = None, *, limits: Sequence[float] | None = None, ax: "Axes | None" = None
+) -> "Axes":
     """Images in rows and columns, with a black frame of one pixel around each.
 
         brightness = (value - low) / (high - low), between 0 (black) and 1,   (low, high) = limits
@@ -54,7 +62,9 @@ def image_grid(images: Any, levels: int | None = None, *, limits: Sequence[float
     return ax
 
 
-def interpolation(walks: Any, levels: int | None = None, *, limits: Sequence[float] | None = None, ax: Any = None) -> Any:
+def interpolation(
+    walks: ArrayLike, levels: int | None = None, *, limits: Sequence[float] | None = None, ax: "Axes | None" = None
+) -> "Axes":
     """Walks between pairs of images, one in each row, as `FlowModel.interpolate` returns them.
 
     Args:
@@ -95,7 +105,11 @@ def interpolation(walks: Any, levels: int | None = None, *, limits: Sequence[flo
     return ax
 
 
-def kept_dimensions(factorizations: DimensionFactorization | Mapping[str, DimensionFactorization], *, ax: Any = None) -> Any:
+def kept_dimensions(
+    factorizations: DimensionFactorization | Mapping[str, DimensionFactorization],
+    *,
+    ax: "Axes | Sequence[Axes] | np.ndarray | None" = None,
+) -> Any:
     """Maps of how many levels of a multi-scale flow each dimension passes: of an image the mean over the channels of a pixel.
 
     Args:
@@ -133,7 +147,7 @@ def kept_dimensions(factorizations: DimensionFactorization | Mapping[str, Dimens
     return axes if isinstance(factorizations, Mapping) else axes[0]
 
 
-def contributions(contributions: Sequence[Any], *, ax: Any = None) -> Any:
+def contributions(contributions: Sequence[ArrayLike], *, ax: "Sequence[Axes] | np.ndarray | None" = None) -> np.ndarray:
     """Heat maps of likelihood contributions, one for each factor-out: of an image the mean over the channels of a pixel.
 
     The colours are centred at the median: red is the half that LCMA keeps where it may choose freely.
@@ -177,7 +191,14 @@ def contributions(contributions: Sequence[Any], *, ax: Any = None) -> Any:
     return axes
 
 
-def density(distribution: Any, bounds: Any, *, resolution: int = 100, ax: Any = None, **kwargs) -> Any:
+def density(
+    distribution: tfd.Distribution | keras.Model,
+    bounds: ArrayLike,
+    *,
+    resolution: int = 100,
+    ax: "Axes | None" = None,
+    **kwargs: Any,
+) -> "Axes":
     """Heat map of a density of the plane.
 
     Args:
@@ -216,11 +237,11 @@ def density(distribution: Any, bounds: Any, *, resolution: int = 100, ax: Any = 
     log_prob = np.asarray(distribution.log_prob(tf.constant(points, dtype), **kwargs))
     (ax,) = _axes("density", ax, 1, [_PANEL, _PANEL])
     values = np.exp(log_prob).reshape(resolution, resolution)
-    ax.imshow(values, cmap="viridis", vmin=0.0, origin="lower", extent=sides.ravel(), aspect="equal")
+    ax.imshow(values, cmap="viridis", vmin=0.0, origin="lower", extent=tuple(sides.ravel()), aspect="equal")
     return ax
 
 
-def learning_curves(run: str | os.PathLike, metric: str | None = None, *, ax: Any = None) -> Any:
+def learning_curves(run: str | os.PathLike, metric: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
     """A metric after each epoch of a run and of the runs inside it: in training, and dashed in validation.
 
     Args:
@@ -264,8 +285,8 @@ def learning_curves(run: str | os.PathLike, metric: str | None = None, *, ax: An
             epochs = columns["epoch"] + 1.0
             (line,) = ax.plot(epochs, columns[metric], label=title)
             if f"val_{metric}" in columns:
-                options = {"color": line.get_color(), "linestyle": "--", "label": f"{title}, validation"}
-                ax.plot(epochs, columns[f"val_{metric}"], **options)
+                label = f"{title}, validation"
+                ax.plot(epochs, columns[f"val_{metric}"], color=line.get_color(), linestyle="--", label=label)
     ax.set(xlabel="epoch", ylabel=metric)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
@@ -284,7 +305,7 @@ def require_matplotlib() -> None:
 
 
 def grid_pixels(
-    images: Any, levels: int | None = None, limits: Sequence[float] | None = None, name: str = "plot.grid_pixels"
+    images: ArrayLike, levels: int | None = None, limits: Sequence[float] | None = None, name: str = "plot.grid_pixels"
 ) -> np.ndarray:
     """The picture of `image_grid` as bytes `[height, width, 1 or 3]`, a pixel for each of the images'."""
     images = np.asarray(images)
@@ -297,7 +318,7 @@ def grid_pixels(
     low, high = _limits(images, levels, limits, name)
     # A barely trained flow can overflow on its way to the data.
     brightness = np.nan_to_num((images - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0)
-    pixels = np.uint8(np.round(255.0 * np.clip(brightness, 0.0, 1.0)))
+    pixels = np.round(255.0 * np.clip(brightness, 0.0, 1.0)).astype(np.uint8)
     if pixels.ndim == 4:
         columns = math.ceil(math.sqrt(len(pixels)))
         blanks = np.zeros([-len(pixels) % columns, *pixels.shape[1:]], np.uint8)
@@ -307,7 +328,7 @@ def grid_pixels(
     return padded.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
 
 
-def save_grid(path: str | os.PathLike, images: Any, levels: int | None = None) -> None:
+def save_grid(path: str | os.PathLike, images: ArrayLike, levels: int | None = None) -> None:
     """Writes the picture of `image_grid` as a PNG; arguments as there."""
     save_pixels(path, enlarged(grid_pixels(images, levels, name="plot.save_grid")))
 
@@ -325,7 +346,7 @@ def save_factorizations(
 ) -> None:
     """Writes a PNG with the maps of `contributions(statistics)` and of `kept_dimensions(factorizations)` side by side."""
 
-    def draw(axes):
+    def draw(axes: np.ndarray) -> None:
         contributions(statistics, ax=axes[: len(statistics)])
         kept_dimensions(factorizations, ax=axes[len(statistics) :])
 
@@ -359,7 +380,7 @@ def save_pixels(path: str | os.PathLike, pixels: np.ndarray) -> None:
 # Helpers.
 
 
-def _axes(name, ax, num, size):
+def _axes(name: str, ax: Any, num: int, size: Sequence[float]) -> np.ndarray:
     """An array of the axes that are given, or of those of a new figure."""
     require_matplotlib()
     if ax is None:
@@ -372,27 +393,27 @@ def _axes(name, ax, num, size):
     return axes
 
 
-def _show(ax, pixels):
+def _show(ax: "Axes", pixels: np.ndarray) -> None:
     ax.imshow(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
-def _map(ax, values, **options):
+def _map(ax: "Axes", values: np.ndarray, **options: Any) -> "AxesImage":
     ax.set_axis_off()
     return ax.imshow(_plane(values), aspect="equal" if values.ndim == 3 else "auto", interpolation="nearest", **options)
 
 
-def _plane(values):
+def _plane(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=-1) if values.ndim == 3 else values[np.newaxis]
 
 
-def _limits(values, levels, limits, name):
+def _limits(values: np.ndarray, levels: int | None, limits: Sequence[float] | None, name: str) -> tuple[float, float]:
     if levels is not None and levels < 2:
         raise ValueError(f"{name}: got levels={levels}, needs at least 2")
     if limits is not None:
-        limits = np.asarray(limits, dtype=np.float64)
-        if limits.shape != (2,) or not limits[0] < limits[1]:
-            raise ValueError(f"{name}: got limits={limits.tolist()}, needs the values of black and white, increasing")
-        return limits
+        ends = np.asarray(limits, dtype=np.float64)
+        if ends.shape != (2,) or not ends[0] < ends[1]:
+            raise ValueError(f"{name}: got limits={ends.tolist()}, needs the values of black and white, increasing")
+        return ends[0], ends[1]
     if levels is not None:
         return 0.0, levels - 1.0
     finite = values[np.isfinite(values)]
@@ -400,14 +421,14 @@ def _limits(values, levels, limits, name):
     return low, high if low < high else low + 1.0
 
 
-def _bounds(bounds):
+def _bounds(bounds: ArrayLike) -> np.ndarray:
     sides = np.asarray(bounds, dtype=np.float64)
     if sides.shape not in ((2,), (2, 2)) or not (np.isfinite(sides).all() and (sides[..., 0] < sides[..., 1]).all()):
         raise ValueError(f"plot.density: got bounds={sides.tolist()}, needs (low, high), or such a pair for each dimension")
     return np.broadcast_to(sides, [2, 2])
 
 
-def _columns(path):
+def _columns(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The columns of a CSV file by name; what is no number, or missing in the row of a run that was killed, is NaN."""
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if _number(row.get("epoch")) is not None]
@@ -415,7 +436,7 @@ def _columns(path):
     return {name: np.array([_number(row[name]) for row in rows], dtype=np.float64) for name in names}
 
 
-def _number(text):
+def _number(text: Any) -> float | None:
     try:
         return float(text)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
 """Activation normalisation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -59,7 +60,7 @@ class ActNorm(base.FlowBijector):
             name=name,
         )
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         self._check(y)
         if adapting():
             mean, log_std = self._moments(y)
@@ -67,7 +68,7 @@ class ActNorm(base.FlowBijector):
         shift, log_scale = self._parameters_as(y.dtype)
         return (y + tf.cast(shift, y.dtype)) * tf.cast(tf.exp(log_scale), y.dtype), log_scale
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         self._check(x)
         if adapting():
             mean, log_std = self._moments(x)
@@ -75,21 +76,21 @@ class ActNorm(base.FlowBijector):
         shift, log_scale = self._parameters_as(x.dtype)
         return x * tf.cast(tf.exp(-log_scale), x.dtype) - tf.cast(shift, x.dtype), -log_scale
 
-    def _parameters_as(self, dtype):
+    def _parameters_as(self, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
         dtype = base.log_det_dtype(dtype)
         return tf.cast(self._shift, dtype), self._factor * tf.cast(self._raw_log_scale, dtype)
 
-    def _assign(self, shift, log_scale):
+    def _assign(self, shift: tf.Tensor, log_scale: tf.Tensor) -> None:
         self._shift.assign(tf.cast(shift, self._shift.dtype))
         self._raw_log_scale.assign(tf.cast(log_scale / self._factor, self._shift.dtype))
 
-    def _check(self, value):
+    def _check(self, value: tf.Tensor) -> None:
         shape = self._shift.shape
         if value.shape[-shape.rank :] != shape:
             got, has = (value.shape[-1], shape[0]) if shape.rank == 1 else (value.shape[-shape.rank :], shape)
             raise ValueError(f"{self.name}: got {got} channels, has parameters for {has}")
 
-    def _moments(self, value):
+    def _moments(self, value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         value = tf.cast(value, base.log_det_dtype(value.dtype))
         shape = self._shift.shape
         # Relative to one of the values, the moments of a constant channel are exact, however large the batch.

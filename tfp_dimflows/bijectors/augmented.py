@@ -1,11 +1,11 @@
 """`VFlow`: a flow on data augmented by noise dimensions."""
 
+from typing import Any
+
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, per_dimension
-
-tfb = tfp.bijectors
 
 
 class VFlow(base.FlowBijector):
@@ -96,11 +96,11 @@ class VFlow(base.FlowBijector):
         return y[..., : size - self._num_extra], y[..., size - self._num_extra :]
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         parts = [self._flow, *([] if self._posterior is None else [self._posterior])]
         return any(per_dimension.condition_kwargs(part, True) for part in parts)
 
-    def _posterior_kwargs(self, x, condition):
+    def _posterior_kwargs(self, x: tf.Tensor, condition: Any) -> dict[str, Any]:
         if not per_dimension.condition_kwargs(self._posterior, x):
             return {}
         condition = base.vector_condition(condition, x, self._event_ndims, self.name)
@@ -108,7 +108,7 @@ class VFlow(base.FlowBijector):
 
     # Data to latent.
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         x, z = self.split(y)
         fldj = 0.0
         if self._posterior is not None:
@@ -118,7 +118,7 @@ class VFlow(base.FlowBijector):
         eps, ildj = per_dimension.inverse_and_log_det(self._flow, tf.concat([x, z], axis=-1), event_ndims, **kwargs)
         return eps, ildj + fldj
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         x, e = self.split(y)
         z, of_noise = e, None
         if self._posterior is not None:
@@ -135,7 +135,7 @@ class VFlow(base.FlowBijector):
 
     # Latent to data.
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         joint, fldj = per_dimension.forward_and_log_det(
             self._flow, x, event_ndims, **per_dimension.condition_kwargs(self._flow, condition)
         )
@@ -147,7 +147,7 @@ class VFlow(base.FlowBijector):
         e, ildj = per_dimension.inverse_and_log_det(self._posterior, z, event_ndims, **kwargs)
         return tf.concat([x, e], axis=-1), fldj + ildj
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         joint, log_det = per_dimension.forward_and_log_det_per_dim(
             self._flow, x, **per_dimension.condition_kwargs(self._flow, condition)
         )
@@ -161,13 +161,13 @@ class VFlow(base.FlowBijector):
         log_det = base._fill(log_det, latent) + per_dimension.transport_inverse(self._flow, of_joint)
         return tf.concat([x, e], axis=-1), log_det
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         if self._posterior is not None:
             of_x, of_e = self.split(per_dim)
             per_dim = tf.concat([of_x, per_dimension.transport_forward(self._posterior, of_e)], axis=-1)
         return per_dimension.transport_inverse(self._flow, per_dim)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         per_dim = per_dimension.transport_forward(self._flow, per_dim)
         if self._posterior is not None:
             of_x, of_z = self.split(per_dim)
@@ -176,14 +176,14 @@ class VFlow(base.FlowBijector):
 
     # Shapes.
 
-    def _forward_event_shape(self, shape):
+    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return self._flow.forward_event_shape(shape)
 
-    def _inverse_event_shape(self, shape):
+    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return self._flow.inverse_event_shape(shape)
 
-    def _forward_event_shape_tensor(self, shape):
+    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return self._flow.forward_event_shape_tensor(shape)
 
-    def _inverse_event_shape_tensor(self, shape):
+    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return self._flow.inverse_event_shape_tensor(shape)

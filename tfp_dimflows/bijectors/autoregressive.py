@@ -1,8 +1,10 @@
 """Autoregressive flows: every dimension is transformed given the ones before it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, implicit, per_dimension, transformers
 from tfp_dimflows.keras_bridge import Network
@@ -52,7 +54,7 @@ class Autoregressive(base.FlowBijector):
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
-        transformer: transformers.Transformer,
+        transformer: transformers.TransformerLike,
         event_ndims: int = 1,
         validate_args: bool = False,
         name: str = "autoregressive",
@@ -64,25 +66,25 @@ class Autoregressive(base.FlowBijector):
         super().__init__(forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name)
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return self._network.accepts_condition
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._keep_shape(*per_dimension.inverse_and_log_det_per_dim(self._bijector(y, condition), y), y)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         bijector = self._bijector(self._solve(x, condition), condition)
         return self._keep_shape(*per_dimension.forward_and_log_det_per_dim(bijector, x), x)
 
-    def _bijector(self, y, condition):
+    def _bijector(self, y: tf.Tensor, condition: Any) -> tfb.Bijector:
         """T given the y before each dimension."""
         params = self._network(y, condition, event_ndims=self._event_ndims)
         return self._transformer(transformers.unpack(params, y, self._transformer.params_per_dim, self.name))
 
-    def _solve(self, x, condition):
+    def _solve(self, x: tf.Tensor, condition: Any) -> tf.Tensor:
         """The solution y of y = T(x; network(y)), with the gradients of the implicit function."""
 
-        def function(y):
+        def function(y: tf.Tensor) -> tf.Tensor:
             # Until its predecessors are right, a dimension may overflow, and infinity times a mask's 0 would reach them.
             bijector = self._bijector(tf.where(tf.math.is_finite(y), y, 0.0), condition)
             return per_dimension.forward_and_log_det_per_dim(bijector, x)[0]
@@ -92,20 +94,20 @@ class Autoregressive(base.FlowBijector):
         value, vjp = implicit.with_vjp(function, y)
         return implicit.with_adjoint(y, value, lambda upstream: self._repeat(lambda w: upstream + vjp(w), upstream))
 
-    def _repeat(self, function, start):
+    def _repeat(self, function: Callable[[tf.Tensor], tf.Tensor], start: tf.Tensor) -> tf.Tensor:
         """The fixed point of a function that sets every dimension right once all before it are."""
         dims = ps.reduce_prod(ps.shape(start)[ps.rank(start) - self._event_ndims :])
 
-        def unfinished(step, value, changed):
+        def unfinished(step: tf.Tensor, value: tf.Tensor, changed: tf.Tensor) -> tf.Tensor:
             return (step < dims) & changed
 
-        def apply(step, value, changed):
+        def apply(step: tf.Tensor, value: tf.Tensor, changed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             new = function(value)
             new.set_shape(start.shape)
             return step + 1, new, tf.reduce_any(new != value)
 
         return tf.while_loop(unfinished, apply, [0, start, True], parallel_iterations=1)[1]
 
-    def _keep_shape(self, result, log_det, value):
+    def _keep_shape(self, result: tf.Tensor, log_det: tf.Tensor, value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         result.set_shape(value.shape)  # TFP's spline loses it
         return result, log_det

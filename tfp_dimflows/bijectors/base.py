@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.keras_bridge import adapting
 from tfp_dimflows.upstream import cache_util, nest_util, record, samplers
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb = tfp.bijectors
 
 
 class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):
@@ -23,14 +22,14 @@ class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):
     no variable of the bijector has changed and, under a gradient tape, if that tape recorded it.
     """
 
-    def _get_or_create_edge(self, input, forward_name, kwargs):  # noqa: A002 (TFP's name)
+    def _get_or_create_edge(self, input: Any, forward_name: str, kwargs: dict) -> Any:  # noqa: A002 (TFP's name)
         edge = super()._get_or_create_edge(input, forward_name, kwargs)
         if edge.attributes and not self._is_current(edge):
             edge = edge._replace(output_ref=None, attributes={}, dependencies=None)
             self.storage[edge.input_ref] = edge
         return edge
 
-    def _is_current(self, edge):
+    def _is_current(self, edge: Any) -> bool:
         if "origin" not in edge.attributes:
             return False
         output = tf.nest.flatten(edge.output_ref()) if edge.output_ref else []
@@ -40,7 +39,7 @@ class _FreshCache(cache_util.BijectorCacheWithGreedyAttrs):
 class _Origin:
     """Where and under which variable values a cached pass was made."""
 
-    def __init__(self, bijector):
+    def __init__(self, bijector: tfb.Bijector):
         self._adapting = adapting()
         self._graph = None
         if tf.executing_eagerly():
@@ -50,7 +49,7 @@ class _Origin:
             self._graph = tf.compat.v1.get_default_graph()
             self._num_operations = len(self._graph.get_operations())
 
-    def is_current(self, tensors) -> bool:
+    def is_current(self, tensors: list[tf.Tensor]) -> bool:
         if adapting() and not self._adapting:
             return False
         if record.could_possibly_record() and not record.should_record_backprop(tensors):
@@ -65,7 +64,7 @@ class _Origin:
 _HARMLESS = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Placeholder", "Random", "Stateless", "Assert", "Print")
 
 
-def _may_assign(operation) -> bool:
+def _may_assign(operation: tf.Operation) -> bool:
     return operation.op_def.is_stateful and not operation.type.startswith(_HARMLESS)
 
 
@@ -142,23 +141,23 @@ class FlowBijector(tfb.Bijector):
 
     # What a family writes.
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: Any, condition: Any) -> tuple[Any, Any]:
         raise NotImplementedError(f"{self.name}: `_forward_and_log_det_per_dim` is not implemented")
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: Any, condition: Any) -> tuple[Any, Any]:
         raise NotImplementedError(f"{self.name}: `_inverse_and_log_det_per_dim` is not implemented")
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: Any) -> Any:
         return per_dim
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: Any) -> Any:
         return per_dim
 
     @property
     def _uses_condition(self) -> bool:
         return False
 
-    def _route(self, condition, kwargs):
+    def _route(self, condition: Any, kwargs: dict) -> Any:
         """Merges the condition with other keyword arguments; composites that route by name override this."""
         if kwargs:
             raise TypeError(f"{self.name}: got unexpected keyword arguments {sorted(kwargs)}, knows only `condition`")
@@ -168,7 +167,7 @@ class FlowBijector(tfb.Bijector):
 
     # The per-dimension hook.
 
-    def inverse_log_det_per_dim(self, y, condition=None, **kwargs) -> tf.Tensor:
+    def inverse_log_det_per_dim(self, y: Any, condition: Any = None, **kwargs: Any) -> tf.Tensor:
         """Contribution of every dimension of `y` to log abs det of the Jacobian of `inverse`.
 
         Args:
@@ -186,7 +185,7 @@ class FlowBijector(tfb.Bijector):
         y = to_tensor(y, self.forward_dtype())
         return _fill(self._inverse_and_log_det_per_dim(y, self._route(condition, kwargs))[1], y)
 
-    def forward_log_det_per_dim(self, x, condition=None, **kwargs) -> tf.Tensor:
+    def forward_log_det_per_dim(self, x: Any, condition: Any = None, **kwargs: Any) -> tf.Tensor:
         """Contribution of every dimension of `x` to log abs det of the Jacobian of `forward`.
 
         Args:
@@ -206,52 +205,52 @@ class FlowBijector(tfb.Bijector):
 
     # What TFP asks for.
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: Any, condition: Any, event_ndims: Any) -> tuple[Any, tf.Tensor]:
         y, log_det = self._forward_and_log_det_per_dim(x, condition)
         return y, sum_event(log_det, x, event_ndims)
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: Any, condition: Any, event_ndims: Any) -> tuple[Any, tf.Tensor]:
         x, log_det = self._inverse_and_log_det_per_dim(y, condition)
         return x, sum_event(log_det, y, event_ndims)
 
-    def _cached_forward(self, x, condition=None, **kwargs):
+    def _cached_forward(self, x: Any, condition: Any = None, **kwargs: Any) -> tuple[Any, dict]:
         condition = self._route(condition, kwargs)
         y, fldj = self._forward_and_log_det(x, condition, self.forward_min_event_ndims)
         return y, {"ildj": -fldj, "origin": _Origin(self)}
 
-    def _cached_inverse(self, y, condition=None, **kwargs):
+    def _cached_inverse(self, y: Any, condition: Any = None, **kwargs: Any) -> tuple[Any, dict]:
         condition = self._route(condition, kwargs)
         x, ildj = self._inverse_and_log_det(y, condition, self.inverse_min_event_ndims)
         return x, {"ildj": ildj, "origin": _Origin(self)}
 
-    def _forward(self, x, **kwargs):
+    def _forward(self, x: Any, **kwargs: Any) -> Any:
         return self._cached_forward(x, **kwargs)[0]
 
-    def _inverse(self, y, **kwargs):
+    def _inverse(self, y: Any, **kwargs: Any) -> Any:
         return self._cached_inverse(y, **kwargs)[0]
 
-    def _forward_log_det_jacobian(self, x, **kwargs):
+    def _forward_log_det_jacobian(self, x: Any, **kwargs: Any) -> tf.Tensor:
         return -self._cached_forward(x, **kwargs)[1]["ildj"]
 
-    def _inverse_log_det_jacobian(self, y, **kwargs):
+    def _inverse_log_det_jacobian(self, y: Any, **kwargs: Any) -> tf.Tensor:
         return self._cached_inverse(y, **kwargs)[1]["ildj"]
 
     @classmethod
-    def _parameter_properties(cls, dtype):
+    def _parameter_properties(cls, dtype: Any) -> dict:
         return {}
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return self is other
 
 
-_PROBE_SEEDS = contextvars.ContextVar("probe_seeds", default=None)
+_PROBE_SEEDS: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("probe_seeds", default=None)
 
 
 @contextlib.contextmanager
-def probes_from(seed: Any) -> Iterator[None]:
+def probes_from(seed: TensorLike | None) -> Iterator[None]:
     """Context in which stochastic log-dets draw their probes from a stateless seed, each from one of its own."""
     token = _PROBE_SEEDS.set([samplers.sanitize_seed(seed, salt="probes"), 0])
     try:
@@ -270,7 +269,7 @@ def without_probes() -> Iterator[None]:
         _PROBE_SEEDS.reset(token)
 
 
-def probe_seed(seed: Any = None) -> Any:
+def probe_seed(seed: TensorLike | None = None) -> TensorLike | None:
     """The seed that is given, else the next of `probes_from`; outside it None, which draws anew at every call."""
     state = _PROBE_SEEDS.get()
     if seed is not None or state is None:
@@ -279,17 +278,17 @@ def probe_seed(seed: Any = None) -> Any:
     return samplers.fold_in(state[0], state[1])
 
 
-def to_tensor(value, dtype):
+def to_tensor(value: Any, dtype: Any) -> Any:
     """Converts a value as `tfb.Bijector`'s own methods do; `dtype` (a structure of dtypes) shows which lists are parts."""
     return nest_util.convert_to_nested_tensor(value, dtype_hint=dtype, dtype=dtype, allow_packing=True)
 
 
-def _fill(log_det, value):
+def _fill(log_det: Any, value: Any) -> Any:
     """Broadcasts per-dimension log-dets in full to the shape of `value` (structures alike)."""
     return tf.nest.map_structure(_fill_part, log_det, value)
 
 
-def _fill_part(log_det, value):
+def _fill_part(log_det: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
     log_det = tf.cast(log_det, log_det_dtype(value.dtype))
     if value.shape.is_fully_defined() and log_det.shape == value.shape:
         return log_det
@@ -301,13 +300,13 @@ def log_det_dtype(dtype: tf.DType) -> tf.DType:
     return tf.float32 if dtype in (tf.float16, tf.bfloat16) else tf.as_dtype(dtype)
 
 
-def sum_event(log_det, value, event_ndims):
+def sum_event(log_det: Any, value: Any, event_ndims: Any) -> tf.Tensor:
     """Sums per-dimension log-dets over the last `event_ndims` axes of `value` (over all parts of a structure)."""
     parts = zip(*(tf.nest.flatten(structure) for structure in (log_det, value, event_ndims)), strict=True)
     return sum(_sum_last(tf.cast(d, log_det_dtype(v.dtype)), ps.shape(v), n) for d, v, n in parts)
 
 
-def _sum_last(log_det, shape, ndims):
+def _sum_last(log_det: tf.Tensor, shape: tf.Tensor, ndims: int) -> tf.Tensor:
     """The sum over the last `ndims` axes of `log_det` broadcast to `shape`, at the cost of what `log_det` holds."""
     rank, own_rank = int(ps.rank_from_shape(shape)), log_det.shape.rank
     summed = min(ndims, own_rank)

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, per_dimension, recompute
-
-tfb = tfp.bijectors
 
 
 class _Routed(NamedTuple):
@@ -82,41 +80,41 @@ class Chain(base.FlowBijector):
         return list(self._bijectors)
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return any(per_dimension.condition_kwargs(b, True) for b in self._bijectors)
 
     @property
-    def _is_permutation(self):
+    def _is_permutation(self) -> bool:
         return self._shapes._is_permutation
 
     @property
-    def _is_injective(self):
+    def _is_injective(self) -> bool:
         return self._shapes._is_injective
 
-    def _route(self, condition, kwargs):
+    def _route(self, condition: Any, kwargs: dict[str, Any]) -> _Routed:
         if isinstance(condition, _Routed):
             return condition
         unknown = set(kwargs) - {b.name for b in self._bijectors}
         super()._route(condition, {k: kwargs[k] for k in unknown})
         return _Routed(condition, kwargs)
 
-    def _parts(self, routed, direction):
+    def _parts(self, routed: _Routed, direction: str) -> list[tuple[tfb.Bijector, dict[str, Any]]]:
         order = self._bijectors if direction == "inverse" else self._bijectors[::-1]
         return [(b, per_dimension.condition_kwargs(b, routed.condition) | routed.by_name.get(b.name, {})) for b in order]
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.chain_pass(self._parts(self._route(condition, {}), "forward"), x, "forward")
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.chain_pass(self._parts(self._route(condition, {}), "inverse"), y, "inverse")
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._total(x, self._route(condition, {}), event_ndims, "forward")
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._total(y, self._route(condition, {}), event_ndims, "inverse")
 
-    def _all_parts(self, routed, direction):
+    def _all_parts(self, routed: _Routed, direction: str) -> list[tuple[tfb.Bijector, dict[str, Any]]]:
         """As `_parts`, with those of chains in their place."""
         parts = []
         for bijector, kwargs in self._parts(routed, direction):
@@ -126,7 +124,7 @@ class Chain(base.FlowBijector):
                 parts.append((bijector, kwargs))
         return parts
 
-    def _total(self, value, routed, event_ndims, direction):
+    def _total(self, value: tf.Tensor, routed: _Routed, event_ndims: int, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
         recomputes = self._memory == "recompute" and not tf.executing_eagerly()
         if recomputes and self._all_parts(routed, direction):
             return recompute.value_and_log_det(self.name, self._all_parts, value, routed, event_ndims, direction)
@@ -140,26 +138,26 @@ class Chain(base.FlowBijector):
             log_dets = [base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)]
         return value, sum(log_dets)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         return per_dimension.transport_forward(self._shapes, per_dim)
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         return per_dimension.transport_inverse(self._shapes, per_dim)
 
-    def _forward_event_shape(self, shape):
+    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return self._shapes.forward_event_shape(shape)
 
-    def _inverse_event_shape(self, shape):
+    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return self._shapes.inverse_event_shape(shape)
 
-    def _forward_event_shape_tensor(self, shape):
+    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return self._shapes.forward_event_shape_tensor(shape)
 
-    def _inverse_event_shape_tensor(self, shape):
+    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return self._shapes.inverse_event_shape_tensor(shape)
 
-    def _forward_dtype(self, dtype, **kwargs):
+    def _forward_dtype(self, dtype: Any, **kwargs: Any) -> Any:
         return self._shapes.forward_dtype(dtype)
 
-    def _inverse_dtype(self, dtype, **kwargs):
+    def _inverse_dtype(self, dtype: Any, **kwargs: Any) -> Any:
         return self._shapes.inverse_dtype(dtype)

@@ -1,25 +1,25 @@
 """Continuous flows: what `tfb.FFJORD` needs beside itself."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base
-
-tfb = tfp.bijectors
 
 TRACES = ("hutchinson", "exact")
 
 
 def ffjord(
-    network: Callable,
+    network: Callable[..., tf.Tensor],
     event_ndims: int = 1,
     end_time: float = 1.0,
     trace: str = "hutchinson",
-    solver: Any = None,
+    solver: "Solver | None" = None,
     dtype: tf.DType = tf.float32,
     name: str = "ffjord",
 ) -> tfb.FFJORD:
@@ -57,17 +57,24 @@ def ffjord(
     field = keras_bridge.Network(network)
     event_ndims = base.event_ndims_static(event_ndims, "ffjord")
 
-    def velocity(time, y):
+    def velocity(time: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         times = tf.fill([1] * (y.shape.rank - event_ndims) + [1], tf.cast(time, y.dtype))
         return tf.cast(field(y, times, event_ndims=event_ndims), y.dtype)
 
-    def hutchinson(ode_fn, shape, dtype):
+    def hutchinson(ode_fn: Callable, shape: tf.TensorShape, dtype: tf.DType) -> Callable:
         options = {"sample_fn": tfp.random.rademacher, "seed": base.probe_seed()}
         return tfb.ffjord.trace_jacobian_hutchinson(ode_fn, shape, dtype, **options)
 
     augment = hutchinson if trace == "hutchinson" else tfb.ffjord.trace_jacobian_exact
     solver = tfp.math.ode.DormandPrince(rtol=1e-5, atol=1e-5) if solver is None else solver
     return tfb.FFJORD(velocity, solver.solve, augment, final_time=end_time, dtype=dtype, name=name)
+
+
+class Solver(Protocol):
+    """What `ffjord` needs of its ODE solver: those of `tfp.math.ode` have it, `RungeKutta4`, and any other class may."""
+
+    def solve(self, ode_fn: Callable, initial_time: TensorLike, initial_state: Any, solution_times: TensorLike) -> Any:
+        """States at the solution times, in the attribute `states`; arguments as in `tfp.math.ode.Solver.solve`."""
 
 
 class RungeKutta4:
@@ -80,16 +87,16 @@ class RungeKutta4:
     def __init__(self, num_steps: int):
         self.num_steps = num_steps
 
-    def solve(self, ode_fn: Callable, initial_time: Any, initial_state: Any, solution_times: Any) -> "Solution":
+    def solve(self, ode_fn: Callable, initial_time: TensorLike, initial_state: Any, solution_times: TensorLike) -> "Solution":
         """The state at the only entry of `solution_times`; arguments as in `tfp.math.ode.Solver.solve`."""
         dtype = tf.nest.flatten(initial_state)[0].dtype
         start, end = tf.cast(initial_time, dtype), tf.cast(solution_times[0], dtype)
         dt = (end - start) / self.num_steps
 
-        def moved(state, slope, factor):
+        def moved(state: Any, slope: Any, factor: float) -> Any:
             return tf.nest.map_structure(lambda s, k: s + factor * dt * k, state, slope)
 
-        def step(n, state):
+        def step(n: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
             t = start + tf.cast(n, dtype) * dt
             k1 = ode_fn(t, state)
             k2 = ode_fn(t + dt / 2.0, moved(state, k1, 0.5))

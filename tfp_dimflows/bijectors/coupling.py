@@ -4,13 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, masks, per_dimension, recompute, transformers
 from tfp_dimflows.keras_bridge import Network, variables_of
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb = tfp.bijectors
 
 
 class Coupling(base.FlowBijector):
@@ -53,8 +51,8 @@ class Coupling(base.FlowBijector):
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
-        mask: Any,
-        transformer: transformers.Transformer,
+        mask: masks.Mask,
+        transformer: transformers.TransformerLike,
         validate_args: bool = False,
         parameters: dict | None = None,
         name: str = "coupling",
@@ -68,61 +66,65 @@ class Coupling(base.FlowBijector):
         )
 
     @property
-    def mask(self) -> Any:
+    def mask(self) -> masks.Mask:
         """The mask."""
         return self._mask
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return self._network.accepts_condition
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._per_dim(*self._transform(x, condition, "forward"))
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._per_dim(*self._transform(y, condition, "inverse"))
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         if not self._is_plain("forward"):
             return super()._forward_and_log_det(x, condition, event_ndims)
         return self._summed(*self._transform(x, condition, "forward"), event_ndims)
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         if not self._is_plain("inverse"):
             return super()._inverse_and_log_det(y, condition, event_ndims)
         return self._summed(*self._transform(y, condition, "inverse"), event_ndims)
 
-    def _is_plain(self, direction):
+    def _is_plain(self, direction: str) -> bool:
         """Whether no subclass has another pass in this direction."""
         primitive = f"_{direction}_and_log_det_per_dim"
         return getattr(type(self), primitive) is getattr(Coupling, primitive)
 
-    def _transform(self, value, condition, direction):
+    def _transform(self, value: tf.Tensor, condition: Any, direction: str) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The conditioning part, the transformed part after the transformation, and the log-det there."""
         conditioning, transformed = self._mask.split(value)
         bijector = self._elementwise(conditioning, transformed, condition)
         return conditioning, *self._apply(bijector, transformed, direction)
 
-    def _elementwise(self, conditioning, transformed, condition):
+    def _elementwise(self, conditioning: tf.Tensor, transformed: tf.Tensor, condition: Any) -> tfb.Bijector:
         params = self._network(conditioning, condition, event_ndims=self._mask.event_ndims)
         params = transformers.unpack(params, transformed, self._transformer.params_per_dim, self.name)
         return self._transformer(self._mask.select(params))
 
-    def _apply(self, bijector, transformed, direction):
+    def _apply(self, bijector: tfb.Bijector, transformed: tf.Tensor, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
         shape = transformed.shape
         transformed, log_det = getattr(per_dimension, f"{direction}_and_log_det_per_dim")(bijector, transformed)
         transformed.set_shape(shape)  # TFP's spline loses it
         return transformed, base._fill(log_det, transformed)
 
-    def _per_dim(self, conditioning, transformed, log_det):
+    def _per_dim(self, conditioning: tf.Tensor, transformed: tf.Tensor, log_det: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
         return self._mask.join(conditioning, transformed), self._mask.join(zeros, log_det)
 
-    def _summed(self, conditioning, transformed, log_det, event_ndims):
+    def _summed(
+        self, conditioning: tf.Tensor, transformed: tf.Tensor, log_det: tf.Tensor, event_ndims: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         log_det = tf.squeeze(self._mask.select(tf.expand_dims(log_det, axis=-1)), axis=-1)
         return self._mask.join(conditioning, transformed), base.sum_event(log_det, transformed, event_ndims)
 
-    def _again(self, result, event_ndims, direction, condition, tape):
+    def _again(
+        self, result: tf.Tensor, event_ndims: int, direction: str, condition: Any, tape: tf.GradientTape
+    ) -> recompute.Again:
         """`recompute.again` with one evaluation of the network, which sees the same before and after the transformation."""
         conditioning, transformed = self._mask.split(result)
         tape.watch(conditioning)
@@ -135,7 +137,9 @@ class Coupling(base.FlowBijector):
 
 
 @recompute.again.register
-def _(bijector: Coupling, result, event_ndims, direction, kwargs, tape):
+def _(
+    bijector: Coupling, result: tf.Tensor, event_ndims: int, direction: str, kwargs: dict[str, Any], tape: tf.GradientTape
+) -> recompute.Again:
     if not bijector._is_plain(direction):
         return recompute.again.dispatch(object)(bijector, result, event_ndims, direction, kwargs, tape)
     return bijector._again(result, event_ndims, direction, bijector._route(kwargs.get("condition"), {}), tape)
@@ -167,7 +171,7 @@ class AffineCoupling(Coupling):
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
-        mask: Any,
+        mask: masks.Mask,
         log_scale: str = "tanh",
         initial_gain: float = 1.0,
         dtype: tf.DType = tf.float32,
@@ -194,7 +198,7 @@ class AdditiveCoupling(Coupling):
     """
 
     def __init__(
-        self, network: Callable[..., tf.Tensor], mask: Any, validate_args: bool = False, name: str = "additive_coupling"
+        self, network: Callable[..., tf.Tensor], mask: masks.Mask, validate_args: bool = False, name: str = "additive_coupling"
     ):
         parameters = dict(locals())
         super().__init__(network, mask, transformers.Additive(), validate_args, parameters, name)
@@ -227,7 +231,7 @@ class MixtureLogisticCoupling(Coupling):
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
-        mask: Any,
+        mask: masks.Mask,
         num_components: int = 32,
         smooth: bool = False,
         validate_args: bool = False,
@@ -263,7 +267,7 @@ class SplineCoupling(Coupling):
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
-        mask: Any,
+        mask: masks.Mask,
         num_bins: int = 8,
         bound: float = 5.0,
         validate_args: bool = False,
@@ -319,19 +323,19 @@ class ConditionalTransform(base.FlowBijector):
         self._event_ndims = base.event_ndims_static(event_ndims, "ConditionalTransform")
         super().__init__(forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.forward_and_log_det_per_dim(self._bijector(x, condition), x)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.inverse_and_log_det_per_dim(self._bijector(y, condition), y)
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.forward_and_log_det(self._bijector(x, condition), x, event_ndims)
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.inverse_and_log_det(self._bijector(y, condition), y, event_ndims)
 
-    def _bijector(self, value, condition):
+    def _bijector(self, value: tf.Tensor, condition: Any) -> tfb.Bijector:
         if condition is None:
             raise ValueError(f"{self.name}: got no condition, needs one")
         params = self._network(tf.convert_to_tensor(condition), event_ndims=self._event_ndims)
@@ -362,7 +366,7 @@ class Blockwise(base.FlowBijector):
     """
 
     def __init__(
-        self, mask: Any, first: tfb.Bijector, second: tfb.Bijector, validate_args: bool = False, name: str = "blockwise"
+        self, mask: masks.Mask, first: tfb.Bijector, second: tfb.Bijector, validate_args: bool = False, name: str = "blockwise"
     ):
         parameters = dict(locals())
         if isinstance(mask, masks.Checkerboard):
@@ -373,44 +377,44 @@ class Blockwise(base.FlowBijector):
         )
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return any(per_dimension.condition_kwargs(part, True) for part in (self._first, self._second))
 
-    def _each(self, value, condition, fused, *event_ndims):
+    def _each(self, value: tf.Tensor, condition: Any, fused: Callable, *event_ndims: int) -> list[tuple]:
         parts = zip((self._first, self._second), self._mask.split(value))
         return [
             (part, *fused(bijector, part, *event_ndims, **per_dimension.condition_kwargs(bijector, condition)))
             for bijector, part in parts
         ]
 
-    def _per_dim(self, value, condition, fused):
+    def _per_dim(self, value: tf.Tensor, condition: Any, fused: Callable) -> tuple[tf.Tensor, tf.Tensor]:
         results = self._each(value, condition, fused)
         log_dets = (base._fill(log_det, part) for part, _, log_det in results)
         return self._mask.join(*(result for _, result, _ in results)), self._mask.join(*log_dets)
 
-    def _summed(self, value, condition, fused, event_ndims):
+    def _summed(self, value: tf.Tensor, condition: Any, fused: Callable, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         (_, first, first_log_det), (_, second, second_log_det) = self._each(value, condition, fused, event_ndims)
         return self._mask.join(first, second), first_log_det + second_log_det
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._per_dim(x, condition, per_dimension.forward_and_log_det_per_dim)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._per_dim(y, condition, per_dimension.inverse_and_log_det_per_dim)
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._summed(x, condition, per_dimension.forward_and_log_det, event_ndims)
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._summed(y, condition, per_dimension.inverse_and_log_det, event_ndims)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         first, second = self._mask.split(per_dim)
         return self._mask.join(
             per_dimension.transport_forward(self._first, first), per_dimension.transport_forward(self._second, second)
         )
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         first, second = self._mask.split(per_dim)
         return self._mask.join(
             per_dimension.transport_inverse(self._first, first), per_dimension.transport_inverse(self._second, second)

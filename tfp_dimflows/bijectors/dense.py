@@ -1,5 +1,7 @@
 """Attribution of a dense matrix's log-determinant to single dimensions."""
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
@@ -34,12 +36,12 @@ def polar(matrix: tf.Tensor) -> tf.Tensor:
 
 
 @tf.custom_gradient
-def _polar(matrix):
+def _polar(matrix: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     _, v = tf.linalg.eigh(tf.matmul(matrix, matrix, transpose_a=True))
     # The norms of the columns of matrix @ V keep the digits of small singular values that the eigenvalues have lost.
     log_s = 0.5 * tf.math.log(tf.reduce_sum(tf.square(tf.matmul(matrix, v)), axis=-2))
 
-    def gradient(upstream):
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
         # Daleckii-Krein: d log(P^2) = V (F * (V^T d(P^2) V)) V^T, F_ij = (log e_i - log e_j) / (e_i - e_j), e = s^2.
         # `eigh`'s own gradient divides by e_i - e_j, which is zero for an orthogonal matrix.
         e = tf.exp(2.0 * log_s)

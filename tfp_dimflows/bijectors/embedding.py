@@ -1,14 +1,13 @@
 """`EmbedCondition`: a bijector whose condition first passes an embedding."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, per_dimension
 from tfp_dimflows.keras_bridge import Network
-
-tfb = tfp.bijectors
 
 
 class EmbedCondition(base.FlowBijector):
@@ -69,7 +68,7 @@ class EmbedCondition(base.FlowBijector):
         """The bijector whose condition is embedded."""
         return self._bijector
 
-    def _kwargs(self, condition):
+    def _kwargs(self, condition: Any) -> dict[str, Any]:
         if condition is None:
             return {}
         # A new tensor misses TFP's cache, which would return what a bijector computed before a variable was updated.
@@ -77,32 +76,32 @@ class EmbedCondition(base.FlowBijector):
         embedded = self._embedding(condition, event_ndims=self._condition_ndims)
         return per_dimension.condition_kwargs(self._bijector, embedded)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.forward_and_log_det_per_dim(self._bijector, x, **self._kwargs(condition))
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.inverse_and_log_det_per_dim(self._bijector, y, **self._kwargs(condition))
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.forward_and_log_det(self._bijector, x, event_ndims, **self._kwargs(condition))
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return per_dimension.inverse_and_log_det(self._bijector, y, event_ndims, **self._kwargs(condition))
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         return per_dimension.transport_forward(self._bijector, per_dim)
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         return per_dimension.transport_inverse(self._bijector, per_dim)
 
-    def _forward_event_shape(self, shape):
+    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return self._bijector.forward_event_shape(shape)
 
-    def _inverse_event_shape(self, shape):
+    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return self._bijector.inverse_event_shape(shape)
 
-    def _forward_event_shape_tensor(self, shape):
+    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return self._bijector.forward_event_shape_tensor(shape)
 
-    def _inverse_event_shape_tensor(self, shape):
+    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return self._bijector.inverse_event_shape_tensor(shape)

@@ -1,9 +1,9 @@
 """`DimensionFactorization`: which dimensions leave a multi-scale flow at each level, and which stay."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 # Position of pixel (row, column) of a 2x2 block, in the order TL, TR, BL, BR.
 _TL, _TR, _BL, _BR = range(4)
@@ -35,7 +35,7 @@ class DimensionFactorization:
     ([0, 1], [2, 3])
     """
 
-    def __init__(self, event_shape: Sequence[int], kept: Sequence[Any], left: Sequence[Any]):
+    def __init__(self, event_shape: Sequence[int], kept: Sequence[ArrayLike], left: Sequence[ArrayLike]):
         self.event_shape = _event_shape(event_shape)
         self.kept = [_index_array(indices) for indices in kept]
         self.left = [_index_array(indices) for indices in left]
@@ -70,7 +70,7 @@ class DimensionFactorization:
         if order not in ("channel_major", "position_major"):
             raise ValueError(f"DimensionFactorization.channels: got order={order!r}, needs channel_major or position_major")
 
-        def split(grid):
+        def split(grid: np.ndarray) -> tuple[np.ndarray, ...]:
             if grid.ndim == 1:
                 return _halves(grid)
             blocks = _blocks(grid)
@@ -99,7 +99,7 @@ class DimensionFactorization:
         """
         generator = np.random.default_rng(seed)
 
-        def split(grid):
+        def split(grid: np.ndarray) -> tuple[np.ndarray, ...]:
             shuffled = generator.permutation(grid.ravel())
             if grid.ndim == 1:
                 return tuple(np.sort(half) for half in _halves(shuffled))
@@ -109,7 +109,7 @@ class DimensionFactorization:
 
     @classmethod
     def from_contributions(
-        cls, contributions: Sequence[Any], keep: str | Sequence[str] = "high", granularity: str | None = None
+        cls, contributions: Sequence[ArrayLike], keep: str | Sequence[str] = "high", granularity: str | None = None
     ) -> "DimensionFactorization":
         """LCMA: the dimensions with high (or low) likelihood contribution stay in the flow.
 
@@ -148,7 +148,9 @@ class DimensionFactorization:
         return cls._build(event_shape, len(statistics) + 1, lambda grid: _split_by_rank(grid, *next(rules), granularity))
 
     @classmethod
-    def _build(cls, event_shape, num_levels, split):
+    def _build(
+        cls, event_shape: Sequence[int], num_levels: int, split: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    ) -> "DimensionFactorization":
         event_shape = _event_shape(event_shape)
         if num_levels < 2:
             raise ValueError(f"DimensionFactorization: got {num_levels} levels, needs at least 2 for one factor-out")
@@ -180,13 +182,13 @@ class DimensionFactorization:
         """The factorization that `get_config` described."""
         return cls(**config)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, DimensionFactorization) and self.get_config() == other.get_config()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash((self.event_shape, *(a.tobytes() for a in self.kept), *(a.tobytes() for a in self.left)))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"DimensionFactorization(event_shape={self.event_shape}, num_levels={self.num_levels})"
 
 
@@ -231,7 +233,7 @@ class OnlineFactorization:
         """Number of levels: one more than factor-outs."""
         return self.initial.num_levels
 
-    def decide(self, current: DimensionFactorization, num_decided: int, contributions: Any) -> DimensionFactorization:
+    def decide(self, current: DimensionFactorization, num_decided: int, contributions: ArrayLike) -> DimensionFactorization:
         """The factorization whose first factor-outs are the current ones, and the later ones follow a statistic.
 
         Args:
@@ -245,7 +247,7 @@ class OnlineFactorization:
         statistic = _checked_statistic(contributions, self.event_shape, "OnlineFactorization: contributions")
         factor_outs = iter(range(self.num_levels - 1))
 
-        def split(grid):
+        def split(grid: np.ndarray) -> tuple[np.ndarray, ...]:
             k = next(factor_outs)
             if k < num_decided:
                 return current.kept[k], current.left[k]
@@ -263,7 +265,7 @@ class OnlineFactorization:
         return cls(**config | {"initial": DimensionFactorization.from_config(config["initial"])})
 
 
-def _checked_statistic(statistic, event_shape, name):
+def _checked_statistic(statistic: ArrayLike, event_shape: tuple[int, ...], name: str) -> np.ndarray:
     statistic = np.asarray(statistic, dtype=np.float64)
     if statistic.shape != event_shape:
         raise ValueError(f"{name} has shape {statistic.shape}, needs the event shape {event_shape}")
@@ -272,7 +274,9 @@ def _checked_statistic(statistic, event_shape, name):
     return statistic
 
 
-def _checked_rule(keep, granularity, event_shape, factor_outs, name):
+def _checked_rule(
+    keep: str | Sequence[str], granularity: str | None, event_shape: tuple[int, ...], factor_outs: int, name: str
+) -> tuple[list[str], str]:
     """Which half stays at each factor-out, and the granularity."""
     keeps = [keep] * factor_outs if isinstance(keep, str) else list(keep)
     if len(keeps) != factor_outs or not set(keeps) <= {"high", "low"}:
@@ -286,20 +290,20 @@ def _checked_rule(keep, granularity, event_shape, factor_outs, name):
     return keeps, granularity
 
 
-def _event_shape(shape):
+def _event_shape(shape: Sequence[int]) -> tuple[int, ...]:
     shape = tuple(int(size) for size in shape)
     if len(shape) not in (1, 3) or min(shape) < 1:
         raise ValueError(f"DimensionFactorization: got event shape {shape}, needs an image [H, W, C] or a vector [D]")
     return shape
 
 
-def _index_array(indices):
+def _index_array(indices: ArrayLike) -> np.ndarray:
     array = np.array(indices, dtype=np.int64)
     array.flags.writeable = False
     return array
 
 
-def _blocks(grid):
+def _blocks(grid: np.ndarray) -> np.ndarray:
     """`[H, W, C]` to `[H/2, W/2, C, 4]`, positions in the order TL, TR, BL, BR."""
     height, width, channels = grid.shape
     if height % 2 or width % 2:
@@ -308,7 +312,7 @@ def _blocks(grid):
     return blocks.transpose(0, 2, 4, 1, 3).reshape(height // 2, width // 2, channels, 4)
 
 
-def _halves(grid):
+def _halves(grid: np.ndarray) -> tuple[np.ndarray, ...]:
     size = grid.shape[-1]
     if size < 2:
         raise ValueError("DimensionFactorization: one dimension is left, too few for another factor-out")
@@ -316,16 +320,16 @@ def _halves(grid):
     return grid[..., :middle], grid[..., middle:]
 
 
-def _checkerboard_split(grid):
+def _checkerboard_split(grid: np.ndarray) -> tuple[np.ndarray, ...]:
     blocks = _blocks(grid)
 
-    def channels(*positions):
+    def channels(*positions: int) -> np.ndarray:
         return np.concatenate([blocks[..., p] for p in positions], axis=-1)
 
     return channels(_TL, _BR), channels(_TR, _BL)
 
 
-def _split_by_rank(grid, statistic, keep, granularity):
+def _split_by_rank(grid: np.ndarray, statistic: np.ndarray, keep: str, granularity: str) -> tuple[np.ndarray, ...]:
     scores = statistic.ravel()[grid] if keep == "high" else -statistic.ravel()[grid]
     if np.ptp(scores) == 0:
         return _halves(grid) if grid.ndim == 1 else _checkerboard_split(grid)
@@ -342,7 +346,7 @@ def _split_by_rank(grid, statistic, keep, granularity):
     return _halves(ranked.reshape(*ranked.shape[:2], -1))
 
 
-def _ranked_pairs(blocks, scores, granularity):
+def _ranked_pairs(blocks: np.ndarray, scores: np.ndarray, granularity: str) -> np.ndarray:
     """`[H/2, W/2, C, 4]`: of both pairs of rivals in a block the one that stays, then those that leave."""
     rivals = [[_TL, _BL], [_TR, _BR]] if granularity == "row" else [[_TL, _TR], [_BL, _BR]]
     blocks, scores = blocks[..., rivals], scores[..., rivals]

@@ -1,6 +1,7 @@
 """`HaarSplit`: pairs of neighbours as their average and half their difference."""
 
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -91,26 +92,26 @@ class HaarSplit(base.FlowBijector):
         pairs = tf.stack([first, second], axis=place + 1)
         return tf.reshape(pairs, ps.concat([shape[:place], [2 * first.shape[place]], shape[place + 1 :]], axis=0))
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.concat(self.split(y), axis=self._axis), self._constant(y)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self.merge(*self._halves(x)), -self._constant(x)
 
-    def _constant(self, value):
+    def _constant(self, value: tf.Tensor) -> tf.Tensor:
         return tf.constant(self.log_det_per_dim, base.log_det_dtype(value.dtype))
 
-    def _halves(self, x):
+    def _halves(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.split(x, [self._num_pairs(x)] * 2, axis=self._axis)
 
-    def _num_pairs(self, value):
+    def _num_pairs(self, value: tf.Tensor) -> int:
         size = value.shape[self._axis] if value.shape.rank >= -self._axis else None
         if size is None or size % 2:
             raise ValueError(f"{self.name}: got shape {value.shape}, needs an even size along axis {self._axis}")
         return size // 2
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         return tf.concat(self.deinterleave(per_dim), axis=self._axis)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         return self.interleave(*self._halves(per_dim))

@@ -16,10 +16,10 @@ def bisect(function: Callable, target: tf.Tensor, low: tf.Tensor, high: tf.Tenso
     bits = 8 * target.dtype.size
     integers = {16: tf.int16, 32: tf.int32, 64: tf.int64}[bits]
 
-    def flip(k):  # the bits of negative numbers, read as integers, are in descending order
+    def flip(k: tf.Tensor) -> tf.Tensor:  # the bits of negative numbers, read as integers, are in descending order
         return tf.where(k < 0, tf.bitwise.bitwise_xor(k, integers.max), k)
 
-    def halve(low, high):
+    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         half_of_difference = tf.bitwise.right_shift(tf.bitwise.bitwise_xor(low, high), tf.ones_like(low))
         middle = tf.bitwise.bitwise_and(low, high) + half_of_difference  # (low + high) // 2 without overflow
         is_low = function(tf.bitcast(flip(middle), target.dtype)) < target
@@ -48,7 +48,7 @@ def with_vjp(function: Callable, y: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         tape.watch(y)
         value = tf.cast(function(y), y.dtype)
 
-    def vjp(w):
+    def vjp(w: tf.Tensor) -> tf.Tensor:
         return tape.gradient(value, y, output_gradients=w, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
     return value, vjp
@@ -64,7 +64,7 @@ def with_adjoint(y: tf.Tensor, value: tf.Tensor, adjoint: Callable) -> tf.Tensor
     """
 
     @tf.custom_gradient
-    def solution(value):
+    def solution(value: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         return tf.identity(y) + tf.zeros_like(value), adjoint
 
     return solution(value)

@@ -1,5 +1,8 @@
 """Invertible 1x1 convolution."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -79,7 +82,7 @@ class InvertibleConv1x1(base.FlowBijector):
             name=name,
         )
 
-    def _factors(self, dtype):
+    def _factors(self, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """P, L and U (with its diagonal) of W = P L U."""
         packed, eye = tf.cast(self._packed, dtype), np.eye(self._channels)
         below = np.tri(self._channels, k=-1)
@@ -88,46 +91,46 @@ class InvertibleConv1x1(base.FlowBijector):
         upper = packed * tf.constant(1.0 - eye - below, dtype) + diagonal
         return tf.cast(self._permutation, dtype), lower, upper
 
-    def _log_scale(self, dtype):
+    def _log_scale(self, dtype: tf.DType) -> tf.Tensor:
         # Unlike tf.linalg.diag_part's, this gradient exists for one channel inside a tf.function.
         eye = tf.constant(np.eye(self._channels), self._packed.dtype)
         return tf.cast(tf.reduce_sum(self._packed * eye, axis=-1), dtype)
 
-    def _matrix(self, dtype):
+    def _matrix(self, dtype: tf.DType) -> tf.Tensor:
         permutation, lower, upper = self._factors(dtype)
         return permutation @ lower @ upper
 
-    def _inverse_matrix(self, dtype):
+    def _inverse_matrix(self, dtype: tf.DType) -> tf.Tensor:
         permutation, lower, upper = self._factors(tf.float64)
         inverse = tf.linalg.triangular_solve(lower, tf.transpose(permutation))
         return tf.cast(tf.linalg.triangular_solve(upper, inverse, lower=False), dtype)
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._apply(self._matrix, y), self._total(y, event_ndims)
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._apply(self._inverse_matrix, x), -self._total(x, event_ndims)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         dtype = base.log_det_dtype(y.dtype)
         return self._apply(self._matrix, y), self._attribute(self._matrix(dtype), 1.0)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         dtype = base.log_det_dtype(x.dtype)
         return self._apply(self._inverse_matrix, x), self._attribute(self._inverse_matrix(dtype), -1.0)
 
-    def _apply(self, matrix, value):
+    def _apply(self, matrix: Callable[[tf.DType], tf.Tensor], value: tf.Tensor) -> tf.Tensor:
         if value.shape[-1] != self._channels:
             raise ValueError(f"{self.name}: got {value.shape[-1]} channels, is for {self._channels}")
         result = tf.tensordot(value, matrix(value.dtype), [[-1], [1]])
         result.set_shape(value.shape)
         return result
 
-    def _total(self, value, event_ndims):
+    def _total(self, value: tf.Tensor, event_ndims: int) -> tf.Tensor:
         log_scale = self._log_scale(base.log_det_dtype(value.dtype))
         return base.sum_event(tf.reduce_mean(log_scale), value, event_ndims)
 
-    def _attribute(self, jacobian, direction_sign):
+    def _attribute(self, jacobian: tf.Tensor, direction_sign: float) -> tf.Tensor:
         log_scale = direction_sign * self._log_scale(jacobian.dtype)
         if self._attribution == "polar":
             return dense.polar(jacobian)

@@ -1,20 +1,19 @@
 """LCMA: the likelihood-contribution based multi-scale architecture."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from numpy.typing import ArrayLike
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import probes_from
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.multiscale import Multiscale
-
-tfb = tfp.bijectors
 
 
 class LCMA(Multiscale):
@@ -51,7 +50,7 @@ class LCMA(Multiscale):
     def __init__(
         self,
         levels: Sequence[tfb.Bijector],
-        contributions: Sequence[Any],
+        contributions: Sequence[ArrayLike],
         keep: str | Sequence[str] = "high",
         granularity: str | None = None,
         exits: Sequence[tfb.Bijector | None] | None = None,
@@ -63,6 +62,14 @@ class LCMA(Multiscale):
         super().__init__(levels, factorization, exits=exits, validate_args=validate_args, parameters=parameters, name=name)
 
 
+@overload
+def likelihood_contributions(
+    bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: Literal[False] = False
+) -> list[np.ndarray]: ...
+@overload
+def likelihood_contributions(
+    bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, *, standard_errors: Literal[True]
+) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
 def likelihood_contributions(
     bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: bool = False
 ) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
@@ -100,7 +107,7 @@ def likelihood_contributions(
         raise ValueError(f"likelihood_contributions: {multiscale.name} has one level, so nothing is factored out")
 
     @tf.function(autograph=False, reduce_retracing=True)
-    def batch_sums(y, probe_seed):
+    def batch_sums(y: tf.Tensor, probe_seed: tf.Tensor) -> list[tf.Tensor]:
         with probes_from(probe_seed):
             y = Chain(outer).inverse(y) if outer else y
             contributions = [tf.cast(c, tf.float64) for c in multiscale.likelihood_contributions(y)]
@@ -109,7 +116,7 @@ def likelihood_contributions(
             sums = [per_dimension.transport_forward(b, s) for s in sums]
         return sums
 
-    totals, count = 0.0, 0
+    totals, count = np.zeros([]), 0
     for step, batch in enumerate(dataset):
         y = tf.convert_to_tensor(batch)
         if y.dtype.is_integer:
@@ -125,7 +132,7 @@ def likelihood_contributions(
     return list(means), list(np.sqrt(np.maximum(squares - means**2, 0.0) / count))
 
 
-def _locate(bijector) -> tuple[list[tfb.Bijector], Multiscale]:
+def _locate(bijector: tfb.Bijector) -> tuple[list[tfb.Bijector], Multiscale]:
     """The bijectors between the data and the `Multiscale`, outermost first, and the `Multiscale`."""
     found = _search(bijector)
     if found is None:
@@ -133,10 +140,10 @@ def _locate(bijector) -> tuple[list[tfb.Bijector], Multiscale]:
     return found
 
 
-def _search(bijector):
+def _search(bijector: tfb.Bijector) -> tuple[list[tfb.Bijector], Multiscale] | None:
     if isinstance(bijector, Multiscale):
         return [], bijector
-    outer = []
+    outer: list[tfb.Bijector] = []
     for part in getattr(bijector, "bijectors", ()):
         found = _search(part)
         if found is not None:

@@ -6,11 +6,46 @@ mask with the two roles swapped. `sizes(channels)` gives the size of the last ax
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base, reorder
+
+
+class Mask(Protocol):
+    """What a coupling needs of its mask: those of this module have it, and any other class may.
+
+    #### Example
+
+    >>> class First:  # conditions on the first entry of a vector
+    ...     event_ndims = 1
+    ...
+    ...     def split(self, x):
+    ...         return x[..., :1], x[..., 1:]
+    ...
+    ...     def join(self, conditioning, transformed):
+    ...         return tf.concat([conditioning, transformed], axis=-1)
+    ...
+    ...     def select(self, parameters):
+    ...         return parameters
+    >>> dfb.AdditiveCoupling(lambda x: tf.repeat(x, 2, axis=-1), First()).inverse([1.0, 2.0, 3.0]).numpy()
+    array([1., 3., 4.], dtype=float32)
+    """
+
+    @property
+    def event_ndims(self) -> int:
+        """Number of event axes: 1 for vectors, 3 for images."""
+
+    def split(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The conditioning and the transformed part of events."""
+
+    def join(self, conditioning: tf.Tensor, transformed: tf.Tensor) -> tf.Tensor:
+        """The events with these parts."""
+
+    def select(self, parameters: tf.Tensor) -> tf.Tensor:
+        """Silences parameters `transformed part + [params_per_dim]` of dimensions that are not transformed."""
 
 
 class Checkerboard:
@@ -44,21 +79,21 @@ class Checkerboard:
         """`[H, W, 1]` booleans: True where the mask conditions."""
         return (np.add.outer(np.arange(height), np.arange(width)) % 2 == self.parity)[..., np.newaxis]
 
-    def split(self, x):
+    def split(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The two colours, each in the full shape, zero elsewhere."""
         conditions, zeros = self._conditions(x.shape[-3:]), tf.zeros([], x.dtype)
         return tf.where(conditions, x, zeros), tf.where(conditions, zeros, x)
 
-    def join(self, conditioning, transformed):
+    def join(self, conditioning: tf.Tensor, transformed: tf.Tensor) -> tf.Tensor:
         """Puts the two colours together."""
         return tf.where(self._conditions(conditioning.shape[-3:]), conditioning, transformed)
 
-    def select(self, parameters):
+    def select(self, parameters: tf.Tensor) -> tf.Tensor:
         """Zeros for the pixels that are not transformed, so that no gradient flows there."""
         conditions = self._conditions(parameters.shape[-4:-1])[..., tf.newaxis]
         return tf.where(conditions, tf.zeros([], parameters.dtype), parameters)
 
-    def _conditions(self, event_shape):
+    def _conditions(self, event_shape: tf.TensorShape) -> tf.Tensor:
         height, width, _ = _static(event_shape, 3, "Checkerboard")
         return tf.constant(self.array(height, width))
 
@@ -97,17 +132,17 @@ class Channel:
             raise ValueError(f"Channel: got num_conditioning={conditioning} of {channels} channels, needs both parts non-empty")
         return conditioning, channels - conditioning
 
-    def split(self, x):
+    def split(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The two halves."""
         sizes = self.sizes(_static(x.shape[-1:], 1, "Channel")[0])
         order = -1 if self.flip else 1
         return tuple(tf.split(x, sizes[::order], axis=-1)[::order])
 
-    def join(self, conditioning, transformed):
+    def join(self, conditioning: tf.Tensor, transformed: tf.Tensor) -> tf.Tensor:
         """Concatenates the halves."""
         return tf.concat([transformed, conditioning] if self.flip else [conditioning, transformed], axis=-1)
 
-    def select(self, parameters):
+    def select(self, parameters: tf.Tensor) -> tf.Tensor:
         """The parameters as they are."""
         return parameters
 
@@ -138,14 +173,14 @@ class Columns:
         """Size of the last axis of the conditioning and of the transformed part."""
         return channels, channels
 
-    def split(self, x):
+    def split(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Even and odd columns."""
         _, width, _ = _static(x.shape[-3:], 3, "Columns")
         if width % 2:
             raise ValueError(f"Columns: width {width} is not divisible by 2")
         return x[..., self.parity :: 2, :], x[..., 1 - self.parity :: 2, :]
 
-    def join(self, conditioning, transformed):
+    def join(self, conditioning: tf.Tensor, transformed: tf.Tensor) -> tf.Tensor:
         """Interleaves the columns."""
         pair = [transformed, conditioning] if self.parity else [conditioning, transformed]
         stacked = tf.stack(pair, axis=-2)
@@ -154,7 +189,7 @@ class Columns:
         joined.set_shape(conditioning.shape[:-2].concatenate([2 * conditioning.shape[-2], conditioning.shape[-1]]))
         return joined
 
-    def select(self, parameters):
+    def select(self, parameters: tf.Tensor) -> tf.Tensor:
         """The parameters as they are."""
         return parameters
 
@@ -195,21 +230,21 @@ class Index:
             raise ValueError(f"Index: got a vector of {channels} dimensions, this mask is for {self.size}")
         return len(self._chosen), self.size - len(self._chosen)
 
-    def split(self, x):
+    def split(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The listed entries and the others, each in ascending order."""
         sizes = self.sizes(_static(x.shape[-1:], 1, "Index")[0])
         return tuple(tf.split(reorder.permute_last(x, self._order), sizes, axis=-1))
 
-    def join(self, conditioning, transformed):
+    def join(self, conditioning: tf.Tensor, transformed: tf.Tensor) -> tf.Tensor:
         """Puts every entry back in its place."""
         return reorder.permute_last(tf.concat([conditioning, transformed], axis=-1), np.argsort(self._order))
 
-    def select(self, parameters):
+    def select(self, parameters: tf.Tensor) -> tf.Tensor:
         """The parameters as they are."""
         return parameters
 
 
-def _static(event_shape, rank, name):
+def _static(event_shape: tf.TensorShape, rank: int, name: str) -> tf.TensorShape:
     if event_shape.rank != rank or not event_shape.is_fully_defined():
         raise ValueError(f"{name}: got an event of shape {event_shape}, needs {rank} static axes")
     return event_shape

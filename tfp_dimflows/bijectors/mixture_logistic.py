@@ -1,10 +1,12 @@
 """`MixtureLogisticCDF`: Flow++'s elementwise map through the distribution function of a mixture of logistics."""
 
 import math
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows.bijectors import base, implicit
 from tfp_dimflows.upstream import tensor_util
@@ -48,7 +50,14 @@ class MixtureLogisticCDF(base.FlowBijector):
     """
 
     def __init__(
-        self, logits, means, log_scales, shift=0.0, log_scale=0.0, smooth: bool = False, name: str = "mixture_logistic_cdf"
+        self,
+        logits: TensorLike,
+        means: TensorLike,
+        log_scales: TensorLike,
+        shift: TensorLike = 0.0,
+        log_scale: TensorLike = 0.0,
+        smooth: bool = False,
+        name: str = "mixture_logistic_cdf",
     ):
         parameters = dict(locals())
         self._logits = tensor_util.convert_nonref_to_tensor(logits)
@@ -58,19 +67,19 @@ class MixtureLogisticCDF(base.FlowBijector):
         self._smooth = smooth
         super().__init__(forward_min_event_ndims=0, parameters=parameters, name=name)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         x = tf.cast(y, self._logits.dtype)
         logit, log_slope = self._logit_and_log_slope(x)
         z = tf.exp(self._log_scale) * logit + self._shift
         return tf.cast(z, y.dtype), log_slope + self._log_scale
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         logit = self._within_image((tf.cast(x, self._logits.dtype) - self._shift) * tf.exp(-self._log_scale))
         y = implicit.increasing_root(self._logit_and_log_slope, logit, *self._bracket(logit))
         _, log_slope = self._logit_and_log_slope(y)
         return tf.cast(y, x.dtype), -(log_slope + self._log_scale)
 
-    def _logit_and_log_slope(self, x):
+    def _logit_and_log_slope(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """logit(F(x)) and log of its derivative (or those of 0.9 F + 0.05)."""
         log_cdf, log_survival, log_hazard = self._logs(x)
         if not self._smooth:
@@ -80,7 +89,7 @@ class MixtureLogisticCDF(base.FlowBijector):
         log_density = log_hazard + tf.minimum(log_cdf, log_survival)
         return low - high, log_density + share - low - high
 
-    def _logs(self, x):
+    def _logs(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Logarithms of F, 1 - F and f / min(F, 1 - F)."""
         u = (x[..., tf.newaxis] - self._means) * tf.exp(-self._log_scales)
         log_weights = tf.nn.log_softmax(self._logits)
@@ -92,7 +101,7 @@ class MixtureLogisticCDF(base.FlowBijector):
         log_hazard = tf.reduce_logsumexp(log_shares + tf.where(is_below, above, below) - self._log_scales, axis=-1)
         return log_cdf, log_survival, log_hazard
 
-    def _within_image(self, logit):
+    def _within_image(self, logit: tf.Tensor) -> tf.Tensor:
         """The logit, or the end of the image that it is beyond: F of 0 or 1 but for rounding."""
         if not self._smooth:
             return logit
@@ -100,7 +109,7 @@ class MixtureLogisticCDF(base.FlowBijector):
         end = math.log1p(-p) - math.log(p)
         return tf.clip_by_value(logit, -end, end)
 
-    def _bracket(self, logit):
+    def _bracket(self, logit: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The smallest and the largest of the components' own solutions."""
         if self._smooth:
             tiny = np.finfo(logit.dtype.as_numpy_dtype).eps

@@ -1,18 +1,18 @@
 """`Multiscale`: a flow that dimensions leave level by level."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from numpy.typing import ArrayLike
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import base, per_dimension, reorder
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.factorization import DimensionFactorization, OnlineFactorization
 from tfp_dimflows.upstream import prefer_static as ps
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class Multiscale(base.FlowBijector):
@@ -69,12 +69,13 @@ class Multiscale(base.FlowBijector):
             raise ValueError("Multiscale: got no levels, needs at least one")
         self._levels = list(levels)
         self._online = factorization if isinstance(factorization, OnlineFactorization) else None
-        self._factorization = factorization if self._online is None else factorization.initial
+        self._factorization = factorization.initial if isinstance(factorization, OnlineFactorization) else factorization
         self._event_shape = _static_event_shape(self._levels, self._factorization, event_shape)
         self._exits = _checked_exits(exits, len(self._levels), self._factorization)
-        self._splits = self._deepest_shape = self._part_shapes = None
+        self._deepest_shape: tuple[int, ...] | None = None
+        self._part_shapes: tuple[tuple[int, ...], ...] | None = None
         if self._event_shape is not None:
-            self._lay_out()
+            self._lay_out(self._event_shape)
         super().__init__(
             forward_min_event_ndims=1,
             inverse_min_event_ndims=1 if self._event_shape is None else len(self._event_shape),
@@ -83,9 +84,9 @@ class Multiscale(base.FlowBijector):
             name=name,
         )
 
-    def _lay_out(self):
+    def _lay_out(self, event_shape: tuple[int, ...]) -> None:
         """Follows the flat indices of the event's dimensions through the levels."""
-        grids, order = self._follow(self._factorization)
+        grids, order = self._follow(self._factorization, event_shape)
         self._deepest_shape = tuple(grids[-1].shape)
         if self._online is None:
             splits = [_Split(*parts) for parts in self._partitions(grids, self._factorization)]
@@ -99,18 +100,20 @@ class Multiscale(base.FlowBijector):
             self._latent_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="latent_order")
         self._splits = self._no_dependency(splits)
 
-    def _follow(self, factorization):
+    def _follow(
+        self, factorization: DimensionFactorization | None, event_shape: tuple[int, ...]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
         """The flat indices of the event's dimensions at the end of every level, and in the order of the latent values."""
         grids, parts = [], []
-        ids = np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
+        ids = np.arange(np.prod(event_shape)).reshape(event_shape)
         for k, level in enumerate(self._levels):
             moved = _transport_ids(level, ids)
             if not np.array_equal(np.sort(moved.ravel()), np.sort(ids.ravel())):
                 raise ValueError(
                     f"Multiscale: level {k} ({level.name}) moves {ids.size} dimensions to {moved.shape}, must keep all"
                 )
-            if moved.ndim != len(self._event_shape):
-                grid = (1,) * (len(self._event_shape) - 1) + (moved.size,)
+            if moved.ndim != len(event_shape):
+                grid = (1,) * (len(event_shape) - 1) + (moved.size,)
                 self._levels[k] = Chain([level, tfb.Reshape(event_shape_out=moved.shape, event_shape_in=grid)])
                 moved = moved.reshape(grid)
             ids = moved
@@ -123,7 +126,9 @@ class Multiscale(base.FlowBijector):
         self._part_shapes = tuple(part.shape for part in parts)
         return grids, np.concatenate([part.ravel() for part in parts])
 
-    def _partitions(self, grids, factorization):
+    def _partitions(
+        self, grids: list[np.ndarray], factorization: DimensionFactorization | None
+    ) -> list[tuple[np.ndarray, ...]]:
         return [] if factorization is None else list(zip(grids, factorization.kept, factorization.left))
 
     @property
@@ -134,15 +139,17 @@ class Multiscale(base.FlowBijector):
     @property
     def factorization(self) -> DimensionFactorization | None:
         """Which dimensions leave after each level; if it is decided in training, the present one."""
-        if not self.is_online:
-            return self._factorization
-        kept, left, ids = [], [], np.arange(np.prod(self._event_shape)).reshape(self._event_shape)
+        return self._factorization if self._online is None else self._present(self._online)
+
+    def _present(self, online: OnlineFactorization) -> DimensionFactorization:
+        """The present state of a factorization that is decided in training."""
+        kept, left, ids = [], [], np.arange(np.prod(online.event_shape)).reshape(online.event_shape)
         for level, split in zip(self._levels, self._splits):
             stay, leave = split.parts(_transport_ids(level, ids))
             kept.append(stay)
             left.append(leave)
             ids = stay
-        return DimensionFactorization(self._event_shape, kept, left)
+        return DimensionFactorization(online.event_shape, kept, left)
 
     @property
     def is_online(self) -> bool:
@@ -154,7 +161,7 @@ class Multiscale(base.FlowBijector):
         """How many factor-outs are final: all, but with an `OnlineFactorization` those that `decide` has been called for."""
         return int(self._num_decided) if self.is_online else len(self._levels) - 1
 
-    def decide(self, contributions: Any) -> None:
+    def decide(self, contributions: ArrayLike) -> None:
         """Decides the next factor-out of an `OnlineFactorization`.
 
         It becomes final. The later ones follow the same statistic until they are decided themselves. Levels keep their
@@ -168,21 +175,21 @@ class Multiscale(base.FlowBijector):
           ValueError: if there is no `OnlineFactorization`, all factor-outs are decided, or as
             `DimensionFactorization.from_contributions`; then nothing has changed.
         """
-        if not self.is_online:
+        if self._online is None:
             raise ValueError(f"{self.name}: got the factorization {self._factorization!r}, decide needs an OnlineFactorization")
         decided = self.num_decided
         if decided == len(self._splits):
             raise ValueError(f"{self.name}: all {decided} factor-outs are decided already")
-        self._assign(self._online.decide(self.factorization, decided, contributions), decided + 1)
+        self._assign(self._online.decide(self._present(self._online), decided, contributions), decided + 1)
 
-    def _assign(self, factorization, num_decided):
-        grids, order = self._follow(factorization)
+    def _assign(self, factorization: DimensionFactorization, num_decided: int) -> None:
+        grids, order = self._follow(factorization, factorization.event_shape)
         for split, parts in zip(self._splits, self._partitions(grids, factorization)):
             split.assign(*parts)
         self._latent_order.assign(order)
         self._num_decided.assign(num_decided)
 
-    def copy(self, **override_parameters_kwargs) -> "Multiscale":
+    def copy(self, **override_parameters_kwargs: Any) -> "Multiscale":
         """As `tfb.Bijector.copy`, with the present factorization."""
         copy = super().copy(**override_parameters_kwargs)
         if self.is_online and copy._online is self._online:
@@ -252,16 +259,16 @@ class Multiscale(base.FlowBijector):
         return tf.stack(terms, axis=-1)
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return any(per_dimension.condition_kwargs(level, True) for level in self._levels)
 
     # Data to latent.
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         parts, log_dets = self._walk_levels(self._checked_event(y), condition, event_ndims)
         return self.join_latent([part for part in parts[::-1] if part is not None]), sum(log_dets)
 
-    def _walk_levels(self, h, condition, event_ndims):
+    def _walk_levels(self, h: tf.Tensor, condition: Any, event_ndims: int) -> tuple[list, list]:
         """For each level, the flat latent values of what leaves after it (or None), and its summed log-det with its exit's."""
         parts, log_dets = [], []
         for k, level in enumerate(self._levels):
@@ -275,11 +282,11 @@ class Multiscale(base.FlowBijector):
             log_dets.append(log_det)
         return parts, log_dets
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         x, steps = self._walk_inverse(self._checked_event(y), condition, len(self._levels))
         return x, self._carry_to_data(steps)
 
-    def _walk_inverse(self, h, condition, num_levels):
+    def _walk_inverse(self, h: tf.Tensor, condition: Any, num_levels: int) -> tuple[tf.Tensor, list[tuple]]:
         """Latent values, and per level: its log-det, the kept tensor, and the log-det of what left."""
         parts, steps = [], []
         for k, level in enumerate(self._levels[:num_levels]):
@@ -298,7 +305,7 @@ class Multiscale(base.FlowBijector):
             steps.append((log_det, h, left_log_det))
         return self.join_latent(parts[::-1]) if parts else None, steps
 
-    def _carry_to_data(self, steps):
+    def _carry_to_data(self, steps: list[tuple]) -> tf.Tensor:
         """Sums the log-dets of `_walk_inverse` in the frame of the data."""
         total = None
         for k, (log_det, kept, left_log_det) in reversed(list(enumerate(steps))):
@@ -312,7 +319,7 @@ class Multiscale(base.FlowBijector):
 
     # Latent to data.
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         parts, h, log_dets = self.split_latent(self._checked_latent(x)), None, []
         event_ndims = event_ndims - 1 + self.inverse_min_event_ndims
         for k in reversed(range(len(self._levels))):
@@ -326,7 +333,7 @@ class Multiscale(base.FlowBijector):
             log_dets.append(log_det)
         return h, sum(log_dets)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         parts, h, steps = self.split_latent(self._checked_latent(x)), None, []
         for k in reversed(range(len(self._levels))):
             left, given = self._recall(k, h, parts)
@@ -341,7 +348,7 @@ class Multiscale(base.FlowBijector):
             steps.append((k, base._fill(log_det, argument), exit_log_det))
         return h, self._carry_to_latent(steps[::-1])
 
-    def _carry_to_latent(self, steps):
+    def _carry_to_latent(self, steps: list[tuple]) -> tf.Tensor:
         total, parts = None, []
         for k, log_det, exit_log_det in steps:
             if total is not None:
@@ -355,10 +362,10 @@ class Multiscale(base.FlowBijector):
 
     # What leaves, and what comes back.
 
-    def _exit(self, fused, k, given, left, *event_ndims):
+    def _exit(self, fused: Callable, k: int, given: Any, left: tf.Tensor, *event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return fused(self._exits[k], left, *event_ndims, **per_dimension.condition_kwargs(self._exits[k], given))
 
-    def _release(self, k, h):
+    def _release(self, k: int, h: tf.Tensor) -> tuple:
         """(what stays or None, what leaves or None, what the exit of the leaving part is given)."""
         if k == len(self._levels) - 1:
             return None, h, tf.zeros_like(h)
@@ -367,7 +374,7 @@ class Multiscale(base.FlowBijector):
         kept, left = self._splits[k].split(h)
         return kept, left, kept
 
-    def _recall(self, k, h, parts):
+    def _recall(self, k: int, h: Any, parts: list[tf.Tensor]) -> tuple:
         """(what left at level k in its own shape or None, what its exit was given)."""
         if h is not None and self._factorization is None:
             return None, None
@@ -375,70 +382,70 @@ class Multiscale(base.FlowBijector):
         part = parts[index] if self._part_shapes is None else self._to_grid(parts[index], self._part_shapes[index])
         return part, tf.zeros_like(self._to_grid(parts[0], self._deepest_shape)) if h is None else h
 
-    def _rejoin(self, k, h, left):
+    def _rejoin(self, k: int, h: Any, left: Any) -> tf.Tensor:
         if h is None:
             return left
         return h if left is None else self._splits[k].join(h, left)
 
-    def _to_vector(self, h):
+    def _to_vector(self, h: tf.Tensor) -> tf.Tensor:
         if self.inverse_min_event_ndims == 1:
             return h
         return tf.reshape(h, ps.concat([ps.shape(h)[:-3], [np.prod(h.shape[-3:])]], axis=0))
 
-    def _to_grid(self, part, shape):
+    def _to_grid(self, part: tf.Tensor, shape: tuple[int, ...] | None) -> tf.Tensor:
         if self.inverse_min_event_ndims == 1:
             return part
         return tf.reshape(part, ps.concat([ps.shape(part)[:-1], shape], axis=0))
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         if self._event_shape is None:
             for part in self._undivided():
                 per_dim = per_dimension.transport_inverse(part, per_dim)
             return per_dim
         return tf.gather(self._to_vector(per_dim), self._latent_order, axis=-1)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         if self._event_shape is None:
             for part in reversed(self._undivided()):
                 per_dim = per_dimension.transport_forward(part, per_dim)
             return per_dim
         return self._to_grid(tf.gather(per_dim, reorder.inverse_permutation(self._latent_order), axis=-1), self._event_shape)
 
-    def _undivided(self):
+    def _undivided(self) -> list[tfb.Bijector]:
         """All parts of a model that nothing leaves, from data to latent."""
         return self._levels if self._exits[-1] is None else [*self._levels, self._exits[-1]]
 
     # Shapes.
 
-    def _part_sizes(self, x):
-        return [x.shape[-1]] if self._event_shape is None else [int(np.prod(shape)) for shape in self._part_shapes]
+    def _part_sizes(self, x: tf.Tensor) -> list[int]:
+        return [x.shape[-1]] if self._part_shapes is None else [int(np.prod(shape)) for shape in self._part_shapes]
 
-    def _checked_event(self, y):
+    def _checked_event(self, y: tf.Tensor) -> tf.Tensor:
         if self._event_shape is not None and tuple(y.shape[-len(self._event_shape) :]) != self._event_shape:
             raise ValueError(f"{self.name}: got data of shape {y.shape}, needs events of shape {list(self._event_shape)}")
         return y
 
-    def _checked_latent(self, x):
+    def _checked_latent(self, x: tf.Tensor) -> tf.Tensor:
         if self._event_shape is not None and x.shape[-1] != np.prod(self._event_shape):
             raise ValueError(
                 f"{self.name}: got latent values of shape {x.shape}, needs {np.prod(self._event_shape)} dimensions"
             )
         return x
 
-    def _forward_event_shape(self, shape):
+    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return tf.TensorShape(shape if self._event_shape is None else self._event_shape)
 
-    def _inverse_event_shape(self, shape):
+    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return tf.TensorShape(shape if self._event_shape is None else [np.prod(self._event_shape)])
 
-    def _forward_event_shape_tensor(self, shape):
+    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return shape if self._event_shape is None else tf.constant(self._event_shape, tf.int32)
 
-    def _inverse_event_shape_tensor(self, shape):
+    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return shape if self._event_shape is None else tf.constant([np.prod(self._event_shape)], tf.int32)
 
 
-def _log_prob_per_dim(noise, x, name):
+def _log_prob_per_dim(noise: tfd.Distribution | None, x: tf.Tensor, name: str) -> tf.Tensor:
     """The log-density of every dimension of flat latent values."""
     if noise is None:
         dtype = base.log_det_dtype(x.dtype)
@@ -452,7 +459,7 @@ def _log_prob_per_dim(noise, x, name):
     return noise.distribution.log_prob(tf.cast(x, noise.dtype))
 
 
-def _transport_ids(bijector, ids):
+def _transport_ids(bijector: tfb.Bijector | None, ids: np.ndarray) -> np.ndarray:
     if bijector is None:
         return ids
     with tf.init_scope():
@@ -464,13 +471,13 @@ class _Split:
     of all dimensions.
     """
 
-    def __init__(self, ids, kept_ids, left_ids):
+    def __init__(self, ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray):
         self._shape, self._kept_shape, self._left_shape = ids.shape, kept_ids.shape, left_ids.shape
         self.order = _positions(ids, kept_ids, left_ids)
         self._by_channel = len(self._shape) == 1 or self._same_channels_everywhere()
         self._in_order = np.array_equal(self.order, np.arange(len(self.order)))
 
-    def _same_channels_everywhere(self):
+    def _same_channels_everywhere(self) -> bool:
         """Whether the split takes the same channels at every pixel; if so, the order becomes that of the channels."""
         if not self._shape[:-1] == self._kept_shape[:-1] == self._left_shape[:-1]:
             return False
@@ -482,7 +489,7 @@ class _Split:
         self.order = channels[0, 0]
         return True
 
-    def split(self, h):
+    def split(self, h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(kept, left)."""
         if self._by_channel:
             h = h if self._in_order else reorder.permute_last(h, self.order)
@@ -493,7 +500,7 @@ class _Split:
         kept = tf.reshape(flat[..., :size], ps.concat([batch, self._kept_shape], axis=0))
         return kept, tf.reshape(flat[..., size:], ps.concat([batch, self._left_shape], axis=0))
 
-    def join(self, kept, left):
+    def join(self, kept: tf.Tensor, left: tf.Tensor) -> tf.Tensor:
         """What `split` took apart."""
         if self._by_channel:
             h = tf.concat([kept, left], axis=-1)
@@ -507,29 +514,33 @@ class _Split:
 class _OnlineSplit(_Split):
     """A factor-out whose permutation is a variable."""
 
-    def __init__(self, ids, kept_ids, left_ids):
+    order: tf.Variable
+
+    def __init__(self, ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray):
         self._shape, self._kept_shape, self._left_shape = ids.shape, kept_ids.shape, left_ids.shape
         order = _positions(ids, kept_ids, left_ids)
         self.order = tf.Variable(order, dtype=tf.int32, trainable=False, name="split_order")
         self._by_channel, self._in_order = len(self._shape) == 1, False
 
-    def assign(self, ids, kept_ids, left_ids):
+    def assign(self, ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray) -> None:
         """Makes it another split of the same shapes."""
         self.order.assign(_positions(ids, kept_ids, left_ids))
 
-    def parts(self, ids):
+    def parts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What stays and what leaves of the flat indices."""
         kept, left = np.split(ids.ravel()[self.order.numpy()], [np.prod(self._kept_shape)])
         return kept.reshape(self._kept_shape), left.reshape(self._left_shape)
 
 
-def _positions(ids, kept_ids, left_ids):
+def _positions(ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray) -> np.ndarray:
     """Where in the flat grid of `ids` those that stay are, then those that leave."""
     position = {index: place for place, index in enumerate(ids.ravel().tolist())}
     return np.array([position[index] for part in (kept_ids, left_ids) for index in part.ravel().tolist()])
 
 
-def _static_event_shape(levels, factorization, event_shape):
+def _static_event_shape(
+    levels: Sequence[tfb.Bijector], factorization: DimensionFactorization | None, event_shape: Sequence[int] | None
+) -> tuple[int, ...] | None:
     if factorization is not None:
         if not isinstance(factorization, DimensionFactorization):
             raise TypeError(f"Multiscale: got factorization {factorization!r}, needs a DimensionFactorization or None")
@@ -547,7 +558,9 @@ def _static_event_shape(levels, factorization, event_shape):
     return None
 
 
-def _checked_exits(exits, num_levels, factorization):
+def _checked_exits(
+    exits: Sequence[tfb.Bijector | None] | None, num_levels: int, factorization: DimensionFactorization | None
+) -> list[tfb.Bijector | None]:
     exits = list(exits or [])
     if exits and factorization is None and any(e is not None for e in exits[: num_levels - 1]):
         raise ValueError("Multiscale: got exits but no factorization: nothing leaves")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows.bijectors import base
 from tfp_dimflows.upstream import dtype_util, parameter_properties, tensor_util
@@ -33,7 +34,7 @@ class Parametric(base.FlowBijector):
     def __init__(
         self,
         dims: int,
-        params: Any,
+        params: TensorLike | None,
         initial: Callable[[np.random.Generator], Sequence[Any]],
         seed: int | None,
         dtype: tf.DType,
@@ -55,10 +56,10 @@ class Parametric(base.FlowBijector):
         super().__init__(forward_min_event_ndims=1, validate_args=validate_args, parameters=parameters, name=name)
 
     @classmethod
-    def _parameter_properties(cls, dtype, num_classes=None):
+    def _parameter_properties(cls, dtype: tf.DType, num_classes: int | None = None) -> dict[str, Any]:
         return {"params": parameter_properties.ParameterProperties(event_ndims=1)}
 
-    def _split(self, value):
+    def _split(self, value: tf.Tensor) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The value and the parameters, in the precision of log-dets."""
         if value.shape[-1] != self._dims:
             raise ValueError(f"{self.name}: got events of shape {value.shape[-1:]}, needs {self._dims} dimensions")
@@ -68,19 +69,19 @@ class Parametric(base.FlowBijector):
         batch = ps.shape(params)[:-1]
         return tf.cast(value, dtype), [tf.reshape(p, ps.concat([batch, s], axis=0)) for p, s in zip(parts, self._parts)]
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         y, _, per_dim = self._forward_pass(*self._split(x))
         return tf.cast(y, x.dtype), per_dim()
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         x, _, per_dim = self._inverse_pass(*self._split(y))
         return tf.cast(x, y.dtype), -per_dim()
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         y, fldj, _ = self._forward_pass(*self._split(x))
         return tf.cast(y, x.dtype), tf.reduce_sum(fldj, axis=list(range(1 - event_ndims, 0)))
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         x, fldj, _ = self._inverse_pass(*self._split(y))
         return tf.cast(x, y.dtype), -tf.reduce_sum(fldj, axis=list(range(1 - event_ndims, 0)))
 

@@ -23,10 +23,11 @@ decomposition: asking for it raises a `NotImplementedError`.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, dense
 from tfp_dimflows.upstream import (
@@ -40,10 +41,8 @@ from tfp_dimflows.upstream import (
     tfp_glow,
 )
 
-tfb = tfp.bijectors
 
-
-def inverse_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs) -> Any:
+def inverse_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs: Any) -> Any:
     """Contribution of every dimension of `y` to the inverse log-det Jacobian, for any bijector.
 
     Args:
@@ -68,7 +67,7 @@ def inverse_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs) -> Any:
     return base._fill(inverse_and_log_det_per_dim(bijector, y, **kwargs)[1], y)
 
 
-def forward_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs) -> Any:
+def forward_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs: Any) -> Any:
     """Contribution of every dimension of `x` to the forward log-det Jacobian, for any bijector.
 
     Args:
@@ -134,8 +133,8 @@ def register_log_det_per_dim(cls: type) -> Callable:
     if issubclass(cls, base.FlowBijector):
         raise TypeError(f"{cls.__name__}: a FlowBijector states its per-dimension log-det itself; override its methods")
 
-    def decorator(function):
-        def rule(bijector, value, direction, kwargs):
+    def decorator(function: Callable) -> Callable:
+        def rule(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
             result = getattr(bijector, direction)(value, **kwargs)
             if direction == "inverse":
                 return result, function(bijector, value, **kwargs)
@@ -147,17 +146,17 @@ def register_log_det_per_dim(cls: type) -> Callable:
     return decorator
 
 
-def inverse_and_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs) -> tuple[Any, Any]:
+def inverse_and_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs: Any) -> tuple[Any, Any]:
     """`inverse(y)` and the per-dimension inverse log-det, in the frame of `y`, from one pass."""
     return _pass(bijector, _fresh(y), "inverse", kwargs)
 
 
-def forward_and_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs) -> tuple[Any, Any]:
+def forward_and_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs: Any) -> tuple[Any, Any]:
     """`forward(x)` and the per-dimension forward log-det, in the frame of `x`, from one pass."""
     return _pass(bijector, _fresh(x), "forward", kwargs)
 
 
-def inverse_and_log_det(bijector: tfb.Bijector, y: Any, event_ndims: Any, **kwargs) -> tuple[Any, tf.Tensor]:
+def inverse_and_log_det(bijector: tfb.Bijector, y: Any, event_ndims: Any, **kwargs: Any) -> tuple[Any, tf.Tensor]:
     """`inverse(y)` and the summed inverse log-det from one pass; needs no per-dimension rule."""
     if isinstance(bijector, base.FlowBijector):
         return bijector._inverse_and_log_det(y, bijector._route(kwargs.pop("condition", None), kwargs), event_ndims)
@@ -166,7 +165,7 @@ def inverse_and_log_det(bijector: tfb.Bijector, y: Any, event_ndims: Any, **kwar
     return x, _at_least_float32(bijector.inverse_log_det_jacobian(y, event_ndims, **kwargs))
 
 
-def forward_and_log_det(bijector: tfb.Bijector, x: Any, event_ndims: Any, **kwargs) -> tuple[Any, tf.Tensor]:
+def forward_and_log_det(bijector: tfb.Bijector, x: Any, event_ndims: Any, **kwargs: Any) -> tuple[Any, tf.Tensor]:
     """`forward(x)` and the summed forward log-det from one pass; needs no per-dimension rule."""
     if isinstance(bijector, base.FlowBijector):
         return bijector._forward_and_log_det(x, bijector._route(kwargs.pop("condition", None), kwargs), event_ndims)
@@ -193,7 +192,7 @@ def condition_kwargs(bijector: tfb.Bijector, condition: Any) -> dict:
         return {"condition": condition} if bijector._uses_condition else {}
     if isinstance(bijector, TFPInvert):
         return condition_kwargs(bijector.bijector, condition)
-    kwargs = {}
+    kwargs: dict[str, dict] = {}
     for part in tf.nest.flatten(getattr(bijector, "bijectors", ())):
         nested = condition_kwargs(part, condition)
         if kwargs.setdefault(part.name, nested) != nested:
@@ -204,33 +203,33 @@ def condition_kwargs(bijector: tfb.Bijector, condition: Any) -> dict:
     return {name: nested for name, nested in kwargs.items() if nested}
 
 
-def _to_tensors(value, dtype):
+def _to_tensors(value: Any, dtype: Any) -> Any:
     return nest_util.convert_to_nested_tensor(value, dtype=dtype, dtype_hint=dtype, allow_packing=True)
 
 
-def _fresh(value):
+def _fresh(value: Any) -> Any:
     # A new tensor misses TFP's cache, which would return what it computed before a variable was updated.
     return tf.nest.map_structure(tf.identity, value)
 
 
-def _at_least_float32(log_det):
+def _at_least_float32(log_det: tf.Tensor) -> tf.Tensor:
     return tf.cast(log_det, base.log_det_dtype(log_det.dtype))
 
 
-def _negate(per_dim):
+def _negate(per_dim: Any) -> Any:
     return tf.nest.map_structure(tf.negative, per_dim)
 
 
-def _add(a, b):
+def _add(a: Any, b: Any) -> Any:
     total = [u + tf.cast(v, u.dtype) for u, v in zip(tf.nest.flatten(a), tf.nest.flatten(b))]
     return tf.nest.pack_sequence_as(a, total)
 
 
-def _zeros(value):
+def _zeros(value: Any) -> Any:
     return tf.nest.map_structure(lambda v: tf.zeros([], base.log_det_dtype(v.dtype)), value)
 
 
-def _opposite(direction):
+def _opposite(direction: str) -> str:
     return "inverse" if direction == "forward" else "forward"
 
 
@@ -239,7 +238,7 @@ def _opposite(direction):
 
 
 @functools.singledispatch
-def _pass(bijector, value, direction, kwargs):
+def _pass(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     if not _is_elementwise(bijector):
         _refuse(bijector, "no per-dimension decomposition of its log-det is known")
     log_det = getattr(bijector, f"{direction}_log_det_jacobian")
@@ -247,37 +246,37 @@ def _pass(bijector, value, direction, kwargs):
 
 
 @functools.singledispatch
-def _transport(bijector, per_dim, direction):
+def _transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     if not _is_elementwise(bijector):
         _refuse(bijector, "where its dimensions go is not known")
     return per_dim
 
 
-def _is_elementwise(bijector):
+def _is_elementwise(bijector: tfb.Bijector) -> bool:
     return bijector.forward_min_event_ndims == 0 and bijector.inverse_min_event_ndims == 0 and bijector._is_injective
 
 
-def _refuse(bijector, reason):
+def _refuse(bijector: tfb.Bijector, reason: str) -> NoReturn:
     cls = type(bijector).__name__
     raise NotImplementedError(
         f"{bijector.name} ({cls}): {reason}; register a rule with @dimflows.register_log_det_per_dim({cls})"
     )
 
 
-def _register(classes: Iterable[type], rule: Callable, transport: Callable):
+def _register(classes: Iterable[type], rule: Callable, transport: Callable) -> None:
     for cls in classes:
         _pass.register(cls, rule)
         _transport.register(cls, transport)
 
 
-def _stay(bijector, per_dim, direction):
+def _stay(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     return per_dim
 
 
 # This package's bijectors.
 
 
-def _flow(bijector, value, direction, kwargs):
+def _flow(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     kwargs = dict(kwargs)
     condition = bijector._route(kwargs.pop("condition", None), kwargs)
     if direction == "inverse":
@@ -285,7 +284,7 @@ def _flow(bijector, value, direction, kwargs):
     return bijector._forward_and_log_det_per_dim(value, condition)
 
 
-def _flow_transport(bijector, per_dim, direction):
+def _flow_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     return bijector._transport_forward(per_dim) if direction == "forward" else bijector._transport_inverse(per_dim)
 
 
@@ -295,11 +294,11 @@ _register([base.FlowBijector], _flow, _flow_transport)
 # Index moves: zero, and the numbers move like the values.
 
 
-def _move(bijector, value, direction, kwargs):
+def _move(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     return getattr(bijector, direction)(value, **kwargs), _zeros(value)
 
 
-def _move_transport(bijector, per_dim, direction):
+def _move_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     return getattr(bijector, direction)(_fresh(per_dim))
 
 
@@ -331,15 +330,15 @@ def chain_pass(parts: list[tuple[tfb.Bijector, dict]], value: Any, direction: st
     return value, _zeros(value) if total is None else total
 
 
-def _chain(bijector, value, direction, kwargs):
+def _chain(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     order = bijector.bijectors if direction == "inverse" else reversed(bijector.bijectors)
     return chain_pass([(b, kwargs.get(b.name, {})) for b in order], value, direction)
 
 
-def _joint_map(bijector, value, direction, kwargs):
+def _joint_map(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     log_dets = []
 
-    def part(b, v):
+    def part(b: tfb.Bijector, v: Any) -> Any:
         result, log_det = _pass(b, v, direction, kwargs.get(b.name, {}))
         log_dets.extend(tf.nest.flatten(base._fill(log_det, v)))
         return result
@@ -348,35 +347,35 @@ def _joint_map(bijector, value, direction, kwargs):
     return result, tf.nest.pack_sequence_as(value, log_dets)
 
 
-def _walk_transport(bijector, per_dim, direction):
+def _walk_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     walk = bijector._call_walk_forward if direction == "forward" else bijector._call_walk_inverse
     return walk(lambda b, t: _transport(b, t, direction), per_dim)
 
 
-def _blockwise(bijector, value, direction, kwargs):
+def _blockwise(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     return _pass(bijector._chain, value, direction, {bijector._b_joint.name: kwargs})
 
 
-def _blockwise_transport(bijector, per_dim, direction):
+def _blockwise_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     return _transport(bijector._chain, per_dim, direction)
 
 
-def _invert(bijector, value, direction, kwargs):
+def _invert(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     return _pass(bijector.bijector, value, _opposite(direction), kwargs)
 
 
-def _invert_transport(bijector, per_dim, direction):
+def _invert_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     return _transport(bijector.bijector, per_dim, _opposite(direction))
 
 
-def _transform_diagonal(bijector, value, direction, kwargs):
+def _transform_diagonal(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     diagonal = tf.linalg.diag_part(value)
     result, log_det = _pass(bijector.diag_bijector, diagonal, direction, kwargs)
     log_det = base._fill(log_det, diagonal)
     return tf.linalg.set_diag(value, result), tf.linalg.set_diag(tf.zeros_like(value, log_det.dtype), log_det)
 
 
-def _transform_diagonal_transport(bijector, per_dim, direction):
+def _transform_diagonal_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     diagonal = _transport(bijector.diag_bijector, tf.linalg.diag_part(per_dim), direction)
     return tf.linalg.set_diag(per_dim, diagonal)
 
@@ -392,26 +391,26 @@ _register([tfb.TransformDiagonal], _transform_diagonal, _transform_diagonal_tran
 # Glow and its pieces.
 
 
-def _composition(bijector, value, direction, kwargs):
+def _composition(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     return _pass(_wrapped(bijector), value, direction, kwargs)
 
 
-def _composition_transport(bijector, per_dim, direction):
+def _composition_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
     return _transport(_wrapped(bijector), per_dim, direction)
 
 
-def _wrapped(bijector):
+def _wrapped(bijector: tfb.Bijector) -> tfb.Bijector:
     """The one composition that `Glow`, its blocks, exits and squeezes are names for."""
     if not isinstance(bijector._bijectors, TFPComposition):
         _refuse(bijector, "how it composes its parts is not known")
     return bijector._bijectors
 
 
-def _one_by_one_conv(bijector, value, direction, kwargs):
+def _one_by_one_conv(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     return _pass(bijector._bijector, value, direction, kwargs)
 
 
-def _activation_normalization(bijector, value, direction, kwargs):
+def _activation_normalization(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     with tf.control_dependencies([bijector._maybe_init(value, inverse=direction == "inverse")]):
         return _pass(bijector._bijector, value, direction, kwargs)
 
@@ -424,7 +423,7 @@ _register([tfp_glow.ActivationNormalization], _activation_normalization, _stay)
 # Triangular Jacobians: the logarithm of the diagonal.
 
 
-def _real_nvp(bijector, value, direction, kwargs):
+def _real_nvp(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     bijector._cache_input_depth(value)
     parts = [value[..., : bijector._masked_size], value[..., bijector._masked_size :]]
     changed = 0 if bijector._reverse_mask else 1
@@ -436,20 +435,20 @@ def _real_nvp(bijector, value, direction, kwargs):
     return tf.concat(parts, axis=-1), tf.concat(log_dets, axis=-1)
 
 
-def _masked_autoregressive(bijector, value, direction, kwargs):
+def _masked_autoregressive(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     # The network sees y. At the solution of y = transformer(y).forward(x), the transformer's slopes are the diagonal.
     y = value if direction == "inverse" else bijector.forward(value, **kwargs)
     return _pass(bijector._bijector_fn(y, **kwargs), value, direction, {})
 
 
-def _ascending(bijector, value, direction, kwargs):
+def _ascending(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     result = getattr(bijector, direction)(value, **kwargs)
     x = value if direction == "forward" else result
     log_det = tf.concat([tf.zeros_like(x[..., :1]), x[..., 1:]], axis=-1)
     return result, log_det if direction == "forward" else -log_det
 
 
-def _batch_normalization(bijector, value, direction, kwargs):
+def _batch_normalization(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     result = getattr(bijector, direction)(value, **kwargs)
     layer = bijector.batchnorm
     per_channel = bijector._get_broadcast_fn(value)
@@ -478,12 +477,12 @@ _TRIANGULAR = (
 )
 
 
-def _scale_matvec(bijector, value, direction, kwargs):
+def _scale_matvec(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     result = getattr(bijector, direction)(value, **kwargs)
     return result, _linear_log_det(bijector.scale, bijector.adjoint, direction)
 
 
-def _scale_matvec_block(bijector, value, direction, kwargs):
+def _scale_matvec_block(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     result = getattr(bijector, direction)(value, **kwargs)
     blocks = bijector.scale.operators
     if isinstance(bijector.scale, tf.linalg.LinearOperatorBlockLowerTriangular):
@@ -492,13 +491,13 @@ def _scale_matvec_block(bijector, value, direction, kwargs):
     return result, tf.nest.pack_sequence_as(value, log_dets)
 
 
-def _scale_matvec_lu(bijector, value, direction, kwargs):
+def _scale_matvec_lu(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     result = getattr(bijector, direction)(value, **kwargs)
     matrix = tfp.math.lu_reconstruct(*bijector._broadcast_params())
     return result, _linear_log_det(tf.linalg.LinearOperatorFullMatrix(matrix), False, direction)
 
 
-def _linear_log_det(operator, adjoint, direction):
+def _linear_log_det(operator: tf.linalg.LinearOperator, adjoint: bool, direction: str) -> tf.Tensor:
     if isinstance(operator, _TRIANGULAR):
         log_det = tf.math.log(tf.abs(operator.diag_part()))
     else:
@@ -536,8 +535,8 @@ _REFUSED = {
 }
 
 
-def _register_refusal(classes, reason):
-    def refuse(bijector, *_):
+def _register_refusal(classes: Iterable[type], reason: str) -> None:
+    def refuse(bijector: tfb.Bijector, *_: Any) -> NoReturn:
         _refuse(bijector, reason)
 
     _register(classes, refuse, refuse)

@@ -1,9 +1,10 @@
 """Planar flows."""
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows.bijectors import implicit
 from tfp_dimflows.bijectors.parametric import Parametric, log_tanh_sum_slope, positive, tanh_slope
@@ -51,7 +52,7 @@ class Planar(Parametric):
     def __init__(
         self,
         dims: int,
-        params: Any = None,
+        params: TensorLike | None = None,
         seed: int | None = None,
         dtype: tf.DType = tf.float32,
         validate_args: bool = False,
@@ -60,7 +61,7 @@ class Planar(Parametric):
         parameters = dict(locals())
         self._parts = [(dims,), (dims,), ()]
 
-        def initial(generator):
+        def initial(generator: np.random.Generator) -> tuple:
             w = generator.uniform(-1.0, 1.0, dims) * np.sqrt(2.0 / dims)
             return w, generator.uniform(-1.0, 1.0, dims) * np.sqrt(2.0), 0.0
 
@@ -71,23 +72,23 @@ class Planar(Parametric):
         """The size of `params`' last axis."""
         return 2 * dims + 1
 
-    def _forward_pass(self, x, parts):
+    def _forward_pass(self, x: tf.Tensor, parts: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Callable]:
         w, u, m, slope_at_0 = _constrained(*parts[:2])
         p = tf.reduce_sum(w * x, axis=-1) + parts[2]
         return x + u * tf.tanh(p)[..., tf.newaxis], *_log_dets(p, w, u, m, slope_at_0)
 
-    def _inverse_pass(self, y, parts):
+    def _inverse_pass(self, y: tf.Tensor, parts: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Callable]:
         w, u, m, slope_at_0 = _constrained(*parts[:2])
         target = tf.reduce_sum(w * y, axis=-1) + parts[2]
 
-        def function(p):
+        def function(p: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return p + m * tf.tanh(p), log_tanh_sum_slope(p, slope_at_0)
 
         p = implicit.increasing_root(function, target, target - tf.abs(m), target + tf.abs(m))
         return y - u * tf.tanh(p)[..., tf.newaxis], *_log_dets(p, w, u, m, slope_at_0)
 
 
-def _constrained(w, u):
+def _constrained(w: tf.Tensor, u: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """w, u', m = w^T u' and 1 + m."""
     product, square = _dot(w, u), _dot(w, w)
     slope_at_0 = tf.where(square > 0.0, positive(product), 1.0)
@@ -98,21 +99,21 @@ def _constrained(w, u):
     return w, u + m[..., tf.newaxis] * along_w, m, slope_at_0
 
 
-def _dot(a, b):
+def _dot(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(a * b, axis=-1)
 
 
-def _log_dets(p, w, u, m, slope_at_0):
+def _log_dets(p: tf.Tensor, w: tf.Tensor, u: tf.Tensor, m: tf.Tensor, slope_at_0: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     """The forward log-det, and a function that returns that of every dimension."""
 
-    def per_dim():
+    def per_dim() -> tf.Tensor:
         return w * u * (tanh_slope(p) * _log1p_quotient(m * tanh_slope(p), log_det))[..., tf.newaxis]
 
     log_det = log_tanh_sum_slope(p, slope_at_0)
     return log_det, per_dim
 
 
-def _log1p_quotient(c, log1p):
+def _log1p_quotient(c: tf.Tensor, log1p: tf.Tensor) -> tf.Tensor:
     """log(1 + c) / c, near 0 its series 1 - c / 2 + c^2 / 3 - ..."""
     close = tf.abs(c) < 1e-2
     series = tf.zeros_like(c)

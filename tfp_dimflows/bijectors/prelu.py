@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -49,13 +50,13 @@ class PReLU(base.FlowBijector):
         self._raw = tf.Variable(tf.fill(list(shape), tf.constant(raw, dtype)), name="slope")
         super().__init__(forward_min_event_ndims=len(shape), validate_args=validate_args, parameters=parameters, name=name)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._scaled(x, 1.0)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._scaled(y, -1.0)
 
-    def _scaled(self, value, power):
+    def _scaled(self, value: tf.Tensor, power: float) -> tuple[tf.Tensor, tf.Tensor]:
         shape = self._raw.shape
         if value.shape[value.shape.rank - shape.rank :] != shape:
             raise ValueError(f"{self.name}: got values of shape {value.shape}, has slopes of shape {shape}")

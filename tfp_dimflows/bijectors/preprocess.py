@@ -1,5 +1,7 @@
 """Maps between pixel values and the real line."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
@@ -39,16 +41,16 @@ class LogitPreprocess(base.FlowBijector):
         self._alpha = alpha
         super().__init__(forward_min_event_ndims=0, validate_args=validate_args, parameters=parameters, name=name)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         p = self._alpha + (1.0 - 2.0 * self._alpha) / self._levels * y
         x = tf.math.log(p) - tf.math.log1p(-p)
         return x, self._log_det(x)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         y = self._levels * (tf.sigmoid(x) - self._alpha) / (1.0 - 2.0 * self._alpha)
         return y, -self._log_det(x)
 
-    def _log_det(self, x):
+    def _log_det(self, x: tf.Tensor) -> tf.Tensor:
         x = tf.cast(x, base.log_det_dtype(x.dtype))
         slope = tf.math.log(tf.constant((1.0 - 2.0 * self._alpha) / self._levels, x.dtype))
         return tf.math.softplus(x) + tf.math.softplus(-x) + slope

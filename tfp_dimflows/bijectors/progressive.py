@@ -1,20 +1,20 @@
 """`PNF`: a flow that grows an image, or a signal, stage by stage."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import FlowBijector, _fill, append_condition, log_det_dtype, to_tensor, vector_condition
 from tfp_dimflows.bijectors.haar import HaarSplit
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class PNF(FlowBijector):
@@ -181,7 +181,7 @@ class PNF(FlowBijector):
         return self.decode(self.encode(x), condition)
 
     def upscale(
-        self, low_resolution: tf.Tensor, temperature: float = 1.0, seed: Any = None, condition: Any = None
+        self, low_resolution: tf.Tensor, temperature: float = 1.0, seed: TensorLike | None = None, condition: Any = None
     ) -> tf.Tensor:
         """Up-scaling with random details, u_k ~ N(0, temperature^2 I); `encode` undoes it exactly.
 
@@ -251,7 +251,7 @@ class PNF(FlowBijector):
 
     # Data to latent.
 
-    def _analyze(self, y, condition):
+    def _analyze(self, y: tf.Tensor, condition: Any) -> list[tuple[tf.Tensor, Any]]:
         """What every stage models and is given, from coarse to fine."""
         condition = self._condition(condition, y, len(self._event_shape))
         parts = []
@@ -260,18 +260,18 @@ class PNF(FlowBijector):
             parts.append((detail, self._given(y, condition)))
         return [(y, condition), *reversed(parts)]
 
-    def _inverse_stage(self, k, value, given, event_ndims):
+    def _inverse_stage(self, k: int, value: tf.Tensor, given: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         """Flat latent values of a stage, and its summed log-det with that of its halving."""
         kwargs = per_dimension.condition_kwargs(self._stages[k], given)
         u, log_det = per_dimension.inverse_and_log_det(self._stages[k], value, event_ndims, **kwargs)
         return self._to_vector(u, k), log_det + self._halving_log_det(k, value, event_ndims)
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         stages = enumerate(self._analyze(self._checked_event(y), condition))
         parts, log_dets = zip(*(self._inverse_stage(k, value, given, event_ndims) for k, (value, given) in stages))
         return tf.concat(parts, axis=-1), sum(log_dets)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         parts, log_dets = [], []
         for k, (value, given) in enumerate(self._analyze(self._checked_event(y), condition)):
             kwargs = per_dimension.condition_kwargs(self._stages[k], given)
@@ -285,17 +285,19 @@ class PNF(FlowBijector):
 
     # Latent to data.
 
-    def _forward_stage(self, k, u, h, condition, fused, *event_ndims):
+    def _forward_stage(
+        self, k: int, u: tf.Tensor, h: tf.Tensor | None, condition: Any, fused: Callable, *event_ndims: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         kwargs = per_dimension.condition_kwargs(self._stages[k], condition if k == 0 else self._given(h, condition))
         return fused(self._stages[k], u, *event_ndims, **kwargs)
 
-    def _grow(self, k, h, u, condition):
+    def _grow(self, k: int, h: tf.Tensor, u: tf.Tensor, condition: Any) -> tf.Tensor:
         """h_k from h_{k-1} and latent details."""
         event_ndims = len(self._latent_shapes[k])
         detail, _ = self._forward_stage(k, u, h, condition, per_dimension.forward_and_log_det, event_ndims)
         return self._splits[k - 1].merge(h, detail)
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         condition = self._condition(condition, x, 1)
         h, log_dets = None, []
         for k, u in enumerate(self._split_latent(self._checked_latent(x))):
@@ -307,7 +309,7 @@ class PNF(FlowBijector):
             h = value if k == 0 else self._splits[k - 1].merge(h, value)
         return h, sum(log_dets)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         condition = self._condition(condition, x, 1)
         h, log_dets = None, []
         for k, u in enumerate(self._split_latent(self._checked_latent(x))):
@@ -319,36 +321,36 @@ class PNF(FlowBijector):
 
     # What the stages share.
 
-    def _halving_log_det(self, k, value, event_ndims):
+    def _halving_log_det(self, k: int, value: tf.Tensor, event_ndims: int) -> tf.Tensor | float:
         """The constant of the halving that gave a stage's value; further event axes multiply it."""
         if k == 0:
             return 0.0
         size = tf.cast(ps.reduce_prod(ps.shape(value)[-event_ndims:]), log_det_dtype(value.dtype))
         return 2.0 * self._splits[k - 1].log_det_per_dim * size
 
-    def _given(self, low, condition):
+    def _given(self, low: tf.Tensor, condition: Any) -> Any:
         """The condition of a detail: its low-resolution image, with the flow's condition as further channels."""
         return append_condition(low, condition, len(self._event_shape))
 
-    def _condition(self, condition, value, event_ndims):
+    def _condition(self, condition: Any, value: tf.Tensor, event_ndims: int) -> Any:
         return vector_condition(self._route(condition, {}), value, event_ndims, self.name)
 
-    def _split_latent(self, x):
+    def _split_latent(self, x: tf.Tensor) -> list[tf.Tensor]:
         parts = tf.split(x, self._sizes, axis=-1)
         return [self._to_grid(part, k) for k, part in enumerate(parts)]
 
-    def _to_vector(self, u, k):
+    def _to_vector(self, u: tf.Tensor, k: int) -> tf.Tensor:
         rank = len(self._latent_shapes[k])
         if rank == 1:
             return u
         return tf.reshape(u, ps.concat([ps.shape(u)[:-rank], [self._sizes[k]]], axis=0))
 
-    def _to_grid(self, part, k):
+    def _to_grid(self, part: tf.Tensor, k: int) -> tf.Tensor:
         if len(self._latent_shapes[k]) == 1:
             return part
         return tf.reshape(part, ps.concat([ps.shape(part)[:-1], self._latent_shapes[k]], axis=0))
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         parts = []
         for split in reversed(self._splits):
             per_dim, detail = split.deinterleave(per_dim)
@@ -357,7 +359,7 @@ class PNF(FlowBijector):
         moved = (per_dimension.transport_inverse(stage, part) for stage, part in zip(self._stages, parts))
         return tf.concat([self._to_vector(part, k) for k, part in enumerate(moved)], axis=-1)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         parts = self._split_latent(per_dim)
         total, *details = (per_dimension.transport_forward(stage, part) for stage, part in zip(self._stages, parts))
         for split, detail in zip(self._splits, details):
@@ -365,18 +367,18 @@ class PNF(FlowBijector):
         return total
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return any(per_dimension.condition_kwargs(stage, True) for stage in self._stages)
 
     # Shapes.
 
-    def _tensor(self, value):
+    def _tensor(self, value: tf.Tensor) -> tf.Tensor:
         value = to_tensor(value, self.forward_dtype())
         if not value.dtype.is_floating:
             raise ValueError(f"{self.name}: got values of dtype {value.dtype.name}, needs real numbers (dequantise integers)")
         return value
 
-    def _located(self, low_resolution):
+    def _located(self, low_resolution: tf.Tensor) -> tuple[tf.Tensor, int]:
         """The images and their stage."""
         h = self._tensor(low_resolution)
         for stage, shape in enumerate(self._shapes):
@@ -385,44 +387,44 @@ class PNF(FlowBijector):
         shapes = ", ".join(str(list(shape)) for shape in self._shapes)
         raise ValueError(f"{self.name}: got images of shape {h.shape}, needs those of a stage: {shapes}")
 
-    def _latent_batch_shape(self, k, h):
+    def _latent_batch_shape(self, k: int, h: tf.Tensor) -> tf.Tensor:
         return ps.concat([ps.shape(h)[: -len(self._event_shape)], self._latent_shapes[k]], axis=0)
 
-    def _check_stage(self, stage):
+    def _check_stage(self, stage: int) -> None:
         if not isinstance(stage, (int, np.integer)) or not 0 <= stage < len(self._stages):
             raise ValueError(f"{self.name}: got stage {stage!r}, needs 0 to {len(self._stages) - 1}")
 
-    def _checked_event(self, y):
+    def _checked_event(self, y: tf.Tensor) -> tf.Tensor:
         if tuple(y.shape[-len(self._event_shape) :]) != self._event_shape:
             raise ValueError(f"{self.name}: got data of shape {y.shape}, needs events of shape {list(self._event_shape)}")
         return y
 
-    def _checked_latent(self, x):
+    def _checked_latent(self, x: tf.Tensor) -> tf.Tensor:
         if x.shape[-1] != sum(self._sizes):
             raise ValueError(f"{self.name}: got latent values of shape {x.shape}, needs {sum(self._sizes)} dimensions")
         return x
 
-    def _forward_event_shape(self, shape):
+    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return tf.TensorShape(self._event_shape)
 
-    def _inverse_event_shape(self, shape):
+    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         return tf.TensorShape([sum(self._sizes)])
 
-    def _forward_event_shape_tensor(self, shape):
+    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return tf.constant(self._event_shape, tf.int32)
 
-    def _inverse_event_shape_tensor(self, shape):
+    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         return tf.constant([sum(self._sizes)], tf.int32)
 
 
-def _axes(num_details, rank):
+def _axes(num_details: int, rank: int) -> list[int]:
     """The axis of each halving, from coarse to fine; the finest halves the height of images."""
     if rank == 1:
         return [-1] * num_details
     return [(-3, -2)[(num_details - k) % 2] for k in range(1, num_details + 1)]
 
 
-def _latent_shape(k, stage, shape):
+def _latent_shape(k: int, stage: tfb.Bijector, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a stage's latent values, after a check that the stage maps them to events of `shape`."""
     if not isinstance(stage, tfb.Bijector):
         raise ValueError(f"PNF: got {stage!r} as stage {k}, needs a bijector")

@@ -1,9 +1,10 @@
 """Radial flows."""
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows.bijectors.parametric import Parametric, positive
 
@@ -48,7 +49,7 @@ class Radial(Parametric):
     def __init__(
         self,
         dims: int,
-        params: Any = None,
+        params: TensorLike | None = None,
         seed: int | None = None,
         dtype: tf.DType = tf.float32,
         validate_args: bool = False,
@@ -72,14 +73,14 @@ class Radial(Parametric):
         """The size of `params`' last axis."""
         return dims + 2
 
-    def _forward_pass(self, x, parts):
+    def _forward_pass(self, x: tf.Tensor, parts: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Callable]:
         center, alpha, sum_ = _constrained(*parts)
         offset = x - center
         r = _norm(offset)
         a = (r + sum_) / (alpha + r)
         return center + a * offset, *self._log_dets(offset, r, alpha, sum_)
 
-    def _inverse_pass(self, y, parts):
+    def _inverse_pass(self, y: tf.Tensor, parts: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Callable]:
         center, alpha, sum_ = _constrained(*parts)
         offset = y - center
         rho = _norm(offset)
@@ -91,25 +92,25 @@ class Radial(Parametric):
         offset *= (alpha + r) / (r + sum_)
         return center + offset, *self._log_dets(offset, r, alpha, sum_)
 
-    def _log_dets(self, offset, r, alpha, sum_):
+    def _log_dets(self, offset: tf.Tensor, r: tf.Tensor, alpha: tf.Tensor, sum_: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         """The forward log-det, and a function that returns that of every dimension."""
         # alpha beta = alpha (sum - alpha): B's numerator is a sum of positive numbers.
         log_a = tf.math.log(r + sum_) - tf.math.log(alpha + r)
         log_b = tf.math.log(r * (r + 2.0 * alpha) + alpha * sum_) - 2.0 * tf.math.log(alpha + r)
 
-        def per_dim():
+        def per_dim() -> tf.Tensor:
             tiny = np.finfo(r.dtype.as_numpy_dtype).tiny
             return log_a + tf.square(offset / tf.maximum(r, tiny**0.5)) * (log_b - log_a)
 
         return ((self._dims - 1.0) * log_a + log_b)[..., 0], per_dim
 
 
-def _constrained(center, a, b):
+def _constrained(center: tf.Tensor, a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """c, alpha and alpha + beta, the latter two with an axis for the dimensions."""
     return center, positive(a)[..., tf.newaxis], positive(b)[..., tf.newaxis]
 
 
-def _norm(offset):
+def _norm(offset: tf.Tensor) -> tf.Tensor:
     """The norm, with an axis for the dimensions; its gradient at zero is zero."""
     square = tf.reduce_sum(tf.square(offset), axis=-1, keepdims=True)
     positive = square > 0.0

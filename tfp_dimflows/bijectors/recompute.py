@@ -6,11 +6,12 @@ and the bijector is evaluated there once more, on a tape of its own.
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, per_dimension
@@ -32,7 +33,7 @@ def floating(structure: Any) -> tuple[list[tf.Tensor], Callable[[Sequence[tf.Ten
     leaves = tf.nest.flatten(structure)
     places = [k for k, leaf in enumerate(leaves) if tf.is_tensor(leaf) and leaf.dtype.is_floating]
 
-    def rebuild(tensors):
+    def rebuild(tensors: Sequence[tf.Tensor]) -> Any:
         replaced = dict(zip(places, tensors))
         return tf.nest.pack_sequence_as(structure, [replaced.get(k, leaf) for k, leaf in enumerate(leaves)])
 
@@ -61,7 +62,7 @@ def value_and_log_det(
     holdings = keras_bridge.collect([bijector for bijector, _ in parts(condition, direction)])
     held = [t for t in holdings.tensors if t.dtype.is_floating and _is_in_reach(t)]
 
-    def steps(given):
+    def steps(given: Sequence[tf.Tensor]) -> Iterator[tuple]:
         """(bijector, keyword arguments, event axes of its argument) in order, under these tensors of the condition."""
         ndims = event_ndims
         for bijector, kwargs in parts(rebuild(given), direction):
@@ -69,14 +70,14 @@ def value_and_log_det(
             ndims = getattr(bijector, f"{direction}_event_ndims")(ndims)
 
     @tf.custom_gradient
-    def run(value, given, held_too):
+    def run(value: Any, given: list[tf.Tensor], held_too: list[tf.Tensor]) -> tuple[Any, Callable]:
         result, log_dets = value, []
         for bijector, kwargs, ndims in steps(given):
             with _repeated(name, bijector):
                 result, log_det = _fused(direction)(bijector, result, ndims, **kwargs)
             log_dets.append(log_det)
 
-        def gradient(*upstream, variables=()):
+        def gradient(*upstream: tf.Tensor, variables: Sequence[tf.Variable] = ()) -> Any:
             anew = after(given, upstream)
             watched = [*anew, *held]
             _, dvalue, found = keras_bridge.with_training(
@@ -107,7 +108,8 @@ def gradients(
       The parts of the first step's argument, their gradients, and those of watched tensors and variables by their references.
     """
     *dresult, dlog_det = upstream
-    done, found = upstream, {}
+    done: Sequence[tf.Tensor] = upstream
+    found: dict = {}
     for bijector, kwargs, ndims in reversed(steps):
         result = tf.nest.pack_sequence_as(result, after(tf.nest.flatten(result), done))
         with tf.GradientTape() as tape, _repeated(name, bijector):
@@ -164,11 +166,11 @@ def again(bijector: Any, result: Any, event_ndims: Any, direction: str, kwargs: 
     return Again(parts, lambda parts: tf.nest.pack_sequence_as(argument, parts), *once_more)
 
 
-def _fused(direction):
+def _fused(direction: str) -> Callable:
     return getattr(per_dimension, f"{direction}_and_log_det")
 
 
-def after(values: list[tf.Tensor], others: list[tf.Tensor]) -> list[tf.Tensor]:
+def after(values: Sequence[tf.Tensor], others: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """The same values, not before the others are there, and new to the optimizers, which would merge equal evaluations."""
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         return _barrier(*values, *others)[: len(values)]  # XLA has no control dependencies
@@ -177,12 +179,12 @@ def after(values: list[tf.Tensor], others: list[tf.Tensor]) -> list[tf.Tensor]:
 
 
 @tf.custom_gradient
-def _barrier(*values):
+def _barrier(*values: tf.Tensor) -> tuple[list[tf.Tensor], Callable]:
     return gen_xla_ops.xla_optimization_barrier(values), lambda *upstream: upstream
 
 
 @contextlib.contextmanager
-def _repeated(name, bijector):
+def _repeated(name: str, bijector: tfb.Bijector) -> Iterator[None]:
     """Context of an evaluation that is made twice. Raises if the second would differ from the first, or have an effect."""
     graph = tf.compat.v1.get_default_graph()
     num_operations = len(graph.get_operations())
@@ -198,7 +200,7 @@ def _repeated(name, bijector):
         )
 
 
-def _unrepeatable(graph, nodes):
+def _unrepeatable(graph: tf.Graph, nodes: Iterable[Any]) -> Iterator[str]:
     """Names of the operations with a state, in functions as well, that a second evaluation may change or find changed."""
     for node in nodes:
         functions = [f.name for attr in node.attr.values() for f in (attr.func, *attr.list.func) if f.name]
@@ -208,7 +210,7 @@ def _unrepeatable(graph, nodes):
             yield node.name
 
 
-def _is_in_reach(tensor):
+def _is_in_reach(tensor: tf.Tensor) -> bool:
     """Whether the tensor belongs to this graph or to one around it."""
     graph = tf.compat.v1.get_default_graph()
     while graph is not None and not isinstance(tensor, ops.EagerTensor):

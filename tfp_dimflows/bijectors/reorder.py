@@ -1,5 +1,8 @@
 """Bijectors that only move dimensions: `Squeeze`, and constant permutations."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -52,16 +55,16 @@ class Squeeze(base.FlowBijector):
         )
 
     @property
-    def _is_permutation(self):
+    def _is_permutation(self) -> bool:
         return True
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._transport_inverse(y), tf.zeros([], base.log_det_dtype(y.dtype))
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._transport_forward(x), tf.zeros([], base.log_det_dtype(x.dtype))
 
-    def _transport_inverse(self, y):
+    def _transport_inverse(self, y: tf.Tensor) -> tf.Tensor:
         f = self._factor
         shape = ps.shape(y)
         height, width, channels = self._checked(y.shape[-3:], ("height", "width"))
@@ -70,7 +73,7 @@ class Squeeze(base.FlowBijector):
         y = _transpose_event(y, [0, 2, 4, 1, 3] if self._order == "channel_major" else [0, 2, 1, 3, 4])
         return tf.reshape(y, ps.concat([batch, [height // f, width // f, f * f * channels]], axis=0))
 
-    def _transport_forward(self, x):
+    def _transport_forward(self, x: tf.Tensor) -> tf.Tensor:
         f = self._factor
         shape = ps.shape(x)
         height, width, channels = self._checked(x.shape[-3:], ())
@@ -84,7 +87,7 @@ class Squeeze(base.FlowBijector):
             x = _transpose_event(x, [0, 2, 1, 3, 4])
         return tf.reshape(x, ps.concat([batch, [height * f, width * f, channels]], axis=0))
 
-    def _checked(self, event_shape, divisible):
+    def _checked(self, event_shape: tf.TensorShape, divisible: tuple[str, ...]) -> tuple[int, int, int]:
         if event_shape.rank != 3 or not event_shape.is_fully_defined():
             raise ValueError(f"Squeeze: got an event of shape {event_shape}, needs a static [height, width, channels]")
         height, width, channels = event_shape
@@ -95,26 +98,26 @@ class Squeeze(base.FlowBijector):
             raise ValueError(f"Squeeze: {channels} channels are not divisible by factor**2 = {self._factor**2}")
         return height, width, channels
 
-    def _inverse_event_shape(self, shape):
+    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         height, width, channels = self._checked(tf.TensorShape(shape[-3:]), ("height", "width"))
         f = self._factor
         return tf.TensorShape([height // f, width // f, channels * f * f])
 
-    def _forward_event_shape(self, shape):
+    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
         height, width, channels = self._checked(tf.TensorShape(shape[-3:]), ())
         f = self._factor
         return tf.TensorShape([height * f, width * f, channels // f**2])
 
-    def _inverse_event_shape_tensor(self, shape):
+    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         f = self._factor
         return shape // [f, f, 1] * [1, 1, f * f]
 
-    def _forward_event_shape_tensor(self, shape):
+    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
         f = self._factor
         return shape * [f, f, 1] // [1, 1, f * f]
 
 
-def _transpose_event(x, order):
+def _transpose_event(x: tf.Tensor, order: Sequence[int]) -> tf.Tensor:
     batch_rank = x.shape.rank - len(order)
     return tf.transpose(x, [*range(batch_rank), *(batch_rank + i for i in order)])
 
@@ -134,9 +137,9 @@ def inverse_permutation(permutation: np.ndarray | tf.Tensor) -> np.ndarray | tf.
     return tf.argsort(permutation)
 
 
-def _gather(x, permutation, inverse):
+def _gather(x: tf.Tensor, permutation: np.ndarray | tf.Tensor, inverse: np.ndarray | tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
-    def gather(x):
+    def gather(x: tf.Tensor) -> tuple[tf.Tensor, Callable]:
         # Rows are copied faster than single entries, transpositions included.
         shape = ps.shape(x)
         rows = tf.gather(tf.transpose(tf.reshape(x, [-1, shape[-1]])), permutation)

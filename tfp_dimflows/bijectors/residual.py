@@ -1,18 +1,19 @@
 """Invertible residual blocks, with exact, truncated and unbiased log-dets."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, implicit, recompute
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import record, samplers
 
-tfb = tfp.bijectors
+# A vector-Jacobian product: from w to w^T J.
+Vjp = Callable[[tf.Tensor], tf.Tensor]
 
 _NODES = 65
 # By how much the square of a product may exceed its vector's: the precision of a branch in bfloat16.
@@ -70,8 +71,8 @@ class InvertibleResidual(base.FlowBijector):
 
     def __init__(
         self,
-        network: Callable,
-        log_det: Any,
+        network: Callable[..., tf.Tensor],
+        log_det: "LogDetEstimator",
         event_ndims: int = 1,
         memory_saving: bool = False,
         tolerance: float | None = None,
@@ -96,16 +97,16 @@ class InvertibleResidual(base.FlowBijector):
         return self._network
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return self._network.accepts_condition
 
-    def _branch(self, y, condition):
+    def _branch(self, y: tf.Tensor, condition: Any) -> tf.Tensor:
         g = self._network(y, condition, event_ndims=self._event_ndims)
         if not g.shape.is_compatible_with(y.shape):
             raise ValueError(f"{self.name}: the branch maps values of shape {y.shape} to {g.shape}, must keep the shape")
         return g
 
-    def _with_vjp(self, y, condition):
+    def _with_vjp(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, Vjp]:
         """g(y) and its vector-Jacobian product, which `validate_args` checks."""
         g, vjp = implicit.with_vjp(lambda y: self._branch(y, condition), y)
         if not self.validate_args:
@@ -113,7 +114,7 @@ class InvertibleResidual(base.FlowBijector):
         axes = list(range(-self._event_ndims, 0))
         message = f"{self.name}: a product with the Jacobian of the branch is longer than its vector; is it a contraction?"
 
-        def checked(w):
+        def checked(w: tf.Tensor) -> tf.Tensor:
             product = vjp(w)
             grows = tf.reduce_sum(product**2, axes) > (1.0 + _ROUNDING) * tf.reduce_sum(w**2, axes)
             with tf.control_dependencies([tf.debugging.Assert(~tf.reduce_any(grows), [message])]):
@@ -121,36 +122,36 @@ class InvertibleResidual(base.FlowBijector):
 
         return g, checked
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         value = tf.cast(y, base.log_det_dtype(y.dtype))
-        if self._memory_saving:
-            g, log_det = self._recomputed(value, condition)
+        if self._memory_saving and isinstance(self._log_det, RussianRoulette):
+            g, log_det = self._recomputed(self._log_det, value, condition)
         else:
             g, vjp = self._with_vjp(value, condition)
             log_det = self._log_det.per_dim(vjp, value, self._event_ndims)
         return tf.cast(value + g, y.dtype), log_det
 
-    def _recomputed(self, y, condition):
+    def _recomputed(self, roulette: "RussianRoulette", y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """g(y) and the log-det, whose gradients evaluate the branch again."""
         leaves = [] if condition is None else tf.nest.flatten(condition)
 
-        def evaluate(y, leaves):
+        def evaluate(y: tf.Tensor, leaves: Sequence[tf.Tensor]) -> tuple[tf.Tensor, Vjp]:
             given = tf.nest.pack_sequence_as(condition, leaves) if leaves else None
             return self._with_vjp(y, given)
 
         @tf.custom_gradient
-        def block(y, *leaves):
+        def block(y: tf.Tensor, *leaves: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
             g, vjp = evaluate(y, leaves)
             with record.stop_recording():
-                value, probes = self._log_det.estimate(vjp, y)
+                value, probes = roulette.estimate(vjp, y)
 
-            def gradient(dg, dvalue, variables=()):
+            def gradient(dg: tf.Tensor, dvalue: tf.Tensor, variables: Sequence[tf.Variable] = ()) -> Any:
                 again = recompute.after([y, *leaves], [dg, dvalue])
                 inputs = [*again, *variables]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(inputs)
                     g, vjp = evaluate(again[0], again[1:])
-                    surrogate = self._log_det.surrogate(vjp, probes)
+                    surrogate = roulette.surrogate(vjp, probes)
                 gradients = tape.gradient([g, surrogate], inputs, [dg, dvalue], unconnected_gradients="zero")
                 if not variables:
                     return gradients
@@ -160,12 +161,12 @@ class InvertibleResidual(base.FlowBijector):
 
         return block(y, *leaves)
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         y = self._solve(tf.cast(x, base.log_det_dtype(x.dtype)), condition)
         _, vjp = self._with_vjp(y, condition)
         return tf.cast(y, x.dtype), -self._log_det.per_dim(vjp, y, self._event_ndims)
 
-    def _solve(self, x, condition):
+    def _solve(self, x: tf.Tensor, condition: Any) -> tf.Tensor:
         """The solution y of y = x - g(y), with the gradients of the implicit function."""
         with record.stop_recording():
             g = self._branch(x, condition)
@@ -175,26 +176,28 @@ class InvertibleResidual(base.FlowBijector):
             y = tf.stop_gradient(y)
         g, vjp = implicit.with_vjp(lambda value: self._branch(value, condition), y)
 
-        def adjoint(upstream):
+        def adjoint(upstream: tf.Tensor) -> tf.Tensor:
             axes = list(range(-self._event_ndims, 0))
             size = tf.reduce_max(tf.abs(upstream), axis=axes, keepdims=True)
             return self._fixed_point(lambda w: upstream - vjp(w), upstream, size, tolerance)
 
         return implicit.with_adjoint(y, x - g, adjoint)
 
-    def _fixed_point(self, function, start, floor, tolerance):
+    def _fixed_point(
+        self, function: Callable[[tf.Tensor], tf.Tensor], start: tf.Tensor, floor: tf.Tensor | float, tolerance: float
+    ) -> tf.Tensor:
         """Iterates from `start` until no change exceeds the tolerance times `floor` and the value."""
         first = function(start)
         axes = list(range(-self._event_ndims, 0))
 
-        def is_close(new, old):
+        def is_close(new: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
             near = tf.abs(new - old) <= tolerance * (floor + tf.abs(new))
             return tf.reduce_all(near & tf.math.is_finite(new), axis=axes)
 
-        def unfinished(step, value, reached):
+        def unfinished(step: tf.Tensor, value: tf.Tensor, reached: tf.Tensor) -> tf.Tensor:
             return (step < self._max_iterations) & ~tf.reduce_all(reached)
 
-        def iterate(step, value, reached):
+        def iterate(step: tf.Tensor, value: tf.Tensor, reached: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             new = function(value)
             return step + 1, new, is_close(new, value)
 
@@ -203,6 +206,13 @@ class InvertibleResidual(base.FlowBijector):
         with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(reached), [message])]):
             reached = tf.reshape(reached, ps.concat([ps.shape(reached), [1] * self._event_ndims], axis=0))
             return tf.where(reached, value, np.nan)
+
+
+class LogDetEstimator(Protocol):
+    """What `InvertibleResidual` needs of its log-det: those of this module have it, and any other class may."""
+
+    def per_dim(self, vjp: Vjp, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
+        """The diagonal of log(I + J), or an estimate, of the shape of `y`; `vjp` multiplies by J from the left, at `y`."""
 
 
 class ExactLogDet:
@@ -225,7 +235,7 @@ class ExactLogDet:
     array([[0.4055, 0.4055]], dtype=float32)
     """
 
-    def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
+    def per_dim(self, vjp: Vjp, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
         """Diagonal of log(I + J), of the shape of `y`."""
         shape = y.shape[y.shape.rank - event_ndims :]
         dims = shape.num_elements()
@@ -271,11 +281,11 @@ class PowerSeries:
     TensorShape([1, 2])
     """
 
-    def __init__(self, num_terms: int = 5, num_probes: int = 1, seed: Any = None):
+    def __init__(self, num_terms: int = 5, num_probes: int = 1, seed: TensorLike | None = None):
         _check_positive("PowerSeries", num_terms=num_terms, num_probes=num_probes)
         self.num_terms, self.num_probes, self.seed = num_terms, num_probes, seed
 
-    def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
+    def per_dim(self, vjp: Vjp, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
         """Estimate of the diagonal of log(I + J), of the shape of `y`."""
         total = 0.0
         for seed in samplers.split_seed(base.probe_seed(self.seed), n=self.num_probes, salt="power_series"):
@@ -326,7 +336,7 @@ class RussianRoulette:
         num_exact: int = 2,
         num_exact_evaluation: int = 20,
         num_probes: int = 1,
-        seed: Any = None,
+        seed: TensorLike | None = None,
     ):
         if distribution not in ("poisson", "geometric"):
             raise ValueError(f"RussianRoulette: got distribution={distribution!r}, needs poisson or geometric")
@@ -344,37 +354,41 @@ class RussianRoulette:
             return tf.math.igamma(m, tf.constant(self.rate, m.dtype))
         return tf.constant(1.0 - self.rate, m.dtype) ** (m - 1.0)
 
-    def per_dim(self, vjp: Callable, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
+    def per_dim(self, vjp: Vjp, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
         """Estimate of the diagonal of log(I + J), of the shape of `y`."""
         with record.stop_recording():
             value, probes = self.estimate(vjp, y)
         surrogate = self.surrogate(vjp, probes)
         return tf.stop_gradient(value - surrogate) + surrogate
 
-    def surrogate(self, vjp: Callable, probes: list[tuple[tf.Tensor, tf.Tensor]]) -> tf.Tensor:
+    def surrogate(self, vjp: Vjp, probes: list[tuple[tf.Tensor, tf.Tensor]]) -> tf.Tensor:
         """What is differentiated: n^T J v, elementwise before the sum, for the Neumann series n of each probe v."""
         return sum(vjp(tf.stop_gradient(neumann)) * v for neumann, v in probes) / self.num_probes
 
-    def estimate(self, vjp: Callable, y: tf.Tensor) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
+    def estimate(self, vjp: Vjp, y: tf.Tensor) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
         """The value without gradients, and for each probe its Neumann series v^T (I - J + J^2 ...) and itself."""
         seeds = samplers.split_seed(base.probe_seed(self.seed), n=2 * self.num_probes, salt="russian_roulette")
         seeds = tf.unstack(seeds)
         values, probes = zip(*(self._series(vjp, y, *pair) for pair in zip(seeds[::2], seeds[1::2])))
         return sum(values) / self.num_probes, list(probes)
 
-    def _series(self, vjp, y, seed, seed_of_n):
+    def _series(
+        self, vjp: Vjp, y: tf.Tensor, seed: tf.Tensor, seed_of_n: tf.Tensor
+    ) -> tuple[tf.Tensor, tuple[tf.Tensor, tf.Tensor]]:
         v = samplers.normal(ps.shape(y), dtype=y.dtype, seed=seed)
         u = 1.0 - samplers.uniform([], dtype=y.dtype, seed=seed_of_n)  # in (0, 1]: with u = 0 the series would not end
         num_exact = self.num_exact if keras_bridge.training() else self.num_exact_evaluation
 
-        def beyond(k):
+        def beyond(k: tf.Tensor) -> tf.Tensor:
             return tf.maximum(tf.cast(k - num_exact, y.dtype), 1.0)
 
-        def goes_on(k, w, value, neumann):
+        def goes_on(k: tf.Tensor, w: tf.Tensor, value: tf.Tensor, neumann: tf.Tensor) -> tf.Tensor:
             # N >= m exactly if u <= P(N >= m).
             return (k <= num_exact) | (u <= self.survival(beyond(k)))
 
-        def add(k, w, value, neumann):
+        def add(
+            k: tf.Tensor, w: tf.Tensor, value: tf.Tensor, neumann: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
             w = vjp(w)
             weight = tf.where(k <= num_exact, tf.ones([], y.dtype), 1.0 / self.survival(beyond(k)))
             weight = tf.where(k % 2 == 0, -weight, weight)
@@ -384,7 +398,7 @@ class RussianRoulette:
         return value, (neumann, v)
 
 
-def _check_positive(name, **sizes):
+def _check_positive(name: str, **sizes: int) -> None:
     for key, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}: got {key}={size!r}, needs a positive integer")

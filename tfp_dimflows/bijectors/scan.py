@@ -4,19 +4,19 @@ import contextlib
 import copy
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
+from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, chain, per_dimension, recompute
 from tfp_dimflows.upstream import control_flow_util
-
-tfb = tfp.bijectors
 
 
 class Scan(base.FlowBijector):
@@ -91,15 +91,15 @@ class Scan(base.FlowBijector):
             return parts.bijectors
 
     @property
-    def _uses_condition(self):
+    def _uses_condition(self) -> bool:
         return bool(per_dimension.condition_kwargs(self._template.bijector, True))
 
-    def _at(self, values):
+    def _at(self, values: Sequence[Any]) -> tfb.Bijector:
         """The bijector with these values in the place of those that are stacked."""
         if self._memory == "recompute":  # new tensors at every use, as of variables: TFP's caches would know those of one
             values = [tfp.util.DeferredTensor(v, tf.identity) if isinstance(v, tf.Tensor) else v for v in values]
-        values, is_stacked = iter(values), iter(self._is_stacked)
-        return _copy(self._template.bijector, lambda _, leaf: next(values) if next(is_stacked) else leaf)
+        remaining, is_stacked = iter(values), iter(self._is_stacked)
+        return _copy(self._template.bijector, lambda _, leaf: next(remaining) if next(is_stacked) else leaf)
 
     # One by one.
 
@@ -115,31 +115,31 @@ class Scan(base.FlowBijector):
                 if isinstance(stack, tf.Variable):
                     stack.assign(tf.stack(column))
 
-    def _forward_and_log_det_per_dim(self, x, condition):
+    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         with self._one_by_one() as parts:
             return parts._forward_and_log_det_per_dim(x, condition)
 
-    def _inverse_and_log_det_per_dim(self, y, condition):
+    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         with self._one_by_one() as parts:
             return parts._inverse_and_log_det_per_dim(y, condition)
 
-    def _transport_forward(self, per_dim):
+    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
         with self._one_by_one() as parts:
             return parts._transport_forward(per_dim)
 
-    def _transport_inverse(self, per_dim):
+    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
         with self._one_by_one() as parts:
             return parts._transport_inverse(per_dim)
 
     # In a loop.
 
-    def _forward_and_log_det(self, x, condition, event_ndims):
+    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._total(x, condition, event_ndims, "forward")
 
-    def _inverse_and_log_det(self, y, condition, event_ndims):
+    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
         return self._total(y, condition, event_ndims, "inverse")
 
-    def _total(self, value, condition, event_ndims, direction):
+    def _total(self, value: tf.Tensor, condition: Any, event_ndims: int, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
         graph = tf.compat.v1.get_default_graph()
         # XLA's convolutions in a loop are slow on a CPU.
         if tf.executing_eagerly() or control_flow_util.GraphOrParentsInXlaContext(graph):
@@ -150,16 +150,16 @@ class Scan(base.FlowBijector):
             return self._loop(value, rows, condition, event_ndims, direction)
         return self._recomputed(value, rows, condition, event_ndims, direction)
 
-    def _rows(self, values, is_stacked=True):
+    def _rows(self, values: Sequence[Any], is_stacked: bool = True) -> list[tf.Tensor]:
         """For every dtype the values side by side, flat: a loop is faster with one array than with many."""
-        by_dtype = {}
+        by_dtype: dict[tf.DType, list[tf.Tensor]] = {}
         for value in values:
             by_dtype.setdefault(value.dtype, []).append(tf.reshape(value, [self._length, -1] if is_stacked else [-1]))
         return [tf.concat(parts, axis=-1) for parts in by_dtype.values()]
 
-    def _values(self, arrays, k):
+    def _values(self, arrays: list[tf.TensorArray], k: tf.Tensor) -> list[tf.Tensor]:
         """The values of the k-th bijector, as `_at` takes them."""
-        shapes = {}
+        shapes: dict[tf.DType, list[int]] = {}
         for stack in self._stacked:
             if isinstance(stack, tf.Variable):
                 shapes.setdefault(stack.dtype, []).append(stack.shape[1:].num_elements())
@@ -169,7 +169,7 @@ class Scan(base.FlowBijector):
             for stack in self._stacked
         ]
 
-    def _steps(self, values, condition, event_ndims, direction):
+    def _steps(self, values: Sequence[Any], condition: Any, event_ndims: int, direction: str) -> list[tuple]:
         """The parts of a bijector in this direction, each with its keyword arguments and the event axes of its argument."""
         parts, steps = chain.Chain([self._at(values)]), []
         for bijector, kwargs in parts._all_parts(parts._route(condition, {}), direction):
@@ -177,17 +177,19 @@ class Scan(base.FlowBijector):
             event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
         return steps
 
-    def _place(self, step, direction):
+    def _place(self, step: tf.Tensor, direction: str) -> tf.Tensor:
         """Which bijector is applied at a step."""
         return step if direction == "inverse" else self._length - 1 - step
 
-    def _while(self, body, start):
+    def _while(self, body: Callable, start: list[Any]) -> Any:
         return tf.while_loop(lambda step, *_: step < self._length, body, [0, *start], maximum_iterations=self._length)[1:]
 
-    def _loop(self, value, rows, condition, event_ndims, direction):
+    def _loop(
+        self, value: tf.Tensor, rows: list[tf.Tensor], condition: Any, event_ndims: int, direction: str
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         arrays, shape = [_array(row) for row in rows], value.shape
 
-        def body(step, value, total):
+        def body(step: tf.Tensor, value: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             values = self._values(arrays, self._place(step, direction))
             for bijector, kwargs, ndims in self._steps(values, condition, event_ndims, direction):
                 value, log_det = getattr(per_dimension, f"{direction}_and_log_det")(bijector, value, ndims, **kwargs)
@@ -200,19 +202,29 @@ class Scan(base.FlowBijector):
         total = base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)
         return self._while(body, [value, total])
 
-    def _recomputed(self, value, rows, condition, event_ndims, direction):
+    def _recomputed(
+        self, value: tf.Tensor, rows: list[tf.Tensor], condition: Any, event_ndims: int, direction: str
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         training = keras_bridge.training()
         given, rebuild = recompute.floating(condition)
 
         @tf.custom_gradient
-        def run(value, given, rows):
+        def run(
+            value: tf.Tensor, given: list[tf.Tensor], rows: list[tf.Tensor]
+        ) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
             result, total = self._loop(value, rows, rebuild(given), event_ndims, direction)
 
-            def gradient(dresult, dtotal):
+            def gradient(dresult: tf.Tensor, dtotal: tf.Tensor) -> tuple:
                 arrays = [_array(row) for row in rows]
                 slopes = [tf.TensorArray(row.dtype, self._length, element_shape=row.shape[1:]) for row in rows]
 
-                def body(step, result, dresult, dgiven, slopes):
+                def body(
+                    step: tf.Tensor,
+                    result: tf.Tensor,
+                    dresult: tf.Tensor,
+                    dgiven: list[tf.Tensor],
+                    slopes: list[tf.TensorArray],
+                ) -> tuple:
                     place = self._place(self._length - 1 - step, direction)
                     values = self._values(arrays, place)
                     steps = self._steps(values, rebuild(given), event_ndims, direction)
@@ -241,11 +253,11 @@ class Scan(base.FlowBijector):
 class _Hidden:
     """Holds a bijector whose variables are not to be found."""
 
-    def __init__(self, bijector):
+    def __init__(self, bijector: tfb.Bijector):
         self.bijector = bijector
 
 
-def _array(stack):
+def _array(stack: tf.Tensor) -> tf.TensorArray:
     return tf.TensorArray(stack.dtype, stack.shape[0], element_shape=stack.shape[1:]).unstack(stack)
 
 
@@ -254,7 +266,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, tf.DType, tf.
 _IRRELEVANT = ("name", "_name", "_name_scope", "_scope_name", "_parameter_dict", "_cached_batch_shapes")
 
 
-def _stack(made, name):
+def _stack(made: Sequence[tfb.Bijector], name: str) -> tuple[list[tf.Variable | np.ndarray], list[bool]]:
     """Variables and arrays with the values of all bijectors, and for every leaf of one whether it is among these."""
     rows = [_leaves(bijector, name) for bijector in made]
     for k, row in enumerate(rows):
@@ -265,7 +277,8 @@ def _stack(made, name):
                     f"{name}: bijector {k} is of another kind than bijector 0: in {path} got {values[0]!r} and {values[1]!r}, "
                     "needs bijectors that differ in the values of variables and arrays only"
                 )
-    stacked, is_stacked = [], []
+    stacked: list[tf.Variable | np.ndarray] = []
+    is_stacked: list[bool] = []
     for column in zip(*rows):
         leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for _, leaf in column]
         is_variable, is_array = isinstance(leaves[0], tf.Variable), isinstance(leaves[0], _ARRAYS)
@@ -282,10 +295,15 @@ def _stack(made, name):
     return stacked, is_stacked
 
 
-def _leaves(bijector, name):
+def _leaves(bijector: tfb.Bijector, name: str) -> list[tuple[str, Any]]:
     """Path and value of everything that a bijector computes with."""
     leaves = []
-    _copy(bijector, lambda path, leaf: leaves.append((path, leaf)) or leaf)
+
+    def note(path: str, leaf: Any) -> Any:
+        leaves.append((path, leaf))
+        return leaf
+
+    _copy(bijector, note)
     holdings = keras_bridge.collect(bijector)
     found = {id(leaf.value if isinstance(leaf, keras.Variable) else leaf) for _, leaf in leaves}
     hidden = [v.name for v in holdings.variables if id(v) not in found]
@@ -301,7 +319,7 @@ def _leaves(bijector, name):
     return leaves
 
 
-def _kind(path, leaf):
+def _kind(path: str, leaf: Any) -> tuple:
     """What has to agree."""
     if isinstance(leaf, (keras.Variable, tf.Variable)):
         return path, type(leaf), tuple(leaf.shape), leaf.dtype, leaf.trainable
@@ -313,18 +331,18 @@ def _kind(path, leaf):
     return (path, leaf) if isinstance(leaf, _PLAIN) else (path, type(leaf))
 
 
-def _copy(bijector, function):
+def _copy(bijector: tfb.Bijector, function: Callable[[str, Any], Any]) -> tfb.Bijector:
     """A copy of a bijector with `function(path, leaf)` in the place of all that is no container; of one variable everywhere."""
     done = {}
 
-    def leaf_of(path, leaf):
+    def leaf_of(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, (keras.Variable, tf.Variable, *_ARRAYS)):
             return function(path, leaf)
         if id(leaf) not in done:
             done[id(leaf)] = function(path, leaf)
         return done[id(leaf)]
 
-    def of(path, item):
+    def of(path: str, item: Any) -> Any:
         if id(item) in done:
             return done[id(item)]
         if isinstance(item, types.MethodType):

@@ -1,9 +1,10 @@
 """Sylvester flows."""
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows.bijectors import implicit
 from tfp_dimflows.bijectors.parametric import Parametric, log_tanh_sum_slope, tanh_slope
@@ -70,7 +71,7 @@ class Sylvester(Parametric):
     def __init__(
         self,
         dims: int,
-        params: Any = None,
+        params: TensorLike | None = None,
         variant: str = "orthogonal",
         num_columns: int | None = None,
         num_reflections: int = 8,
@@ -86,7 +87,7 @@ class Sylvester(Parametric):
             raise ValueError(f"Sylvester: got reverse with variant {variant}, it is for triangular")
         self._variant, self._reverse = variant, reverse
 
-        def initial(generator):
+        def initial(generator: np.random.Generator) -> tuple:
             matrices, vectors = self._parts[:3], self._parts[3]
             return *(0.1 * generator.normal(size=shape) for shape in matrices), generator.normal(size=vectors)
 
@@ -97,20 +98,20 @@ class Sylvester(Parametric):
         """The size of `params`' last axis; arguments as in the constructor."""
         return sum(int(np.prod(shape)) for shape in _parts(dims, variant, num_columns, num_reflections))
 
-    def _forward_pass(self, x, parts):
+    def _forward_pass(self, x: tf.Tensor, parts: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Callable]:
         q, r, r_tilde, bias, slopes_at_0 = self._matrices(parts)
         w = tf.linalg.matvec(r_tilde, q.matvec(x, adjoint=True)) + bias
         y = x + q.matvec(tf.linalg.matvec(r, tf.tanh(w)))
         return y, *_log_dets(w, q, slopes_at_0)
 
-    def _inverse_pass(self, y, parts):
+    def _inverse_pass(self, y: tf.Tensor, parts: list[tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor, Callable]:
         q, r, r_tilde, bias, slopes_at_0 = self._matrices(parts)
         target = tf.linalg.matvec(r_tilde, q.matvec(y, adjoint=True)) + bias
         w = _solve(tf.matmul(r_tilde, r), target)
         x = y - q.matvec(tf.linalg.matvec(r, tf.tanh(w)))
         return x, *_log_dets(w, q, slopes_at_0)
 
-    def _matrices(self, parts):
+    def _matrices(self, parts: list[tf.Tensor]) -> tuple[tf.linalg.LinearOperator, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
         """Q as a linear operator, R, R', b and 1 + R_jj R'_jj."""
         matrix, raw_tilde, bias, vectors = parts
         diagonal, diagonal_tilde = (_LIMIT * tf.tanh(raw) for raw in (tf.linalg.diag_part(matrix), raw_tilde))
@@ -118,7 +119,7 @@ class Sylvester(Parametric):
         r_tilde = tf.linalg.set_diag(tf.linalg.band_part(tf.linalg.matrix_transpose(matrix), 0, -1), diagonal_tilde)
         return self._q(vectors), r, r_tilde, bias, 1.0 + diagonal * diagonal_tilde
 
-    def _q(self, vectors):
+    def _q(self, vectors: tf.Tensor) -> tf.linalg.LinearOperator:
         if self._variant == "orthogonal":
             q, upper = tf.linalg.qr(vectors)
             # A positive diagonal makes the decomposition unique, and so continuous in the parameters.
@@ -136,7 +137,7 @@ class Sylvester(Parametric):
         return tf.linalg.LinearOperatorIdentity(self._dims, dtype=vectors.dtype)
 
 
-def _parts(dims, variant, num_columns, num_reflections):
+def _parts(dims: int, variant: str, num_columns: int | None, num_reflections: int) -> list[tuple[int, ...]]:
     if variant not in VARIANTS:
         raise ValueError(f"Sylvester: got variant={variant!r}, needs one of {VARIANTS}")
     if variant != "orthogonal":
@@ -153,19 +154,19 @@ def _parts(dims, variant, num_columns, num_reflections):
     return [(columns, columns), (columns,), (columns,), vectors]
 
 
-def _log_dets(w, q, slopes_at_0):
+def _log_dets(w: tf.Tensor, q: tf.linalg.LinearOperator, slopes_at_0: tf.Tensor) -> tuple[tf.Tensor, Callable]:
     """The forward log-det, and a function that returns that of every dimension."""
     log_dets = log_tanh_sum_slope(w, slopes_at_0)
     return tf.reduce_sum(log_dets, axis=-1), lambda: tf.linalg.matvec(tf.square(q.to_dense()), log_dets)
 
 
-def _solve(matrix, target):
+def _solve(matrix: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
     """The w with w + matrix tanh(w) = target, for an upper triangular matrix whose diagonal is above -1."""
     columns = target.shape[-1]
     diagonal = tf.linalg.diag_part(matrix)
     above = matrix - tf.linalg.diag(diagonal)
 
-    def entry(k, w):
+    def entry(k: tf.Tensor, w: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         j = columns - 1 - k
         slope = diagonal[..., j]
         rest = target[..., j] - tf.reduce_sum(above[..., j, :] * tf.tanh(w), axis=-1)
@@ -177,7 +178,7 @@ def _solve(matrix, target):
         _, w = tf.while_loop(lambda *_: True, entry, (0, start), maximum_iterations=columns)
         w = tf.stop_gradient(w)
 
-    def adjoint(upstream):
+    def adjoint(upstream: tf.Tensor) -> tf.Tensor:
         jacobian = tf.eye(columns, dtype=w.dtype) + matrix * tanh_slope(w)[..., tf.newaxis, :]
         return tf.linalg.triangular_solve(jacobian, upstream[..., tf.newaxis], lower=False, adjoint=True)[..., 0]
 

@@ -111,7 +111,7 @@ def patch_corners(split: str) -> list[tuple[int, int]]:
     """
     first, end = TEST_COLUMNS.start, TEST_COLUMNS.stop
     if split == "test":
-        stride, lefts = TEST_STRIDE, range(first, end - PATCH_SIZE + 1, TEST_STRIDE)
+        stride, lefts = TEST_STRIDE, list(range(first, end - PATCH_SIZE + 1, TEST_STRIDE))
     else:
         stride, grid = TRAIN_STRIDE, range(0, PHOTO_WIDTH - PATCH_SIZE + 1, TRAIN_STRIDE)
         lefts = [left for left in grid if left + PATCH_SIZE <= first or left >= end]

@@ -52,10 +52,10 @@ class FolderImages(tfds.core.GeneratorBasedBuilder):
         config = tfds.core.BuilderConfig(name=re.sub(r"\W", "_", self._folder.resolve().name) + f"-{digest}")
         super().__init__(data_dir=data_dir, config=config)
 
-    def _key(self, path):
+    def _key(self, path: pathlib.Path) -> str:
         return path.relative_to(self._folder).as_posix()
 
-    def _split(self, files):
+    def _split(self, files: list[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
         named = {name: [f for f in files if f.relative_to(self._folder).parts[0] == name] for name in ("train", "test")}
         if all(named.values()):
             return named
@@ -83,7 +83,7 @@ class FolderImages(tfds.core.GeneratorBasedBuilder):
             yield self._key(path), {"image": os.fspath(path)}
 
 
-def _decode(path):
+def _decode(path: pathlib.Path) -> tf.Tensor:
     try:
         return tf.io.decode_image(tf.io.read_file(os.fspath(path)), expand_animations=False)
     except tf.errors.InvalidArgumentError as error:

@@ -196,11 +196,11 @@ def _endlessly_shuffled(images: tf.data.Dataset, seed: int) -> tf.data.Dataset:
     `Dataset.shuffle` has a generator of seeds that goes on from one iterator to the next.
     """
 
-    def shuffled(number, index, block):
+    def shuffled(number: tf.Tensor, index: tf.Tensor, block: tf.Tensor) -> tf.Tensor:
         seed_of_pass = tf.random.experimental.stateless_fold_in(tf.constant([0, seed], tf.int64), number)
         return tf.random.experimental.stateless_shuffle(block, tf.random.experimental.stateless_fold_in(seed_of_pass, index))
 
-    def one_pass(number):
+    def one_pass(number: tf.Tensor) -> tf.data.Dataset:
         blocks = images.batch(_SHUFFLE_BUFFER).enumerate()
         return blocks.map(lambda index, block: shuffled(number, index, block)).unbatch()
 
@@ -249,10 +249,11 @@ def _open_source(
 
     directory = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
     folder = _as_folder(name)
+    name = os.fspath(name if folder is None else folder)
     if folder is None:
         make = functools.partial(_find_builder, name)
     else:
-        name, make = os.fspath(folder), functools.partial(FolderImages, folder, image_size is None)
+        make = functools.partial(FolderImages, folder, image_size is None)
     builder = make(directory)
     is_made_here = folder is not None or builder.name in embedded.BUILDERS
     if is_made_here and not builder.data_path.exists() and not _is_writable(directory):

@@ -1,17 +1,18 @@
 """Integer images under a continuous distribution."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 class Dequantized(VariationalDistribution):
@@ -90,20 +91,20 @@ class Dequantized(VariationalDistribution):
         """The flow of the noise; None: uniform noise."""
         return self._noise
 
-    def encode(self, x, **bijector_kwargs) -> tf.Tensor:
+    def encode(self, x: TensorLike, **bijector_kwargs: Any) -> tf.Tensor:
         """Latent values of integer events: the bijector's inverse at the middle, x + 1/2, of their cells."""
         x = tf.cast(self._checked(tf.convert_to_tensor(x)), self._distribution.dtype) + 0.5
         return variational.encode(self._distribution, x, **bijector_kwargs)
 
-    def decode(self, z, **bijector_kwargs) -> tf.Tensor:
+    def decode(self, z: TensorLike, **bijector_kwargs: Any) -> tf.Tensor:
         """Integer events of latent values: the bijector's forward, rounded down to a level."""
         return self._quantize(variational.decode(self._distribution, z, **bijector_kwargs))
 
-    def dequantize(self, x, seed: Any = None) -> tf.Tensor:
+    def dequantize(self, x: TensorLike, seed: TensorLike | None = None) -> tf.Tensor:
         """Continuous events x + u of integer ones; `seed` as in `sample`."""
         return self._dequantize(tf.convert_to_tensor(x), [], seed)[0]
 
-    def _dequantize(self, x, sample_shape, seed):
+    def _dequantize(self, x: tf.Tensor, sample_shape: Sequence[int], seed: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Continuous events, and log r(u | x) of their noise."""
         x = tf.cast(self._checked(x), self._distribution.dtype)
         shape = ps.concat([sample_shape, ps.shape(x)], axis=0)
@@ -116,28 +117,28 @@ class Dequantized(VariationalDistribution):
         below_one = np.nextafter(*np.array([1, 0], x.dtype.as_numpy_dtype))
         return tf.minimum(x + u, (x + 1.0) * below_one), log_r
 
-    def _noisy(self, x, num_samples, seed):
+    def _noisy(self, x: tf.Tensor, num_samples: int, seed: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Continuous events with the noise that `log_weights` takes for a seed, log r(u | x); the seed for what is below."""
         seed, seed_below = samplers.split_seed(seed, n=2, salt="dequantized")
         # Spares the networks the folding of a second batch axis.
         sample_shape = [] if num_samples == 1 else [num_samples]
         return *self._dequantize(x, sample_shape, seed), seed_below
 
-    def _log_weights(self, x, num_samples, seed, **kwargs):
+    def _log_weights(self, x: tf.Tensor, num_samples: int, seed: Any, **kwargs: Any) -> tf.Tensor:
         y, log_r, seed_below = self._noisy(x, num_samples, seed)
         kwargs = variational.with_noise(self._distribution, kwargs, seed=seed_below)
         if num_samples == 1:
             return (self._distribution.log_prob(y, **kwargs) - log_r)[tf.newaxis]
         return self._distribution.log_prob(y, **variational.with_sample_axis(kwargs)) - log_r
 
-    def _call_log_prob(self, value, name, **kwargs):
+    def _call_log_prob(self, value: TensorLike, name: str, **kwargs: Any) -> tf.Tensor:
         # TFP would silently round floats, and take booleans, to the integer dtype of the samples.
         return super()._call_log_prob(tf.convert_to_tensor(value), name, **kwargs)
 
-    def _sample_n(self, n, seed=None, **kwargs):
+    def _sample_n(self, n: int, seed: Any = None, **kwargs: Any) -> tf.Tensor:
         return self._quantize(self._distribution.sample(n, seed=seed, **kwargs))
 
-    def _quantize(self, y):
+    def _quantize(self, y: tf.Tensor) -> tf.Tensor:
         # A barely trained flow can overflow on its way to the data, and there is no NaN among integers.
         y = tf.where(tf.math.is_nan(y), tf.zeros_like(y), tf.floor(y))
         return tf.cast(tf.clip_by_value(y, 0.0, self._levels - 1.0), self.dtype)
@@ -148,13 +149,13 @@ class Dequantized(VariationalDistribution):
             low, high = tf.reduce_min(x).numpy(), tf.reduce_max(x).numpy()
             raise ValueError(f"{self.name}: got values from {low} to {high}, needs numbers 0 to {self._levels - 1}")
 
-    def _inside(self, x):
+    def _inside(self, x: tf.Tensor) -> tf.Tensor:
         if not (x.dtype.is_integer or x.dtype.is_floating):
             raise ValueError(f"{self.name}: got values of dtype {x.dtype.name}, needs numbers 0 to {self._levels - 1}")
         values = tf.cast(x, tf.float32)
         return tf.reduce_all((values >= 0.0) & (values <= self._levels - 1.0) & (values == tf.floor(values)))
 
-    def _checked(self, x):
+    def _checked(self, x: tf.Tensor) -> tf.Tensor:
         if tf.executing_eagerly():
             self.check_values(x)
             return x

@@ -1,17 +1,18 @@
 """The learned low-dimensional prior of Flow-VAE."""
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 _LOG_SCALE_BOUND = 3.0
 
@@ -115,7 +116,7 @@ class VAEPrior(VariationalDistribution):
         """The number of dimensions of the latent values."""
         return self._latent_dims
 
-    def encode(self, z) -> tf.Tensor:
+    def encode(self, z: TensorLike) -> tf.Tensor:
         """Latent values e, `batch + [d]`: the posterior's mean; with a flow as posterior, the image of its noise's mean."""
         h = self._encode(tf.cast(z, self.dtype))
         if isinstance(self._posterior, tfb.Bijector):
@@ -123,24 +124,24 @@ class VAEPrior(VariationalDistribution):
             return variational.push_noise(self._posterior, e, h, event_ndims=1)[0]
         return self._given(h).mean()
 
-    def decode(self, e) -> tf.Tensor:
+    def decode(self, e: TensorLike) -> tf.Tensor:
         """The likelihood's mean for latent values e, `batch + [d]`."""
         return self._decode(tf.convert_to_tensor(e, dtype=self.dtype)).mean()
 
-    def _encode(self, z):
+    def _encode(self, z: tf.Tensor) -> tf.Tensor:
         return tf.cast(self._encoder(z, event_ndims=self._event_rank), self.dtype)
 
-    def _decode(self, e):
+    def _decode(self, e: tf.Tensor) -> tfd.Distribution:
         return self._likelihood(tf.cast(self._decoder(e, event_ndims=1), self.dtype))
 
-    def _given(self, h):
+    def _given(self, h: tf.Tensor) -> tfd.Distribution:
         """The posterior, but for a flow."""
         if self._posterior is not None:
             return self._posterior(h)
         mean, log_scale = tf.split(h, 2, axis=-1)
         return tfd.MultivariateNormalDiag(mean, tf.exp(log_scale))
 
-    def _draw(self, h, num_samples, seed):
+    def _draw(self, h: tf.Tensor, num_samples: int, seed: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Latent values from the posterior, `[num_samples] + batch + [d]`, and log q of them."""
         if not isinstance(self._posterior, tfb.Bijector):
             return self._given(h).experimental_sample_and_log_prob([num_samples], seed=seed)
@@ -148,14 +149,14 @@ class VAEPrior(VariationalDistribution):
         noise = samplers.normal(shape, dtype=self.dtype, seed=seed)
         return variational.push_noise(self._posterior, noise, h[tf.newaxis], event_ndims=1)
 
-    def _log_weights(self, z, num_samples, seed):
+    def _log_weights(self, z: tf.Tensor, num_samples: int, seed: Any) -> tf.Tensor:  # type: ignore[override]
         z = tf.cast(z, self.dtype)
         e, log_q = self._draw(self._encode(z), num_samples, seed)
         kl, reconstruction = log_q - variational.noise_log_prob(e, event_ndims=1), self._decode(e).log_prob(z)
         variational.report(kl=kl, reconstruction=reconstruction)
         return reconstruction - kl
 
-    def _sample_n(self, n, seed=None):
+    def _sample_n(self, n: int, seed: Any = None) -> tf.Tensor:
         seed, seed_below = samplers.split_seed(seed, n=2, salt="vae_prior")
         e = samplers.normal([n, self._latent_dims], dtype=self.dtype, seed=seed)
         return self._decode(e).sample(seed=seed_below)
@@ -164,11 +165,11 @@ class VAEPrior(VariationalDistribution):
 class _Gaussian(tf.Module):
     """Independent Gaussians of given means and a learned standard deviation s, log s = B tanh(raw / B)."""
 
-    def __init__(self, kind, event_shape, dtype):
+    def __init__(self, kind: str, event_shape: tf.TensorShape, dtype: tf.DType):
         super().__init__()
         self._rank = event_shape.rank
         self.raw = tf.Variable(tf.zeros(event_shape if kind == "per_dimension" else [], dtype), name="log_scale")
 
-    def __call__(self, mean):
+    def __call__(self, mean: tf.Tensor) -> tfd.Distribution:
         log_scale = _LOG_SCALE_BOUND * tf.tanh(self.raw / _LOG_SCALE_BOUND)
         return tfd.Independent(tfd.Normal(mean, tf.exp(log_scale)), self._rank)

@@ -3,21 +3,21 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import per_dimension
 from tfp_dimflows.bijectors.base import probe_seed, probes_from
 from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
 from tfp_dimflows.upstream import prefer_static as ps
 
-tfb, tfd = tfp.bijectors, tfp.distributions
-
 _VALUES_AT_ONCE = 2**17
-_REPORTS = contextvars.ContextVar("reports", default=None)
+_REPORTS: contextvars.ContextVar[dict[str, tf.Tensor] | None] = contextvars.ContextVar("reports", default=None)
 
 
 class VariationalDistribution(tfd.Distribution):
@@ -61,7 +61,7 @@ class VariationalDistribution(tfd.Distribution):
 
     def __init__(
         self,
-        event_shape: Any,
+        event_shape: Sequence[int] | tf.TensorShape,
         dtype: tf.DType,
         num_samples: int = 1,
         validate_args: bool = False,
@@ -82,7 +82,9 @@ class VariationalDistribution(tfd.Distribution):
             name=name,
         )
 
-    def log_weights(self, x, num_samples: int | None = None, seed: Any = None, **kwargs) -> tf.Tensor:
+    def log_weights(
+        self, x: TensorLike, num_samples: int | None = None, seed: TensorLike | None = None, **kwargs: Any
+    ) -> tf.Tensor:
         """Log-weights log p(x, e) - log q(e | x) of noise samples e.
 
         Args:
@@ -110,7 +112,7 @@ class VariationalDistribution(tfd.Distribution):
         first = self._log_weights(x, rest + 1, first_seed, **kwargs)
         probes = probe_seed()
 
-        def chunk(seeds):
+        def chunk(seeds: Sequence[tf.Tensor]) -> tf.Tensor:
             # Inside the loop a seed of probes from outside would be the same in every pass.
             with contextlib.nullcontext() if probes is None else probes_from(seeds[-1]):
                 return self._log_weights(x, at_once, seeds[0], **kwargs)
@@ -126,19 +128,21 @@ class VariationalDistribution(tfd.Distribution):
         others = tf.reshape(others, ps.concat([[chunks * at_once], ps.shape(first)[1:]], axis=0))
         return tf.concat([first, others], axis=0)
 
-    def elbo(self, x, num_samples: int | None = None, seed: Any = None, **kwargs) -> tf.Tensor:
+    def elbo(self, x: TensorLike, num_samples: int | None = None, seed: TensorLike | None = None, **kwargs: Any) -> tf.Tensor:
         """Evidence lower bound, the mean of the log-weights; arguments as in `log_weights`. Shape: batch."""
         return tf.reduce_mean(self.log_weights(x, num_samples, seed, **kwargs), axis=0)
 
-    def bits_per_dim(self, x, num_samples: int | None = None, seed: Any = None, **kwargs) -> tf.Tensor:
+    def bits_per_dim(
+        self, x: TensorLike, num_samples: int | None = None, seed: TensorLike | None = None, **kwargs: Any
+    ) -> tf.Tensor:
         """`-log_prob(x) / (D ln 2)` for D event dimensions; arguments as in `log_weights`. Shape: batch."""
         dims = self.event_shape.num_elements()
         return -self.log_prob(x, num_samples=num_samples, seed=seed, **kwargs) / (dims * math.log(2.0))
 
-    def _log_weights(self, x, num_samples, seed, **kwargs):
+    def _log_weights(self, x: tf.Tensor, num_samples: int, seed: Any, **kwargs: Any) -> tf.Tensor:
         raise NotImplementedError(f"{self.name}: `_log_weights` is not implemented")
 
-    def _log_prob(self, x, num_samples=None, seed=None, **kwargs):
+    def _log_prob(self, x: tf.Tensor, num_samples: int | None = None, seed: Any = None, **kwargs: Any) -> tf.Tensor:
         log_weights = self.log_weights(x, num_samples, seed, **kwargs)
         if log_weights.shape[0] == 1:
             return log_weights[0]
@@ -146,27 +150,27 @@ class VariationalDistribution(tfd.Distribution):
         samples = tf.cast(ps.shape(log_weights)[0], tf.float64)
         return tf.cast(total - tf.math.log(samples), log_weights.dtype)
 
-    def _event_shape(self):
+    def _event_shape(self) -> tf.TensorShape:
         return self._static_event_shape
 
-    def _event_shape_tensor(self):
+    def _event_shape_tensor(self) -> tf.Tensor:
         return tf.constant(self._static_event_shape.as_list(), tf.int32)
 
-    def _batch_shape(self):
+    def _batch_shape(self) -> tf.TensorShape:
         return tf.TensorShape([])
 
-    def _batch_shape_tensor(self):
+    def _batch_shape_tensor(self) -> tf.Tensor:
         return tf.constant([], tf.int32)
 
     @classmethod
-    def _parameter_properties(cls, dtype, num_classes=None):
+    def _parameter_properties(cls, dtype: Any, num_classes: int | None = None) -> dict[str, Any]:
         return {}
 
 
 @contextlib.contextmanager
 def reports() -> Iterator[dict[str, tf.Tensor]]:
     """Context whose dict receives what distributions `report` while their bounds are evaluated in it."""
-    received = {}
+    received: dict[str, tf.Tensor] = {}
     token = _REPORTS.set(received)
     try:
         yield received
@@ -206,7 +210,7 @@ def is_bound(distribution: tfd.Distribution) -> bool:
     return isinstance(distribution, VariationalDistribution)
 
 
-def with_noise(distribution: tfd.Distribution, kwargs: dict, **noise) -> dict:
+def with_noise(distribution: tfd.Distribution, kwargs: dict, **noise: Any) -> dict:
     """Keyword arguments of `log_prob` with `seed` and `num_samples` for a bound, `kwargs` as they are for an exact density."""
     if not is_bound(distribution):
         return kwargs
@@ -216,7 +220,7 @@ def with_noise(distribution: tfd.Distribution, kwargs: dict, **noise) -> dict:
     return kwargs | {"distribution_kwargs": below}
 
 
-def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
+def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs: Any) -> tf.Tensor:
     """Latent values of events: through the bijector of a `TransformedDistribution`, and of those below it."""
     if isinstance(distribution, VariationalDistribution):
         return distribution.encode(x, **bijector_kwargs)
@@ -224,7 +228,7 @@ def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs) -> t
     return encode(below, x) if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)) else x
 
 
-def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> tf.Tensor:
+def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs: Any) -> tf.Tensor:
     """Events of latent values; see `encode`."""
     if isinstance(distribution, VariationalDistribution):
         return distribution.decode(z, **bijector_kwargs)
@@ -236,7 +240,7 @@ def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs) -> t
 def with_sample_axis(kwargs: dict) -> dict:
     """Keyword arguments of `log_prob` whose conditions have an axis for the noise samples in front."""
 
-    def change(key, value):
+    def change(key: str, value: Any) -> Any:
         if key == "condition":
             return tf.nest.map_structure(lambda c: tf.convert_to_tensor(c)[tf.newaxis], value)
         return with_sample_axis(value) if isinstance(value, dict) else value
@@ -244,7 +248,7 @@ def with_sample_axis(kwargs: dict) -> dict:
     return {key: change(key, value) for key, value in kwargs.items()}
 
 
-def _checked_num_samples(num_samples, name):
+def _checked_num_samples(num_samples: int, name: str) -> int:
     if int(num_samples) != num_samples or num_samples < 1:
         raise ValueError(f"{name}: got num_samples={num_samples}, needs a positive integer")
     return int(num_samples)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,7 +24,7 @@ class Conditioner(keras.layers.Layer):
       **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, condition_channels: int = 0, seed: int | None = None, **kwargs):
+    def __init__(self, inputs: int, outputs: int, *, condition_channels: int = 0, seed: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         self.inputs = inputs
         self.outputs = outputs
@@ -40,12 +41,12 @@ class Conditioner(keras.layers.Layer):
             "seed": self.seed,
         }
 
-    def _with_condition(self, x, condition):
+    def _with_condition(self, x: tf.Tensor, condition: tf.Tensor | None) -> tf.Tensor:
         """Appends the condition's channels to those of `x`."""
         condition = self._condition_like(x, condition)
         return x if condition is None else ops.concatenate([x, condition], axis=-1)
 
-    def _condition_like(self, x, condition):
+    def _condition_like(self, x: tf.Tensor, condition: tf.Tensor | None) -> tf.Tensor | None:
         """The condition at the positions of `x`, or None if the network takes none.
 
         A vector is repeated at every position; an image of f times the height and width is squeezed, f x f positions to
@@ -72,7 +73,7 @@ class Conditioner(keras.layers.Layer):
                 raise ValueError(f"{self.name}: got a condition of shape {tuple(condition.shape)}, needs {needs}")
         return condition
 
-    def _squeeze_factor(self, condition, x):
+    def _squeeze_factor(self, condition: tf.Tensor, x: tf.Tensor) -> int | None:
         """By how much a condition is larger than `x`, if it is an image that then has the right number of channels."""
         sizes = [*condition.shape[1:], *x.shape[1:-1]]
         if len(condition.shape) != 4 or len(x.shape) != 4 or None in sizes:
@@ -83,7 +84,7 @@ class Conditioner(keras.layers.Layer):
         return factor if fits else None
 
 
-def _matches(tensor, shape) -> bool:
+def _matches(tensor: tf.Tensor, shape: tuple[int | None, ...]) -> bool:
     return len(tensor.shape) == len(shape) and all(a == b or a is None or b is None for a, b in zip(tensor.shape, shape))
 
 

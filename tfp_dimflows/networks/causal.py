@@ -1,8 +1,10 @@
 """`WaveNet`: the autoregressive conditioner of signals, of dilated causal convolutions."""
 
 import itertools
+from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.networks.base import Conditioner, seed_stream
@@ -12,12 +14,22 @@ from tfp_dimflows.networks.masked import parameters_per_entry, tanh_gate
 class DilatedBlock(keras.layers.Layer):
     """One layer of a `WaveNet`. Nothing follows on the last one but its skip connection, so it does not change `h`."""
 
-    def __init__(self, width, kernel_size, dilation, *, last, condition_channels, seed, **kwargs):
+    def __init__(
+        self,
+        width: int,
+        kernel_size: int,
+        dilation: int,
+        *,
+        last: bool,
+        condition_channels: int,
+        seed: int | None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         initializers = (keras.initializers.GlorotUniform(seed=s) for s in seed_stream(seed))
         options = {"dtype": self.dtype_policy}
 
-        def project(inputs, outputs, use_bias=True):
+        def project(inputs: int, outputs: int, use_bias: bool = True) -> keras.layers.Dense:
             layer = keras.layers.Dense(outputs, use_bias=use_bias, kernel_initializer=next(initializers), **options)
             layer.build((None, inputs))
             return layer
@@ -37,10 +49,10 @@ class DilatedBlock(keras.layers.Layer):
         self.residual = None if last else project(width, width)
         self.built = True
 
-    def call(self, h, condition=None):
+    def call(self, h: tf.Tensor, condition: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """The next `h`, and the skip connection."""
         a = self.conv(h)
-        if condition is not None:
+        if self.condition is not None:
             a = a + ops.expand_dims(self.condition(condition), 1)
         g = tanh_gate(a)
         return h if self.residual is None else h + self.residual(g), self.skip(g)
@@ -105,7 +117,7 @@ class WaveNet(Conditioner):
         condition_channels: int = 0,
         zero_init: bool = True,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         if kernel_size < 2:
@@ -123,7 +135,7 @@ class WaveNet(Conditioner):
         seeds = seed_stream(seed)
         options = {"dtype": self.dtype_policy}
 
-        def project(channels, outputs, kernel_initializer=None):
+        def project(channels: int, outputs: int, kernel_initializer: str | None = None) -> keras.layers.Dense:
             initializer = kernel_initializer or keras.initializers.GlorotUniform(seed=next(seeds))
             layer = keras.layers.Dense(outputs, kernel_initializer=initializer, **options)
             layer.build((None, channels))
@@ -146,7 +158,7 @@ class WaveNet(Conditioner):
         self.last = project(width, parameters_per_entry(self), "zeros" if zero_init else None)
         self.built = True
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, outputs]` for `x` and `condition`."""
         condition = self._condition_like(x, condition)
         if self.reverse:

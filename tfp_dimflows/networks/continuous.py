@@ -1,8 +1,10 @@
 """`ConcatSquashNet`: the time-dependent network of continuous flows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.networks.base import Conditioner, seed_stream
@@ -41,7 +43,7 @@ class ConcatSquashNet(Conditioner):
         hidden: Sequence[int] = (64, 64, 64),
         activation: str = "tanh",
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         channels = event_shape[-1]
         super().__init__(channels, channels, condition_channels=1, seed=seed, **kwargs)
@@ -68,7 +70,7 @@ class ConcatSquashNet(Conditioner):
             self.shifts.append(shift)
         self.built = True
 
-    def call(self, y, condition=None):
+    def call(self, y: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The velocity at `y` and the times `condition`."""
         broadcast = (-1, *[1] * (len(self.event_shape) - 1))
         h = y

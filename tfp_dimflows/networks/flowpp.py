@@ -1,24 +1,26 @@
 """`FlowPPNet`: Flow++'s conditioner of gated convolutions and attention, and `FlowPPContext`, which embeds its condition."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.keras_bridge import adapting
 from tfp_dimflows.networks.base import Conditioner, seed_stream
 
 
-def _concat_elu(x):
+def _concat_elu(x: tf.Tensor) -> tf.Tensor:
     return ops.elu(ops.concatenate([x, -x], axis=-1))
 
 
-def _add_gated(x, y):
+def _add_gated(x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     a, b = ops.split(y, 2, axis=-1)
     return x + a * ops.sigmoid(b)
 
 
-def _layer_norm(channels, dtype):
+def _layer_norm(channels: int, dtype: keras.DTypePolicy) -> keras.layers.LayerNormalization:
     norm = keras.layers.LayerNormalization(epsilon=1e-5, dtype=dtype)
     norm.build((None, None, None, channels))
     return norm
@@ -74,7 +76,7 @@ class DataDependentConv2D(keras.layers.Layer):
         *,
         init_scale: float = 1.0,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.inputs = inputs
@@ -93,17 +95,17 @@ class DataDependentConv2D(keras.layers.Layer):
         self.bias = self.add_weight(shape=(outputs,), initializer="zeros", autocast=False, name="bias")
         self.built = True
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The convolution of `x`."""
         if adapting():
             self._adapt(ops.cast(self._conv(x), self.variable_dtype))
         return self._conv(x)
 
-    def _conv(self, x):
+    def _conv(self, x: tf.Tensor) -> tf.Tensor:
         y = ops.conv(x, ops.cast(self.kernel, x.dtype), padding="same", data_format="channels_last")
         return y + ops.cast(self.bias, y.dtype)
 
-    def _adapt(self, y):
+    def _adapt(self, y: tf.Tensor) -> None:
         # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
         some = y[0, 0, 0]
         mean, variance = ops.moments(y - some, axes=(0, 1, 2))
@@ -169,7 +171,7 @@ class GatedConv2D(keras.layers.Layer):
         gate_kernel_size: int = 1,
         dropout: float = 0.0,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.width = width
@@ -190,13 +192,13 @@ class GatedConv2D(keras.layers.Layer):
         )
         self.built = True
 
-    def call(self, x, context=None):
+    def call(self, x: tf.Tensor, context: tf.Tensor | None = None) -> tf.Tensor:
         """The block's result for `x` and `context`."""
         channels = 0 if context is None else context.shape[-1]
         if channels != self.context_channels:
             raise ValueError(f"{self.name}: got a context with {channels} channels, needs {self.context_channels}")
         c = self.conv(_concat_elu(x))
-        if context is not None:
+        if self.conv_context is not None:
             c = c + self.conv_context(_concat_elu(context))
         return _add_gated(x, self.conv_gate(self.drop(_concat_elu(c))))
 
@@ -247,7 +249,7 @@ class GatedSelfAttention(keras.layers.Layer):
     TensorShape([2, 4, 4, 8])
     """
 
-    def __init__(self, width: int, *, num_heads: int = 4, dropout: float = 0.0, seed: int | None = None, **kwargs):
+    def __init__(self, width: int, *, num_heads: int = 4, dropout: float = 0.0, seed: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         if width % num_heads:
             raise ValueError(f"{self.name}: width {width} is not divisible into {num_heads} heads")
@@ -263,7 +265,7 @@ class GatedSelfAttention(keras.layers.Layer):
         self.conv_gate = DataDependentConv2D(width, 2 * width, 1, init_scale=0.1, seed=next(seeds), **options)
         self.built = True
 
-    def call(self, x, position):
+    def call(self, x: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
         """The block's result for `x`, whose pixels are told apart by `position`."""
         _, height, columns, _ = ops.shape(x)
         heads = (-1, height * columns, self.num_heads, self.width // self.num_heads)
@@ -348,7 +350,7 @@ class FlowPPNet(Conditioner):
         condition_channels: int = 0,
         attention: bool = True,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         self.image_size = None if image_size is None else tuple(image_size)
@@ -364,7 +366,7 @@ class FlowPPNet(Conditioner):
         options = {"dtype": self.dtype_policy}
         self.conv_in = DataDependentConv2D(inputs, width, 3, seed=next(seeds), **options)
         self.position = None
-        if attention:
+        if attention and self.image_size is not None:
             self.position = self.add_weight(
                 shape=(*self.image_size, width),
                 initializer=keras.initializers.RandomNormal(stddev=0.01, seed=next(seeds)),
@@ -381,7 +383,7 @@ class FlowPPNet(Conditioner):
         self.conv_out = DataDependentConv2D(width, outputs, 3, init_scale=0.1, seed=next(seeds), **options)
         self.built = True
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, H, W, outputs]` for `x` and `condition`."""
         context = self._condition_like(x, condition)
         position = ops.convert_to_tensor(self.position) if self.attention else None
@@ -448,7 +450,7 @@ class FlowPPContext(keras.layers.Layer):
         num_blocks: int = 3,
         dropout: float = 0.2,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.inputs = inputs
@@ -465,7 +467,7 @@ class FlowPPContext(keras.layers.Layer):
         ]
         self.built = True
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The context `[N, H, W/2, width]` of `x`."""
         _, height, columns, _ = ops.shape(x)
         if isinstance(columns, int) and columns % 2:

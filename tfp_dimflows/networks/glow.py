@@ -43,7 +43,9 @@ class EdgeConv2D(keras.layers.Layer):
            [5., 3., 5.]], dtype=float32)
     """
 
-    def __init__(self, inputs: int, outputs: int, *, kernel_initializer: Any = "glorot_uniform", **kwargs):
+    def __init__(
+        self, inputs: int, outputs: int, *, kernel_initializer: str | keras.Initializer = "glorot_uniform", **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.inputs = inputs
         self.outputs = outputs
@@ -52,7 +54,7 @@ class EdgeConv2D(keras.layers.Layer):
         self.kernel = self.add_weight(shape=(3, 3, inputs + 1, outputs), initializer=self.kernel_initializer, name="kernel")
         self.built = True
 
-    def call(self, x, affine=None):
+    def call(self, x: tf.Tensor, affine: "ChannelAffine | None" = None) -> tf.Tensor:
         """The convolution of `x`; with a `ChannelAffine`, `affine(convolution)`."""
         kernel, shift = ops.convert_to_tensor(self.kernel), 0.0
         if affine is not None:
@@ -88,7 +90,7 @@ class ChannelAffine(keras.layers.Layer):
       ValueError: when called with another number of channels.
     """
 
-    def __init__(self, channels: int, **kwargs):
+    def __init__(self, channels: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.channels = channels
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: channels})
@@ -96,12 +98,12 @@ class ChannelAffine(keras.layers.Layer):
         self.log_scale = self.add_weight(shape=(channels,), initializer="zeros", autocast=False, name="log_scale")
         self.built = True
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The shifted and scaled `x`."""
         scale, shift = self.folded(ops.ones((), dtype=x.dtype))
         return x * scale + shift
 
-    def folded(self, kernel):
+    def folded(self, kernel: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The kernel of a convolution followed by this layer, and the shift of its result."""
         scale = ops.cast(ops.exp(3.0 * self.log_scale), kernel.dtype)
         return kernel * scale, self.bias * scale
@@ -144,13 +146,13 @@ class ActNormLayer(ChannelAffine):
     [[-1.0], [0.0], [1.0]]
     """
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The normalised `x`."""
         if adapting():
             self.adapt(x)
         return super().call(x)
 
-    def adapt(self, x):
+    def adapt(self, x: tf.Tensor) -> None:
         """Sets shift and scale from the moments of `x`."""
         x = ops.cast(x, self.variable_dtype)
         # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
@@ -188,7 +190,7 @@ class ZeroConv2D(keras.layers.Layer):
     0.0
     """
 
-    def __init__(self, inputs: int, outputs: int, **kwargs):
+    def __init__(self, inputs: int, outputs: int, **kwargs: Any):
         super().__init__(**kwargs)
         self.inputs = inputs
         self.outputs = outputs
@@ -197,7 +199,7 @@ class ZeroConv2D(keras.layers.Layer):
         self.affine = ChannelAffine(outputs, dtype=self.dtype_policy)
         self.built = True
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The convolution of `x`, shifted and scaled."""
         return self.conv(x, affine=self.affine)
 
@@ -255,7 +257,7 @@ class GlowConvNet(Conditioner):
         width: int = 64,
         condition_channels: int = 0,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         self.width = width
@@ -277,7 +279,7 @@ class GlowConvNet(Conditioner):
         self.conv_out = ZeroConv2D(width, outputs, **options)
         self.built = True
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, H, W, outputs]` for `x` and `condition`."""
         h = self._with_condition(x, condition)
         if adapting():

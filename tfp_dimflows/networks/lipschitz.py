@@ -1,6 +1,7 @@
 """Layers and networks with a bounded Lipschitz constant: branches of invertible residual blocks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -26,12 +27,12 @@ class LipSwish(keras.layers.Layer):
     [0.0, 9.09000015258789]
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.slope = self.add_weight(shape=(), initializer=keras.initializers.Constant(0.5), name="slope")
         self.built = True
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The activations."""
         return x * ops.sigmoid(ops.softplus(self.slope) * x) / 1.1
 
@@ -44,7 +45,16 @@ class _Spectral(keras.layers.Layer):
     `converge`, which `FlowModel` calls before it evaluates; gradients pass s, but not the iteration.
     """
 
-    def __init__(self, kernel_shape, input_shape, output_shape, coeff, num_iterations, seed, **kwargs):
+    def __init__(
+        self,
+        kernel_shape: tuple[int, ...],
+        input_shape: tuple[int, ...],
+        output_shape: tuple[int, ...],
+        coeff: float,
+        num_iterations: int,
+        seed: int | None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if not 0.0 < coeff:
             raise ValueError(f"{self.name}: got coeff={coeff!r}, needs a positive bound")
@@ -61,19 +71,21 @@ class _Spectral(keras.layers.Layer):
         self.built = True
         self.converge(max_iterations=50)
 
-    def _apply(self, kernel, x):
+    def _apply(self, kernel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         raise NotImplementedError
 
-    def _apply_transposed(self, kernel, y):
+    def _apply_transposed(self, kernel: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         raise NotImplementedError
 
     def converge(self, tolerance: float = 1e-4, max_iterations: int = 1000) -> None:
         """Iterates until no entry of the singular vectors changes by more than `tolerance` times the largest."""
 
-        def unfinished(step, right, left, change):
+        def unfinished(step: tf.Tensor, right: tf.Tensor, left: tf.Tensor, change: tf.Tensor) -> tf.Tensor:
             return (step < max_iterations) & (change > tolerance)
 
-        def iterate(step, right, left, change):
+        def iterate(
+            step: tf.Tensor, right: tf.Tensor, left: tf.Tensor, change: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
             new_right, new_left = self._iterate(right, left)
             change = tf.reduce_max(tf.abs(new_right - right)) / tf.reduce_max(tf.abs(new_right))
             return step + 1, new_right, new_left, change
@@ -83,7 +95,7 @@ class _Spectral(keras.layers.Layer):
         self.right.assign(right)
         self.left.assign(left)
 
-    def _iterate(self, right, left):
+    def _iterate(self, right: tf.Tensor, left: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         kernel = tf.stop_gradient(self.kernel.value)
         right = _normalized(self._apply_transposed(kernel, left), right)
         return right, _normalized(self._apply(kernel, right), left)
@@ -92,7 +104,7 @@ class _Spectral(keras.layers.Layer):
         """The present estimate s of the norm of W, from below."""
         return ops.sum(self.left * self._apply(ops.convert_to_tensor(self.kernel), self.right.value))
 
-    def call(self, x, training=False):
+    def call(self, x: tf.Tensor, training: bool = False) -> tf.Tensor:
         """A x + b."""
         if training:
             right, left = self.right.value, self.left.value
@@ -144,16 +156,16 @@ class SpectralDense(_Spectral):
         coeff: float = 0.9,
         num_iterations: int = 5,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.inputs, self.outputs = inputs, outputs
         super().__init__((inputs, outputs), (inputs,), (outputs,), coeff, num_iterations, seed, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: inputs})
 
-    def _apply(self, kernel, x):
+    def _apply(self, kernel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         return x @ kernel
 
-    def _apply_transposed(self, kernel, y):
+    def _apply_transposed(self, kernel: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return tf.matmul(y, kernel, transpose_b=True)
 
     def get_config(self) -> dict:
@@ -197,7 +209,7 @@ class SpectralConv2D(_Spectral):
         coeff: float = 0.9,
         num_iterations: int = 5,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if kernel_size % 2 == 0:
             raise ValueError(f"SpectralConv2D: got kernel_size={kernel_size}, needs an odd size")
@@ -208,10 +220,10 @@ class SpectralConv2D(_Spectral):
         super().__init__(kernel_shape, *shapes, coeff, num_iterations, seed, **kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={1: image_size[0], 2: image_size[1], 3: inputs})
 
-    def _apply(self, kernel, x):
+    def _apply(self, kernel: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
         return tf.nn.conv2d(x, kernel, 1, "SAME")
 
-    def _apply_transposed(self, kernel, y):
+    def _apply_transposed(self, kernel: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return tf.nn.conv2d(y, tf.transpose(kernel[::-1, ::-1], [0, 1, 3, 2]), 1, "SAME")
 
     def get_config(self) -> dict:
@@ -249,7 +261,7 @@ def lipschitz_mlp(
     TensorShape([5, 2])
     """
     seeds, sizes = seed_stream(seed), [dims, *hidden, dims]
-    options = {"coeff": coeff, "num_iterations": num_iterations}
+    options: dict[str, Any] = {"coeff": coeff, "num_iterations": num_iterations}
     linear = [SpectralDense(a, b, seed=next(seeds), **options) for a, b in zip(sizes, sizes[1:])]
     return _alternating([dims], linear, activation, first_activation)
 
@@ -283,13 +295,16 @@ def lipschitz_conv(
     TensorShape([2, 4, 4, 3])
     """
     *image_size, channels = image_shape
-    seeds, options = seed_stream(seed), {"coeff": coeff, "num_iterations": num_iterations}
+    seeds = seed_stream(seed)
+    options: dict[str, Any] = {"coeff": coeff, "num_iterations": num_iterations}
     sizes = ((channels, width, 3), (width, width, 1), (width, channels, 3))
     linear = [SpectralConv2D(*size, image_size, seed=next(seeds), **options) for size in sizes]
     return _alternating(image_shape, linear, activation, first_activation)
 
 
-def _alternating(shape, linear, activation, first_activation):
+def _alternating(
+    shape: Sequence[int], linear: Sequence[keras.Layer], activation: str, first_activation: bool
+) -> keras.Sequential:
     layers = [keras.Input(shape)]
     for k, layer in enumerate(linear):
         if k or first_activation:
@@ -298,7 +313,7 @@ def _alternating(shape, linear, activation, first_activation):
     return keras.Sequential(layers)
 
 
-def _normalized(x, old):
+def _normalized(x: tf.Tensor, old: tf.Tensor) -> tf.Tensor:
     """Scales `x` to unit length; if it is zero, as for a kernel of zeros, `old`, from which iteration can recover."""
     norm = tf.norm(x)
     return tf.where(norm > 0.0, x / tf.where(norm > 0.0, norm, tf.ones_like(norm)), old)

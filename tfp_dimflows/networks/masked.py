@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.networks.base import Conditioner, seed_stream
@@ -18,18 +19,18 @@ def parameters_per_entry(network: Conditioner) -> int:
     return parameters
 
 
-def tanh_gate(h):
+def tanh_gate(h: tf.Tensor) -> tf.Tensor:
     """`tanh(a) sigmoid(b)` for the halves a and b of the channels."""
     a, b = ops.split(h, 2, axis=-1)
     return ops.tanh(a) * ops.sigmoid(b)
 
 
-def _spread(degrees, width):
+def _spread(degrees: Sequence[int], width: int) -> list[int]:
     """`width` of the degrees in their order, each as often as the others."""
     return [degrees[unit * len(degrees) // width] for unit in range(width)]
 
 
-def _pad(image, top=0, left=0, right=0):
+def _pad(image: tf.Tensor, top: int = 0, left: int = 0, right: int = 0) -> tf.Tensor:
     return ops.pad(image, [[0, 0], [top, 0], [left, right], [0, 0]])
 
 
@@ -69,8 +70,8 @@ class MaskedDense(keras.layers.Layer):
         output_degrees: Sequence[int],
         *,
         strict: bool = False,
-        kernel_initializer: Any = "glorot_uniform",
-        **kwargs,
+        kernel_initializer: str | keras.Initializer = "glorot_uniform",
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.input_degrees = tuple(int(degree) for degree in input_degrees)
@@ -84,7 +85,7 @@ class MaskedDense(keras.layers.Layer):
         self.bias = self.add_weight(shape=self.mask.shape[1:], initializer="zeros", name="bias")
         self.built = True
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The masked product."""
         return ops.matmul(x, self.kernel * ops.cast(self.mask, x.dtype)) + self.bias
 
@@ -158,7 +159,7 @@ class MADE(Conditioner):
         condition_channels: int = 0,
         zero_init: bool = True,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         self.hidden = tuple(hidden)
@@ -175,24 +176,24 @@ class MADE(Conditioner):
             units = _spread(hidden_degrees, width)
             self.dense.append(MaskedDense(below, units, kernel_initializer=next(initializers), **options))
             below = units
-        above = np.repeat(degrees, parameters_per_entry(self))
+        above = np.repeat(degrees, parameters_per_entry(self)).tolist()
         last = "zeros" if zero_init else next(initializers)
         self.dense.append(MaskedDense(below, above, strict=True, kernel_initializer=last, **options))
         self.built = True
 
-    def _places(self, ordering):
-        places = ordering
+    def _places(self, ordering: str | Sequence[int]) -> tuple[int, ...]:
+        given: Any = ordering
         if isinstance(ordering, str):
             natural = range(self.inputs)
             random = np.random.default_rng(self.seed).permutation(self.inputs)
-            places = {"natural": natural, "reversed": natural[::-1], "random": random}.get(ordering)
-        places = np.asarray(places)
+            given = {"natural": natural, "reversed": natural[::-1], "random": random}.get(ordering)
+        places = np.asarray(given)
         if places.shape != (self.inputs,) or set(places.tolist()) != set(range(self.inputs)):
             needs = f"'natural', 'reversed', 'random' or each of 0 .. {self.inputs - 1} once"
             raise ValueError(f"{self.name}: got ordering={ordering!r}, needs {needs}")
         return tuple(int(place) for place in places)
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, outputs]` for `x` and `condition`."""
         *hidden, last = self.dense
         h = self._with_condition(x, condition)
@@ -217,7 +218,17 @@ class GatedBlock(keras.layers.Layer):
     The first block gets the image itself. So it is strict at the own pixel, and does not add its result to what it got.
     """
 
-    def __init__(self, input_degrees, degrees, kernel_size, *, first, condition_channels, seed, **kwargs):
+    def __init__(
+        self,
+        input_degrees: Sequence[int],
+        degrees: Sequence[int],
+        kernel_size: int,
+        *,
+        first: bool,
+        condition_channels: int,
+        seed: int | None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.reach = kernel_size // 2
         self.first = first
@@ -225,13 +236,13 @@ class GatedBlock(keras.layers.Layer):
         initializers = (keras.initializers.GlorotUniform(seed=s) for s in seed_stream(seed))
         options = {"dtype": self.dtype_policy}
 
-        def conv(height, columns, use_bias):
+        def conv(height: int, columns: int, use_bias: bool) -> keras.layers.Conv2D:
             kernel = {"use_bias": use_bias, "kernel_initializer": next(initializers)}
             layer = keras.layers.Conv2D(2 * width, (height, columns), data_format="channels_last", **kernel, **options)
             layer.build((None, None, None, inputs))
             return layer
 
-        def project(channels):
+        def project(channels: int) -> keras.layers.Dense:
             layer = keras.layers.Dense(2 * width, use_bias=False, kernel_initializer=next(initializers), **options)
             layer.build((None, channels))
             return layer
@@ -246,7 +257,7 @@ class GatedBlock(keras.layers.Layer):
         self.out = MaskedDense(degrees, degrees, kernel_initializer=next(initializers), **options)
         self.built = True
 
-    def call(self, v, h, condition=None):
+    def call(self, v: tf.Tensor, h: tf.Tensor, condition: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Both stacks one layer further."""
         reach = self.reach
         a = self.above(_pad(v, top=reach, left=reach, right=reach))
@@ -325,7 +336,7 @@ class PixelCNN(Conditioner):
         condition_channels: int = 0,
         zero_init: bool = True,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         self.width = width
@@ -357,11 +368,11 @@ class PixelCNN(Conditioner):
             for first in [True] + [False] * (num_blocks - 1)
         ]
         last = "zeros" if zero_init else keras.initializers.GlorotUniform(seed=next(seeds))
-        parameters = np.repeat(channels, parameters_per_entry(self))
+        parameters = np.repeat(channels, parameters_per_entry(self)).tolist()
         self.last = MaskedDense(features, parameters, kernel_initializer=last, **options)
         self.built = True
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, H, W, outputs]` for `x` and `condition`."""
         condition = self._condition_like(x, condition)
         if self.reverse:

@@ -1,8 +1,10 @@
 """`MLP`: the fully connected conditioner."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
+import tensorflow as tf
 
 from tfp_dimflows.networks.base import Conditioner, seed_stream
 
@@ -54,7 +56,7 @@ class MLP(Conditioner):
         condition_channels: int = 0,
         zero_init: bool = True,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         self.hidden = tuple(hidden)
@@ -73,7 +75,7 @@ class MLP(Conditioner):
             layer.build((None, width))
         self.built = True
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, outputs]` for `x` and `condition`."""
         h = self._with_condition(x, condition)
         for layer in self.dense:

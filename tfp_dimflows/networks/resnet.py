@@ -5,7 +5,9 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
+from numpy.typing import ArrayLike
 
 from tfp_dimflows.networks.base import Conditioner, seed_stream
 
@@ -55,7 +57,7 @@ class WeightNormConv2D(keras.layers.Layer):
         use_bias: bool = True,
         l2: float = 0.0,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.inputs = inputs
@@ -87,12 +89,12 @@ class WeightNormConv2D(keras.layers.Layer):
         self.built = True
 
     @property
-    def kernel(self):
+    def kernel(self) -> tf.Tensor:
         """`g v / |v|`, `[kernel_size, kernel_size, inputs, outputs]`."""
         kernel = self.direction / ops.sqrt(ops.sum(ops.square(self.direction), axis=(0, 1, 2)))
         return kernel if self.magnitude is None else self.magnitude * kernel
 
-    def call(self, x):
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         """The convolution of `x`."""
         y = ops.conv(x, ops.cast(self.kernel, x.dtype), padding="same", data_format="channels_last")
         return y if self.bias is None else y + self.bias
@@ -167,12 +169,12 @@ class ResNet(Conditioner):
         width: int = 32,
         num_blocks: int = 2,
         condition_channels: int = 0,
-        mask: Any = None,
+        mask: ArrayLike | None = None,
         batch_norm: bool = False,
         zero_init: bool = True,
         l2: float = 0.0,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         self.width = width
@@ -182,17 +184,17 @@ class ResNet(Conditioner):
         self.zero_init = zero_init
         self.l2 = l2
         self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: inputs})
-        if mask is not None:
+        if self.mask is not None:
             if self.mask.ndim != 3 or self.mask.shape[-1] != 1:
                 raise ValueError(f"{self.name}: got a mask of shape {self.mask.shape}, needs [height, width, 1]")
             self.input_spec = keras.layers.InputSpec(shape=(None, *self.mask.shape[:2], inputs))
         seeds = seed_stream(seed)
 
-        def conv(inputs, outputs, kernel_size, **options):
+        def conv(inputs: int, outputs: int, kernel_size: int, **options: Any) -> WeightNormConv2D:
             options |= {"l2": l2, "seed": next(seeds), "dtype": self.dtype_policy}
             return WeightNormConv2D(inputs, outputs, kernel_size, **options)
 
-        def norm(channels):
+        def norm(channels: int) -> keras.Layer:
             if not batch_norm:
                 return keras.layers.Identity(dtype=self.dtype_policy)
             layer = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-4, scale=False, dtype=self.dtype_policy)
@@ -211,7 +213,7 @@ class ResNet(Conditioner):
         self.conv_out = conv(width, outputs, 1, gain=0.0 if zero_init else 1.0)
         self.built = True
 
-    def call(self, x, condition=None):
+    def call(self, x: tf.Tensor, condition: tf.Tensor | None = None) -> tf.Tensor:
         """The parameters `[N, H, W, outputs]` for `x` and `condition`."""
         h = self.norm_in(self._with_condition(x, condition))
         if self.batch_norm and self.mask is not None:

@@ -76,7 +76,7 @@ def conv_decoder(event_shape: Sequence[int], inputs: int, *, width: int = 32, se
     )
 
 
-def _quarter(event_shape, name):
+def _quarter(event_shape: Sequence[int], name: str) -> tuple[int, int]:
     if len(event_shape) != 3 or event_shape[0] % 4 or event_shape[1] % 4:
         raise ValueError(f"{name}: got event shape {list(event_shape)}, needs an image with height and width divisible by 4")
     return event_shape[0] // 4, event_shape[1] // 4

@@ -3,15 +3,15 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 @recipe
@@ -53,7 +53,7 @@ def maf(
     >>> flow.log_prob(tf.zeros([4, 3])).shape
     TensorShape([4])
     """
-    given = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
+    given: dict[str, Any] = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
     affine = functools.partial(dfb.transformers.Affine, dtype=common.floatx())
     return _made_flow("maf", event_shape, affine, lambda layer: layer, alpha, levels, **given)
 
@@ -99,7 +99,7 @@ def iaf(
     >>> flow.sample(4, seed=0).shape
     TensorShape([4, 3])
     """
-    given = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
+    given: dict[str, Any] = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
     return _made_flow("iaf", event_shape, dfb.transformers.Gated, tfb.Invert, alpha, levels, **given)
 
 
@@ -121,7 +121,19 @@ def made_layers(
     return layers
 
 
-def _made_flow(name, event_shape, transformer, wrap, alpha, levels, *, num_layers, hidden, condition_shape, seed):
+def _made_flow(
+    name: str,
+    event_shape: Sequence[int],
+    transformer: Callable[[], dfb.Transformer],
+    wrap: Callable[[tfb.Bijector], tfb.Bijector],
+    alpha: float,
+    levels: int | None,
+    *,
+    num_layers: int,
+    hidden: Sequence[int] | None,
+    condition_shape: Sequence[int] | None,
+    seed: int,
+) -> tfd.Distribution:
     shape = common.checked_event_shape(event_shape, name)
     dims = math.prod(shape)
     common.check_sizes(name, num_layers=num_layers)
@@ -178,7 +190,12 @@ def pixelcnn_flow(
     shape = common.checked_event_shape(event_shape, "pixelcnn-flow", ranks=(3,))
     common.check_sizes("pixelcnn-flow", num_layers=num_layers, width=width, num_blocks=num_blocks, kernel_size=kernel_size)
     condition = common.condition_channels("pixelcnn-flow", condition_shape, shape)
-    sizes = {"width": width, "num_blocks": num_blocks, "kernel_size": kernel_size, "condition_channels": condition}
+    sizes: dict[str, Any] = {
+        "width": width,
+        "num_blocks": num_blocks,
+        "kernel_size": kernel_size,
+        "condition_channels": condition,
+    }
     layers = []
     for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
         network = networks.PixelCNN(shape[-1], 2 * shape[-1], reverse=bool(k % 2), seed=layer_seed, **sizes)
@@ -229,7 +246,7 @@ def wavenet_flow(
     shape = common.checked_event_shape(event_shape, "wavenet-flow", ranks=(1,))
     common.check_sizes("wavenet-flow", num_layers=num_layers, width=width, **({} if depth is None else {"depth": depth}))
     condition = common.condition_channels("wavenet-flow", condition_shape, shape)
-    sizes = {"width": width, "num_layers": depth, "condition_channels": condition}
+    sizes: dict[str, Any] = {"width": width, "num_layers": depth, "condition_channels": condition}
     layers = []
     for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
         network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed, **sizes)

@@ -3,18 +3,18 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
 
-tfb = tfp.bijectors
-tfd = tfp.distributions
+# A recipe's argument `factorization=`, but for None: a name, a factorization, or its configuration.
+Factorization = str | dict | dfb.DimensionFactorization | dfb.OnlineFactorization
 
 
 def floatx() -> tf.DType:
@@ -94,7 +94,7 @@ def condition_channels(
 
 
 def resolve_factorization(
-    factorization: Any, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
+    factorization: Factorization | None, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
 ) -> dfb.DimensionFactorization | dfb.OnlineFactorization | None:
     """The `factorization=` argument of a recipe as a factorization, or None for a model that nothing leaves.
 
@@ -115,7 +115,7 @@ def resolve_factorization(
         factorization = conventional
     if factorization == "random":
         return dfb.DimensionFactorization.random(event_shape, num_scales, seed=seed)
-    if factorization in ("channels", "checkerboard"):
+    if isinstance(factorization, str) and factorization in ("channels", "checkerboard"):
         return getattr(dfb.DimensionFactorization, factorization)(event_shape, num_scales)
     if isinstance(factorization, dict):
         kind = dfb.OnlineFactorization if "initial" in factorization else dfb.DimensionFactorization

@@ -1,17 +1,14 @@
 """FFJORD: continuous flows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import tensorflow_probability as tfp
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
-
-tfd = tfp.distributions
 
 
 @recipe
@@ -25,7 +22,7 @@ def ffjord(
     end_time: float = 0.5,
     trace: str | None = None,
     num_steps: int | None = None,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
     levels: int | None = None,
     seed: int = 0,

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
@@ -14,8 +15,6 @@ from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.glow import glow_flow
 from tfp_dimflows.recipes.realnvp import realnvp_flow
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 @recipe
@@ -30,7 +29,7 @@ def flow_vae(
     depth: int = 3,
     width: int = 32,
     num_blocks: int = 2,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
     levels: int | None = None,
     seed: int = 0,
@@ -77,12 +76,12 @@ def flow_vae(
     if likelihood not in dfd.VAEPrior.LIKELIHOODS:
         raise ValueError(f"flow-vae: got likelihood={likelihood!r}, needs one of {dfd.VAEPrior.LIKELIHOODS}")
     flow_seed, encoder_seed, decoder_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
-    sizes = {"num_scales": num_scales, "width": width, "factorization": factorization, "condition_shape": None}
+    sizes: dict[str, Any] = {"num_scales": num_scales, "width": width, "factorization": factorization, "condition_shape": None}
     preprocess = common.centred if flow == "glow" else common.logit(alpha)
     bijector = tfb.Identity()
     if flow == "realnvp":
         options = {"num_couplings": depth, "num_blocks": num_blocks, "network": None, "batch_norm": False, "l2": 5e-5}
-        bijector = realnvp_flow(shape, **sizes, **options, seed=flow_seed)
+        bijector = realnvp_flow(shape, **sizes | options, seed=flow_seed)
     elif flow == "glow":
         bijector = glow_flow(shape, **sizes, depth=depth, num_hidden=2, coupling="affine", seed=flow_seed)
     elif flow is not None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
@@ -12,7 +13,6 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
-tfb, tfd = tfp.bijectors, tfp.distributions
 masks = dfb.masks
 
 SMALL = {
@@ -211,7 +211,9 @@ class Couplings:
         flow = dfb.Chain([tfb.Sigmoid(), tfb.Invert(couplings)])
         return dfb.EmbedCondition(flow, lambda image: context(preprocess(image)), condition_ndims=3)
 
-    def _step(self, mask, shape, num_blocks, condition_channels, attention):
+    def _step(
+        self, mask: masks.Mask, shape: tuple[int, int, int], num_blocks: int, condition_channels: int, attention: bool
+    ) -> list[tfb.Bijector]:
         given, transformed = (part.shape for part in mask.split(tf.zeros(shape)))
         components = self.sizes["num_components"]
         network = networks.FlowPPNet(

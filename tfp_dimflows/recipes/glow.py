@@ -1,17 +1,15 @@
 """Glow."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import tensorflow_probability as tfp
+import tensorflow as tf
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
-
-tfd = tfp.distributions
 
 COUPLINGS = {"affine": 2, "additive": 1}
 
@@ -25,7 +23,7 @@ def glow(
     width: int = 64,
     num_hidden: int = 2,
     coupling: str = "affine",
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     condition_shape: Sequence[int] | None = None,
     attribution: str = "polar",
     memory: str = "keep",
@@ -97,7 +95,7 @@ def glow_flow(
     width: int,
     num_hidden: int,
     coupling: str,
-    factorization: Any,
+    factorization: common.Factorization | None,
     condition_shape: Sequence[int] | None,
     attribution: str = "polar",
     memory: str = "keep",
@@ -140,10 +138,10 @@ def image_steps(
     """`depth` steps of flow on images."""
     mask = dfb.masks.Channel()
     inputs, outputs = mask.sizes(channels)
-    seeds = [(next(seeds), next(seeds) % 2**31) for _ in range(depth)]
+    seeds_of_steps = [(next(seeds), next(seeds) % 2**31) for _ in range(depth)]
 
-    def step(k):
-        of_convolution, of_network = seeds[k]
+    def step(k: int) -> dfb.Chain:
+        of_convolution, of_network = seeds_of_steps[k]
         actnorm = dfb.ActNorm(channels, log_scale_factor=3.0, dtype=common.floatx())
         convolution = dfb.InvertibleConv1x1(channels, attribution, seed=of_convolution, dtype=common.floatx())
         network = networks.GlowConvNet(
@@ -189,13 +187,13 @@ def vector_steps(
     return parts
 
 
-def _coupling(network, mask, coupling, log_scale):
+def _coupling(network: Callable[..., tf.Tensor], mask: dfb.masks.Mask, coupling: str, log_scale: str) -> dfb.Coupling:
     if coupling == "affine":
         return dfb.AffineCoupling(network, mask, log_scale=log_scale, dtype=common.floatx())
     return dfb.AdditiveCoupling(network, mask)
 
 
-def _gaussian(channels):
+def _gaussian(channels: int) -> dfb.ConditionalTransform:
     """Diagonal Gaussian of some channels given as many others: mean and log-scale from a zero-initialised convolution."""
     network = networks.ZeroConv2D(channels, 2 * channels)
     return dfb.ConditionalTransform(network, dfb.transformers.Affine("exp"), event_ndims=3, name="split_prior")

@@ -1,11 +1,12 @@
 """LCMA on the multi-scale recipes."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow_probability as tfp
+from numpy.typing import ArrayLike
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows.recipes import common
@@ -13,8 +14,6 @@ from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import recipe
 from tfp_dimflows.recipes.residual import IRESNET, RESIDUAL_FLOW, iresnet, residual_flow
-
-tfd = tfp.distributions
 
 # Arguments of the base that are not LCMA's: its factorization of images is one for convolutions.
 _NOT_TAKEN = ("event_shape", "factorization", "network")
@@ -43,27 +42,28 @@ _DOC = """{family} whose factor-outs follow the likelihood contributions of the 
     """
 
 
-def _lcma(base, family, configs=None):
+def _lcma(base: Callable[..., tfd.Distribution], family: str, configs: dict | None = None) -> Callable[..., tfd.Distribution]:
     def build(
         event_shape: Sequence[int],
         *,
-        contributions: Any = None,
+        contributions: Sequence[ArrayLike] | str | None = None,
         keep: str | Sequence[str] = "high",
         granularity: str | None = None,
-        **arguments,
+        **arguments: Any,
     ) -> tfd.Distribution:
         num_scales = arguments["num_scales"]
         if num_scales is None:
-            num_scales = common.resolve_config(base.__name__, configs, arguments["config"], arguments)["num_scales"]
+            num_scales = common.resolve_config(base.__name__, configs or {}, arguments["config"], arguments)["num_scales"]
         if num_scales < 2:
             raise ValueError(f"lcma: got num_scales={num_scales}, needs at least 2: one level has no factor-out")
         # Made in the first phase too, so that bad options fail before it has been trained.
-        is_known = contributions is not None and not isinstance(contributions, str)
-        statistics = contributions if is_known else np.zeros([num_scales - 1, *event_shape])
+        known = None if isinstance(contributions, str) else contributions
+        statistics = list(np.zeros([num_scales - 1, *event_shape])) if known is None else known
+        factorization: common.Factorization | None
         factorization = dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
         if contributions is None:
             factorization = None
-        elif not is_known:
+        elif known is None:
             if contributions != "online":
                 raise ValueError(f'lcma: got contributions={contributions!r}, needs arrays, "online" or None')
             factorization = dfb.OnlineFactorization(factorization, keep, granularity)
@@ -72,9 +72,9 @@ def _lcma(base, family, configs=None):
     own = [p for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
     others = [p for name, p in inspect.signature(base).parameters.items() if name not in _NOT_TAKEN]
     build.__name__ = build.__qualname__ = f"lcma_{base.__name__}"
-    build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)
+    build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)  # type: ignore[attr-defined]
     build.__doc__ = _DOC.format(family=family, base=base.__name__)
-    build.lcma_base = base.__name__.replace("_", "-")
+    build.lcma_base = base.__name__.replace("_", "-")  # type: ignore[attr-defined]
     return recipe(build)
 
 

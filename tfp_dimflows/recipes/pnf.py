@@ -5,14 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.realnvp import realnvp_flow
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 
 @recipe
@@ -89,7 +88,7 @@ def pnf(
         )
     seeds = np.random.SeedSequence(seed).generate_state(len(shapes)).tolist()
 
-    def stage(k, condition_shape=None):
+    def stage(k: int, condition_shape: Sequence[int] | None = None) -> tfb.Bijector:
         return realnvp_flow(
             shapes[k],
             num_scales=_possible_scales(num_scales, shapes[k], is_dense),
@@ -104,7 +103,7 @@ def pnf(
             seed=seeds[k],
         )
 
-    def detail(k):
+    def detail(k: int) -> tfb.Bijector:
         # No logit of the low-resolution image: its range is that of pixels in the data, but not in all samples.
         low_shape = (math.prod(shapes[k]),) if is_dense else shapes[k]
         embedding = dfb.Chain([*_flattening(shapes[k], is_dense), dfb.ActNorm(low_shape[-1], dtype=common.floatx())])
@@ -119,14 +118,14 @@ def pnf(
     return common.as_distribution(dfb.PNF(base, details, shape), shape, levels)
 
 
-def _one_each(name, value, num_stages):
+def _one_each(name: str, value: int | Sequence[int], num_stages: int) -> list[int]:
     values = [value] * num_stages if isinstance(value, int) else list(value)
     if len(values) != num_stages:
         raise ValueError(f"pnf: got {len(values)} values of {name}, needs one, or one for each of the {num_stages} stages")
     return values
 
 
-def _possible_scales(num_scales, shape, is_dense):
+def _possible_scales(num_scales: int, shape: tuple[int, ...], is_dense: bool) -> int:
     """As many levels as leave at least two entries per side (of images), or two dimensions (of vectors)."""
     if is_dense:
         return min(num_scales, max(1, math.prod(shape).bit_length() - 1))
@@ -136,15 +135,15 @@ def _possible_scales(num_scales, shape, is_dense):
     return scales
 
 
-def _share_of_range(levels, event_ndims):
+def _share_of_range(levels: int, event_ndims: int) -> dfb.ConditionalTransform:
     """Divides half differences by the share of the whole range that their average leaves them, 2 min(s, n - s) / n."""
 
-    def share(average):
+    def share(average: tf.Tensor) -> tf.Tensor:
         return tf.maximum(2.0 / levels * tf.minimum(average, levels - average), 1e-6)
 
     scale = dfb.Transformer(lambda params: tfb.Scale(params[..., 0]), params_per_dim=1)
     return dfb.ConditionalTransform(share, scale, event_ndims)
 
 
-def _flattening(shape, is_dense):
+def _flattening(shape: tuple[int, ...], is_dense: bool) -> list[tfb.Bijector]:
     return common.from_flat(shape) if is_dense else []

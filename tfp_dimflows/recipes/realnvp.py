@@ -1,18 +1,17 @@
 """RealNVP: convolutional for images, dense for vectors."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
-tfb, tfd = tfp.bijectors, tfp.distributions
 masks = dfb.masks
 
 
@@ -25,7 +24,7 @@ def realnvp(
     width: int = 32,
     num_blocks: int = 2,
     network: str | None = None,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     condition_shape: Sequence[int] | None = None,
     batch_norm: bool = False,
     l2: float = 5e-5,
@@ -104,7 +103,7 @@ def realnvp_flow(
     width: int,
     num_blocks: int,
     network: str | None,
-    factorization: Any,
+    factorization: common.Factorization | None,
     condition_shape: Sequence[int] | None,
     batch_norm: bool,
     l2: float,
@@ -123,10 +122,10 @@ def realnvp_flow(
     if not is_dense:
         flow_levels = []
         for k, grid in enumerate(grids):
-            channels = [common.condition_channels("realnvp", condition_shape, shape, squeezes) for squeezes in (k, k + 1)]
+            conditions = [common.condition_channels("realnvp", condition_shape, shape, squeezes) for squeezes in (k, k + 1)]
             last = k == num_scales - 1
             flow_levels.append(
-                _image_level(grid, width * 2**k, channels, batch_norm=batch_norm, l2=l2, is_last=last, **options)
+                _image_level(grid, width * 2**k, conditions, batch_norm=batch_norm, l2=l2, is_last=last, **options)
             )
         return dfb.Multiscale(flow_levels, split, event_shape=shape)
     if condition_shape is not None and len(condition_shape) != 1:
@@ -136,11 +135,29 @@ def realnvp_flow(
     return flow if flat == shape else dfb.Chain([*common.from_flat(shape), flow])
 
 
-def _image_level(grid, width, condition_channels, *, num_couplings, num_blocks, batch_norm, l2, memory, is_last, seeds):
+def _image_level(
+    grid: tuple[int, ...],
+    width: int,
+    condition_channels: Sequence[int],
+    *,
+    num_couplings: int,
+    num_blocks: int,
+    batch_norm: bool,
+    l2: float,
+    memory: str,
+    is_last: bool,
+    seeds: Iterator[int],
+) -> dfb.Chain:
     height, grid_width, channels = grid
     parts = []
 
-    def add(mask, channels, width, condition_channels, mask_array):
+    def add(
+        mask: masks.Checkerboard | masks.Channel,
+        channels: int,
+        width: int,
+        condition_channels: int,
+        mask_array: np.ndarray | None,
+    ) -> None:
         inputs, outputs = mask.sizes(channels)
         network = networks.ResNet(
             inputs,
@@ -166,10 +183,12 @@ def _image_level(grid, width, condition_channels, *, num_couplings, num_blocks, 
     return dfb.Chain(parts, memory)
 
 
-def _vector_level(dims, width, condition_channels, *, num_couplings, num_blocks, memory, seeds):
+def _vector_level(
+    dims: int, width: int, condition_channels: int, *, num_couplings: int, num_blocks: int, memory: str, seeds: Iterator[int]
+) -> dfb.Chain:
     if dims < 2:
         raise ValueError(f"realnvp: a level with {dims} dimension has nothing to condition on; use fewer num_scales")
-    parts, mask = [], None
+    parts: list[tfb.Bijector] = []
     for i in range(num_couplings + 1):
         if i % 2 == 0:
             chosen = np.random.default_rng(next(seeds)).permutation(dims)[: dims // 2]

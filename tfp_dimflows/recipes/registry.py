@@ -4,16 +4,15 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import tensorflow_probability as tfp
+from tensorflow_probability import distributions as tfd
 
-tfd = tfp.distributions
-
+_Recipe = TypeVar("_Recipe", bound=Callable[..., tfd.Distribution])
 _RECIPES: dict[str, Callable[..., tfd.Distribution]] = {}
 
 
-def recipe(function: Callable[..., tfd.Distribution]) -> Callable[..., tfd.Distribution]:
+def recipe(function: _Recipe) -> _Recipe:
     """Decorator that registers a recipe under its function's name and notes on each distribution how it was made.
 
     Args:
@@ -28,7 +27,7 @@ def recipe(function: Callable[..., tfd.Distribution]) -> Callable[..., tfd.Distr
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def build(*args, **kwargs):
+    def build(*args: Any, **kwargs: Any) -> tfd.Distribution:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -40,9 +39,9 @@ def recipe(function: Callable[..., tfd.Distribution]) -> Callable[..., tfd.Distr
         distribution._recipe_config = json.dumps({"recipe": name, "arguments": arguments})
         return distribution
 
-    build.__signature__ = signature
+    build.__signature__ = signature  # type: ignore[attr-defined]
     _RECIPES[name] = build
-    return build
+    return cast(_Recipe, build)
 
 
 def names() -> list[str]:

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 IRESNET = {
     "small": {"num_scales": 2, "num_blocks": 2, "width": 32},
@@ -36,7 +36,7 @@ def iresnet(
     width: int | None = None,
     coeff: float = 0.9,
     num_terms: int = 5,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
@@ -113,7 +113,7 @@ def residual_flow(
     coeff: float = 0.98,
     roulette: str = "poisson",
     num_exact: int = 2,
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
     levels: int | None = None,
     seed: int = 0,
@@ -193,17 +193,18 @@ def residual_flow(
     return common.as_distribution(flow, shape, levels, common.logit(alpha))
 
 
-def _check_coeff(recipe, coeff):
+def _check_coeff(recipe: str, coeff: float) -> None:
     if not 0.0 < coeff < 1.0:
         raise ValueError(f"{recipe}: got coeff={coeff!r}, needs a bound between 0 and 1 for blocks to be invertible")
 
 
-def _branch(shape, width, activation, coeff, first_activation, seed) -> Callable:
-    options = {"activation": activation, "first_activation": first_activation, "coeff": coeff, "seed": seed % 2**31}
+def _branch(shape: Sequence[int], width: int, activation: str, coeff: float, first_activation: bool, seed: int) -> Callable:
+    options: dict[str, Any] = {"activation": activation, "first_activation": first_activation}
+    options |= {"coeff": coeff, "seed": seed % 2**31}
     if len(shape) == 3:
         return networks.lipschitz_conv(shape, width, **options)
     return networks.lipschitz_mlp(shape[0], [width] * 2, **options)
 
 
-def _actnorm(shape):
+def _actnorm(shape: Sequence[int]) -> dfb.ActNorm:
     return dfb.ActNorm(shape[-1], dtype=common.floatx())

@@ -1,10 +1,11 @@
 """Variational autoencoders whose posterior is a flow."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
@@ -12,8 +13,6 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.autoregressive import made_layers
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 POSTERIORS = ("gaussian", "planar", "radial", "sylvester-orthogonal", "sylvester-householder", "sylvester-triangular", "iaf")
 
@@ -78,7 +77,7 @@ def vae_flow(
     encoder = networks.conv_encoder(shape, features, width=width, seed=next(seeds))
     scaled = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(2.0 / (levels - 1), -1.0), *encoder.layers])
 
-    def amortised(transformer, size):
+    def amortised(transformer: Callable, size: int) -> dfb.ConditionalTransform:
         """A bijector with `size` parameters given h."""
         kernel, bias = (
             keras.initializers.GlorotUniform(next(seeds)),
@@ -107,7 +106,7 @@ def vae_flow(
     )
 
 
-def _family(posterior, dims, reverse):
+def _family(posterior: str, dims: int, reverse: bool) -> tuple[Callable, int]:
     """A function from parameters to a bijector, and their number."""
     if posterior == "planar":
         return functools.partial(dfb.Planar, dims), dfb.Planar.num_params(dims)

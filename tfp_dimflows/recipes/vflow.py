@@ -1,11 +1,11 @@
 """VFlow: flows on data augmented by noise dimensions."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
@@ -15,8 +15,6 @@ from tfp_dimflows.recipes.flowpp import CONFIGS as FLOWPP
 from tfp_dimflows.recipes.flowpp import NONNEGATIVE, POSITIVE, Couplings, as_dequantized
 from tfp_dimflows.recipes.glow import glow_flow, image_steps, vector_steps
 from tfp_dimflows.recipes.registry import recipe
-
-tfb, tfd = tfp.bijectors, tfp.distributions
 
 SMALL = FLOWPP["small"] | {
     "num_extra": 1,
@@ -140,7 +138,7 @@ def vflow_glow(
     width: int = 50,
     num_hidden: int = 2,
     coupling: str = "affine",
-    factorization: Any = "conventional",
+    factorization: common.Factorization | None = "conventional",
     levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
@@ -200,7 +198,9 @@ def vflow_glow(
     return dfd.Dequantized(pixels, levels=levels)
 
 
-def _glow_posterior(shape, num_extra, depth, width, num_hidden, coupling, seeds):
+def _glow_posterior(
+    shape: tuple[int, ...], num_extra: int, depth: int, width: int, num_hidden: int, coupling: str, seeds: Iterator[int]
+) -> dfb.Chain:
     """From noise to the extra dimensions: a Gaussian given x, then steps of Glow given x."""
     if len(shape) == 3:
         network = networks.GlowConvNet(shape[-1], 2 * num_extra, width=width, seed=next(seeds) % 2**31)
@@ -214,6 +214,6 @@ def _glow_posterior(shape, num_extra, depth, width, num_hidden, coupling, seeds)
     return dfb.Chain([gaussian, *steps])
 
 
-def _augmented(flow, posterior, joint, num_extra):
+def _augmented(flow: tfb.Bijector, posterior: tfb.Bijector | None, joint: tuple[int, ...], num_extra: int) -> dfd.Augmented:
     vflow = dfb.VFlow(flow, posterior, num_extra, event_ndims=len(joint))
     return dfd.Augmented(common.as_distribution(vflow, joint, None), num_extra)

@@ -52,7 +52,7 @@ class Backup(keras.callbacks.Callback):
             model.load_weights(self._path(epoch))
         return epoch
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes a backup."""
         self._directory.mkdir(parents=True, exist_ok=True)
         unfinished = self._directory / "unfinished.weights.h5"
@@ -65,5 +65,5 @@ class Backup(keras.callbacks.Callback):
         """Removes the folder."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _path(self, epoch):
+    def _path(self, epoch: int) -> pathlib.Path:
         return self._directory / f"epoch-{epoch}.weights.h5"

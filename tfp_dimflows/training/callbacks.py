@@ -5,12 +5,14 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import plot, recipes
 from tfp_dimflows.bijectors import Chain, Multiscale, VFlow, per_dimension
@@ -56,16 +58,16 @@ class KLWarmup(keras.callbacks.Callback):
             raise ValueError(f"KLWarmup: got steps={steps}, needs a positive number")
         self.steps = steps
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks the model."""
         if getattr(self.model, "kl_weight", None) is None:
             raise ValueError(f"KLWarmup: {self.model.name} has no KL term; only a dfd.VAEPrior has one")
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Sets the weight for this step."""
         self.model.kl_weight.assign(min(1.0, int(self.model.optimizer.iterations) / self.steps))
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         """Sets the weight to 1."""
         self.model.kl_weight.assign(1.0)
 
@@ -109,16 +111,17 @@ class DecideFactorization(keras.callbacks.Callback):
         self._data = data if isinstance(data, tf.data.Dataset) else tf.data.Dataset.from_tensors(data)
         self._steps, self._seed = steps, seed
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks model and data."""
         if not isinstance(self.model, FlowModel):
             raise ValueError(f"DecideFactorization: got the model {self.model.name}, needs a FlowModel")
-        self._multiscale = _find_multiscale(self.model.distribution)
-        if self._multiscale is None or not self._multiscale.is_online:
+        multiscale = _find_multiscale(self.model.distribution)
+        if multiscale is None or not multiscale.is_online:
             raise ValueError(f"DecideFactorization: {self.model.name} has no Multiscale with an OnlineFactorization")
+        self._multiscale = multiscale
         self.model._check_first_batch(self._data)
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Decides what is due."""
         decided = self._multiscale.num_decided
         if decided < len(self._multiscale.levels) - 1 and self.model.optimizer.iterations >= self._steps * (decided + 1):
@@ -129,7 +132,9 @@ class DecideFactorization(keras.callbacks.Callback):
 class _Pictures(keras.callbacks.Callback):
     """Base of callbacks that write pictures of a model: bytes `[height, width, channels]`, one after every so many epochs."""
 
-    def __init__(self, directory, log_dir, every, name, overwrite):
+    def __init__(
+        self, directory: str | os.PathLike | None, log_dir: str | os.PathLike | None, every: int, name: str, overwrite: bool
+    ):
         super().__init__()
         if directory is None and log_dir is None:
             raise ValueError(f"{type(self).__name__}: got neither directory nor log_dir, needs one of them")
@@ -138,43 +143,45 @@ class _Pictures(keras.callbacks.Callback):
         plot.require_matplotlib()
         self._directory = None if directory is None else pathlib.Path(directory)
         self._log_dir, self._every, self._name, self._overwrite = log_dir, every, name, overwrite
-        self._writer, self._is_open = None, False
+        self._writer: tf.summary.SummaryWriter | None = None
+        self._is_open = False
 
-    def _check(self):
+    def _check(self) -> None:
         """Raises a ValueError unless there is such a picture of the model."""
         raise NotImplementedError
 
-    def _pixels(self):
+    def _pixels(self) -> np.ndarray:
         raise NotImplementedError
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks the model."""
         if not isinstance(self.model, FlowModel):
             raise ValueError(f"{type(self).__name__}: got the model {self.model.name}, needs a FlowModel")
         self._is_open = False
         self._check()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Checks the directory, before the first epoch."""
         if not self._is_open:
             self._open(epoch + 1)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes a picture, every so many epochs."""
         if (epoch + 1) % self._every == 0:
             self._write(epoch + 1, epoch)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         """Closes the log."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _open(self, first):
+    def _open(self, first: int) -> None:
         """Raises unless pictures from number `first` on can be written without loss."""
         self._is_open = True
         if self._directory is not None:
-            numbers = {path: re.fullmatch(rf"{re.escape(self._name)}-(\d+)\.png", path.name) for path in self._in_directory()}
+            paths = list(self._directory.iterdir()) if self._directory.is_dir() else []
+            numbers = {path: re.fullmatch(rf"{re.escape(self._name)}-(\d+)\.png", path.name) for path in paths}
             others = sorted(path for path, number in numbers.items() if number and int(number[1]) >= first)
             if others and not self._overwrite:
                 raise ValueError(
@@ -188,10 +195,7 @@ class _Pictures(keras.callbacks.Callback):
         if self._log_dir is not None:
             self._writer = tf.summary.create_file_writer(os.fspath(self._log_dir))
 
-    def _in_directory(self):
-        return list(self._directory.iterdir()) if self._directory.is_dir() else []
-
-    def _write(self, number, step):
+    def _write(self, number: int, step: int) -> None:
         if not self.model.distribute_strategy.extended.should_save_summary:
             return  # of several workers one writes
         try:
@@ -206,16 +210,16 @@ class _Pictures(keras.callbacks.Callback):
                 tf.summary.image(self._name, pixels[np.newaxis], step=step)
             self._writer.flush()
 
-    def _check_images(self):
+    def _check_images(self) -> None:
         if len(self.model.event_shape) != 3:
             shape = list(self.model.event_shape)
             raise ValueError(f"{type(self).__name__}: {self.model.name} has events of shape {shape}, needs images [H, W, C]")
 
-    def _grid(self, images, limits):
+    def _grid(self, images: ArrayLike, limits: Sequence[float] | None) -> np.ndarray:
         return plot.enlarged(plot.grid_pixels(images, _grey_levels(self.model), limits, type(self).__name__))
 
 
-def _grey_levels(model):
+def _grey_levels(model: FlowModel) -> int | None:
     """The number of grey levels of a model's images; None for continuous ones."""
     config = recipes.config_of(model.distribution) or {"arguments": {}}
     return getattr(model.distribution, "levels", config["arguments"].get("levels"))
@@ -271,11 +275,11 @@ class SampleImages(_Pictures):
             raise ValueError(f"SampleImages: got num={num}, needs a positive number")
         self._num, self._seed, self._condition, self._limits = num, seed, condition, limits
 
-    def _check(self):
+    def _check(self) -> None:
         self._check_images()
         self._pixels()
 
-    def _pixels(self):
+    def _pixels(self) -> np.ndarray:
         return self._grid(self.model.sample(self._num, seed=self._seed, condition=self._condition), self._limits)
 
 
@@ -312,7 +316,7 @@ class Reconstructions(_Pictures):
 
     def __init__(
         self,
-        images: Any,
+        images: ArrayLike,
         directory: str | os.PathLike | None = None,
         log_dir: str | os.PathLike | None = None,
         *,
@@ -326,7 +330,7 @@ class Reconstructions(_Pictures):
         if self._images.ndim != 4:
             raise ValueError(f"Reconstructions: got images of shape {list(self._images.shape)}, needs [N, H, W, C]")
 
-    def _check(self):
+    def _check(self) -> None:
         self._check_images()
         if self.model.kl_weight is None:
             raise ValueError(
@@ -335,7 +339,7 @@ class Reconstructions(_Pictures):
             )
         self._pixels()
 
-    def _pixels(self):
+    def _pixels(self) -> np.ndarray:
         return self._grid(np.stack([self._images, self.model.decode(self.model.encode(self._images))]), self._limits)
 
 
@@ -374,27 +378,27 @@ class KeptDimensions(_Pictures):
     ):
         super().__init__(directory, log_dir, 1, name, overwrite)
 
-    def _check(self):
+    def _check(self) -> None:
         multiscale = _find_multiscale(self.model.distribution)
         if multiscale is None or multiscale.factorization is None:
             reason = "no Multiscale in it" if multiscale is None else "a Multiscale that no dimension leaves"
             raise ValueError(f"KeptDimensions: {self.model.name} has {reason}, needs one with a DimensionFactorization")
         self._factorization = multiscale.factorization
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Writes the picture, before the first epoch."""
         if not self._is_open:
             self._open(epoch)
             self._write(epoch, epoch)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes nothing."""
 
-    def _pixels(self):
+    def _pixels(self) -> np.ndarray:
         return plot.figure_pixels(1, lambda axes: plot.kept_dimensions(self._factorization, ax=axes))
 
 
-def _find_multiscale(distribution):
+def _find_multiscale(distribution: tfd.Distribution) -> Multiscale | None:
     while distribution is not None:
         for part in _parts(getattr(distribution, "bijector", None)):
             part = part.flow if isinstance(part, VFlow) else part
@@ -438,7 +442,7 @@ class BitsPerLevel(keras.callbacks.Callback):
         super().__init__()
         self._data, self._seed = data, seed
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks model and data."""
         if not isinstance(self.model, FlowModel):
             raise ValueError(f"BitsPerLevel: got the model {self.model.name}, needs a FlowModel")
@@ -455,14 +459,14 @@ class BitsPerLevel(keras.callbacks.Callback):
         self._compiled = tf.function(self._terms, autograph=False, reduce_retracing=True)
         self._check_data()
 
-    def _check_data(self):
+    def _check_data(self) -> None:
         self.model._check_first_batch(self._data)
         for batch in self._batches():
             self._terms(tf.nest.map_structure(lambda value: value[:1], batch), self._seeds(0))
             return
         raise ValueError("BitsPerLevel: the dataset is empty")
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Adds the terms to the logs."""
         totals, count = 0.0, 0
         for step, batch in enumerate(self._batches()):
@@ -472,14 +476,14 @@ class BitsPerLevel(keras.callbacks.Callback):
         if logs is not None:
             logs.update(zip(self._names, bits.tolist()))
 
-    def _batches(self):
+    def _batches(self) -> Iterator[Any]:
         for batch in self._data if isinstance(self._data, tf.data.Dataset) else [self._data]:
             yield self.model._tensors(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
-    def _seeds(self, step):
+    def _seeds(self, step: int) -> tf.Tensor:
         return tf.constant([0, self._seed + step], tf.int32)
 
-    def _terms(self, batch, seed):
+    def _terms(self, batch: Any, seed: tf.Tensor) -> tf.Tensor:
         """Terms of the log-density, `[batch, number of terms]`."""
         x, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
         with probes_from(seed):

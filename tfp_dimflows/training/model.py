@@ -3,21 +3,21 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
+from tensorflow.types.experimental import TensorLike
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge, recipes
 from tfp_dimflows.bijectors.base import probes_from
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.distributions import Augmented, Dequantized, variational
 from tfp_dimflows.upstream import samplers
-
-tfd = tfp.distributions
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -81,7 +81,7 @@ class FlowModel(keras.Model):
         self._compiled_log_prob = tf.function(self._log_prob_by_rank, autograph=False, reduce_retracing=True)
         self.built = True
 
-    def _build_networks(self):
+    def _build_networks(self) -> None:
         """Lets unbuilt Keras layers make their variables here; inside Keras's training function it would be too late."""
         shape = self._distribution.event_shape
         if not shape.is_fully_defined():
@@ -123,7 +123,9 @@ class FlowModel(keras.Model):
 
     # Training.
 
-    def compile(self, optimizer: Any = "adam", *, jit_compile: bool | str = "auto", **kwargs):
+    def compile(
+        self, optimizer: str | dict | keras.Optimizer = "adam", *, jit_compile: bool | str = "auto", **kwargs: Any
+    ) -> None:
         """As `keras.Model.compile`; the loss is fixed.
 
         Args:
@@ -147,7 +149,7 @@ class FlowModel(keras.Model):
         """Keras's hook for loading: compiles as the saved model was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
 
-    def fit(self, x=None, *args, **kwargs):
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """As `keras.Model.fit`, after a check of the (first) batch that changes nothing if it fails."""
         self._check_first_batch(x)
         if isinstance(x, tf.data.Dataset):
@@ -160,24 +162,24 @@ class FlowModel(keras.Model):
         self._converge()
         return history
 
-    def _converge(self):
+    def _converge(self) -> None:
         """Brings what layers estimate iteratively in training (spectral norms) to convergence."""
         for layer in self._flatten_layers(include_self=False):
             if hasattr(layer, "converge"):
                 layer.converge()
 
-    def evaluate(self, x=None, *args, **kwargs):
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`."""
         self._converge()
         return super().evaluate(self._for_workers(x), *args, **_with_labels(x, args, kwargs))
 
-    def _for_workers(self, data):
+    def _for_workers(self, data: Any) -> Any:
         """With several workers a dataset's images as int32: Keras reduces a batch over the workers, which uint8 cannot be."""
         if not (isinstance(data, tf.data.Dataset) and self._has_workers()):
             return data
         return data.map(lambda *batch: tf.nest.map_structure(_without_uint8, batch[0] if len(batch) == 1 else batch))
 
-    def _has_workers(self):
+    def _has_workers(self) -> bool:
         return isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     def adapt(self, data: Any, steps: int = 1) -> None:
@@ -204,7 +206,7 @@ class FlowModel(keras.Model):
         with _unchanged_on_error(self.variables), keras_bridge.adaptation():
             self._log_prob(batch, seed=self._next_seed())
 
-    def call(self, x, training=None):
+    def call(self, x: Any, training: bool | None = None) -> tf.Tensor:
         """`log_prob(x)`, shape `[batch]`."""
         with variational.reports() as terms:
             log_prob = self._log_prob(x, seed=self._next_seed())
@@ -215,7 +217,9 @@ class FlowModel(keras.Model):
             self._kl = tf.reduce_mean(tf.reshape(terms["kl"], [-1, tf.shape(log_prob)[0]]), axis=0)
         return log_prob
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: tf.Tensor | None = None, training: bool = True
+    ) -> tf.Tensor:
         """Mean negative log-probability plus regularisation losses, with a KL term of the weight `kl_weight`."""
         if training and self._kl_weight is not None:
             y_pred = y_pred + (1.0 - tf.cast(self._kl_weight, y_pred.dtype)) * tf.cast(self._kl, y_pred.dtype)
@@ -227,7 +231,7 @@ class FlowModel(keras.Model):
         total = nll + sum(tf.cast(tf.reduce_sum(loss), nll.dtype) for loss in losses)
         return total / tf.distribute.get_strategy().num_replicas_in_sync
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(self, x: Any, y: Any, y_pred: tf.Tensor, sample_weight: tf.Tensor | None = None) -> dict[str, Any]:
         """Updates `nll` and `bits_per_dim`."""
         self._nll.update_state(-y_pred, sample_weight=sample_weight)
         if self._bits_per_dim is not None:
@@ -241,7 +245,9 @@ class FlowModel(keras.Model):
 
     # Use.
 
-    def log_prob(self, x: Any, num_samples: int | None = None, seed: int | None = None) -> tf.Tensor:
+    def log_prob(
+        self, x: TensorLike | dict[str, TensorLike], num_samples: int | None = None, seed: int | None = None
+    ) -> tf.Tensor:
         """Log-probability of events, compiled.
 
         Args:
@@ -260,7 +266,7 @@ class FlowModel(keras.Model):
         ranks = tuple(value.shape.rank for value in tf.nest.flatten(x))
         return self._compiled_log_prob(ranks, x, self._seed(seed), num_samples)
 
-    def sample(self, sample_shape: Any = (), seed: int | None = None, condition: Any = None) -> tf.Tensor:
+    def sample(self, sample_shape: TensorLike = (), seed: int | None = None, condition: Any = None) -> tf.Tensor:
         """Samples of the distribution, compiled.
 
         Args:
@@ -271,7 +277,7 @@ class FlowModel(keras.Model):
         sample_shape = tuple(np.atleast_1d(np.asarray(sample_shape, dtype=np.int32)).tolist())
         return self._compiled_sample(sample_shape, self._seed(seed), condition)
 
-    def interpolate(self, start: Any, end: Any, num_steps: int = 8) -> tf.Tensor:
+    def interpolate(self, start: TensorLike, end: TensorLike, num_steps: int = 8) -> tf.Tensor:
         """Events on the straight line between two events' latent values.
 
         Args:
@@ -298,7 +304,7 @@ class FlowModel(keras.Model):
         weights = tf.cast(weights, z_start.dtype)
         return self.decode((1.0 - weights) * z_start + weights * z_end)
 
-    def encode(self, x: Any) -> tf.Tensor:
+    def encode(self, x: TensorLike) -> tf.Tensor:
         """Latent values of events `batch + event`; under a `dfd.VAEPrior` the posterior's means, `batch + [latent_dims]`.
 
         Raises:
@@ -308,11 +314,11 @@ class FlowModel(keras.Model):
         self._check(x)
         return variational.encode(self._distribution, x)
 
-    def decode(self, z: Any) -> tf.Tensor:
+    def decode(self, z: TensorLike) -> tf.Tensor:
         """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means."""
         return variational.decode(self._distribution, self._tensors(z))
 
-    def _log_prob(self, x, seed=None, num_samples=None):
+    def _log_prob(self, x: Any, seed: Any = None, num_samples: int | None = None) -> tf.Tensor:
         kwargs = {}
         if isinstance(x, dict):
             x, kwargs = x["x"], {"bijector_kwargs": {"condition": x["condition"]}}
@@ -322,34 +328,34 @@ class FlowModel(keras.Model):
         with probes_from(seed):
             return self._distribution.log_prob(x, **kwargs)
 
-    def _log_prob_by_rank(self, ranks, x, seed, num_samples):
+    def _log_prob_by_rank(self, ranks: tuple[int, ...], x: Any, seed: Any, num_samples: int | None) -> tf.Tensor:
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
         return self._log_prob(x, seed, num_samples)
 
-    def _sample(self, sample_shape, seed, condition):
+    def _sample(self, sample_shape: tf.Tensor | tuple[int, ...], seed: Any, condition: Any) -> tf.Tensor:
         kwargs = {} if condition is None else {"bijector_kwargs": {"condition": condition}}
         return self._distribution.sample(sample_shape, seed=seed, **kwargs)
 
-    def _next_seed(self):
+    def _next_seed(self) -> tf.Tensor:
         seed = tf.cast(self._seed_generator.next(), tf.int32)
         replica = tf.distribute.get_replica_context()
         if replica is None or replica.num_replicas_in_sync == 1:
             return seed
         return samplers.fold_in(seed, replica.replica_id_in_sync_group)  # replicas draw different noise
 
-    def _seed(self, seed):
+    def _seed(self, seed: int | None) -> tf.Tensor:
         return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
 
     # Checks.
 
-    def _check_first_batch(self, x):
+    def _check_first_batch(self, x: Any) -> None:
         if isinstance(x, tf.data.Dataset):
             for batch in x.take(1):
                 self._check(_events(batch))
         elif isinstance(x, (np.ndarray, tf.Tensor, dict)):
             self._check(self._tensors(x))
 
-    def _tensors(self, batch):
+    def _tensors(self, batch: Any) -> Any:
         """Arrays, nested lists and dicts of them as tensors, floats in the distribution's precision."""
         if isinstance(batch, dict):
             return {key: self._tensors(value) for key, value in batch.items()}
@@ -357,7 +363,7 @@ class FlowModel(keras.Model):
         dtype = self._distribution.dtype if self._distribution.dtype.is_floating else tf.as_dtype(keras.config.floatx())
         return tf.cast(batch, dtype) if batch.dtype.is_floating else batch
 
-    def _check(self, batch):
+    def _check(self, batch: Any) -> None:
         """Raises unless the batch's events have the right shape and finite values within the distribution's levels."""
         x = batch
         if isinstance(batch, dict):
@@ -377,7 +383,7 @@ class FlowModel(keras.Model):
 
     # Saving.
 
-    def save(self, filepath, *args, **kwargs):
+    def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`.
 
         Raises:
@@ -415,11 +421,11 @@ class FlowModel(keras.Model):
         archive = keras.export.ExportArchive()
         archive.track(self)
 
-        def log_prob(x, seed, condition=None):
+        def log_prob(x: Any, seed: Any, condition: Any = None) -> tf.Tensor:
             batch = x if condition is None else {"x": x, "condition": condition}
             return self._log_prob(batch, seed, num_samples)
 
-        def sample(num, seed, condition=None):
+        def sample(num: tf.Tensor, seed: Any, condition: Any = None) -> tf.Tensor:
             return self._sample(num, seed, condition)
 
         given = []
@@ -435,7 +441,7 @@ class FlowModel(keras.Model):
             archive.add_endpoint("decode", lambda z: variational.decode(self._distribution, z), decode)
         archive.write_out(str(filepath), verbose=False)
 
-    def load_weights(self, filepath, *args, **kwargs):
+    def load_weights(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.load_weights`.
 
         Raises:
@@ -464,17 +470,17 @@ class FlowModel(keras.Model):
         """Builds the recipe anew."""
         return cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Keras's hook for saving; adds the seeds that layers such as dropout draw from, which Keras does not save."""
         super().save_own_variables(store)
         for k, state in enumerate(self._seed_states()):
             store[f"seed_{k}"] = state.numpy()
 
-    def _seed_states(self):
+    def _seed_states(self) -> list[keras.Variable]:
         layers = self._flatten_layers(include_self=False)
         return [generator.state for layer in layers for generator in layer._seed_generators]
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Keras's hook for loading; first checks that constants of the architecture are those the weights were trained with.
 
         Raises:
@@ -494,7 +500,7 @@ class FlowModel(keras.Model):
 
 
 @contextlib.contextmanager
-def _unchanged_on_error(variables):
+def _unchanged_on_error(variables: Sequence[keras.Variable]) -> Iterator[None]:
     """Gives the variables their values back if what runs inside fails."""
     before = [v.numpy() for v in variables]
     try:
@@ -505,18 +511,18 @@ def _unchanged_on_error(variables):
         raise
 
 
-def _without_uint8(value):
+def _without_uint8(value: tf.Tensor) -> tf.Tensor:
     return tf.cast(value, tf.int32) if value.dtype == tf.uint8 else value
 
 
-def _with_labels(x, args, kwargs):
+def _with_labels(x: Any, args: tuple, kwargs: dict) -> dict:
     """Adds labels that are not used, without which Keras ignores sample weights."""
     if kwargs.get("sample_weight") is not None and not args and kwargs.get("y") is None:
         return kwargs | {"y": np.zeros(len(tf.nest.flatten(x)[0]))}
     return kwargs
 
 
-def _events(batch):
+def _events(batch: Any) -> Any:
     """The events of a batch in any form that Keras takes."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch
 

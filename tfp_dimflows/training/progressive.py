@@ -9,7 +9,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-import tensorflow_probability as tfp
+from tensorflow_probability import bijectors as tfb
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import PNF, Chain
@@ -19,22 +20,20 @@ from tfp_dimflows.training.backup import Backup
 from tfp_dimflows.training.model import FlowModel
 from tfp_dimflows.upstream import TFPChain
 
-tfd = tfp.distributions
-
 
 def fit_progressively(
     model: FlowModel,
     dataset: tf.data.Dataset,
     epochs_per_stage: int | Sequence[int],
     *,
-    optimizer: Any = "adam",
+    optimizer: str | dict | keras.Optimizer = "adam",
     steps_per_epoch: int | None = None,
     validation_data: tf.data.Dataset | None = None,
     validation_steps: int | None = None,
     backup_dir: str | os.PathLike | None = None,
     callbacks: Callable[[int], Sequence[keras.callbacks.Callback]] | None = None,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> list[keras.callbacks.History]:
     """Trains a model with a `dfb.PNF` stage by stage, from coarse to fine, each by Keras `fit`.
 
@@ -122,7 +121,15 @@ def fit_progressively(
     return histories
 
 
-def _fit_stage(stage, data, optimizer, backup_dir, callbacks, jit_compile, **options):
+def _fit_stage(
+    stage: FlowModel,
+    data: tf.data.Dataset,
+    optimizer: keras.Optimizer,
+    backup_dir: pathlib.Path | None,
+    callbacks: Sequence[keras.callbacks.Callback],
+    jit_compile: bool | str,
+    **options: Any,
+) -> keras.callbacks.History:
     """Trains a stage, goes on with what is in its backup, or takes its weights if it had been finished."""
     finished = None if backup_dir is None else backup_dir / "finished.weights.h5"
     if finished is not None and finished.is_file():
@@ -136,7 +143,7 @@ def _fit_stage(stage, data, optimizer, backup_dir, callbacks, jit_compile, **opt
             initial_epoch = backup.restore(stage)
             callbacks = [*callbacks, backup]
     history = stage.fit(data, callbacks=callbacks, initial_epoch=initial_epoch, **options)
-    if finished is not None:
+    if backup_dir is not None and finished is not None:
         unfinished = backup_dir / "unfinished.weights.h5"
         backup_dir.mkdir(parents=True, exist_ok=True)
         stage.save_weights(unfinished)
@@ -144,7 +151,7 @@ def _fit_stage(stage, data, optimizer, backup_dir, callbacks, jit_compile, **opt
     return history
 
 
-def _no_history():
+def _no_history() -> keras.callbacks.History:
     history = keras.callbacks.History()
     history.epoch = []
     return history
@@ -153,7 +160,7 @@ def _no_history():
 class _Stages:
     """The stages of a model's progressive flow as models of their own, and their data."""
 
-    def __init__(self, model):
+    def __init__(self, model: FlowModel):
         self._dequantized, distribution = None, model.distribution
         if isinstance(distribution, Dequantized):
             self._dequantized, distribution = distribution, distribution.distribution
@@ -174,7 +181,7 @@ class _Stages:
         self._whole = model
         self.num = len(self._flow.stages)
 
-    def model(self, k):
+    def model(self, k: int) -> FlowModel | None:
         """A model of a stage's values given their condition; None for a stage that has nothing to train."""
         stage = self._flow.stages[k]
         holdings = keras_bridge.collect(stage)
@@ -185,7 +192,7 @@ class _Stages:
         with self._whole.distribute_strategy.scope():
             return FlowModel(tfd.TransformedDistribution(noise, Chain([stage])), name=f"stage_{k}")
 
-    def check(self, dataset, seed):
+    def check(self, dataset: tf.data.Dataset, seed: int) -> None:
         """Raises unless these are batches whose first event every stage takes."""
         if not isinstance(dataset, tf.data.Dataset):
             raise ValueError(
@@ -199,13 +206,13 @@ class _Stages:
                 if model is not None:
                     model._log_prob(part[0] if isinstance(part, tuple) else part)
 
-    def data(self, dataset, k, seed):
+    def data(self, dataset: tf.data.Dataset, k: int, seed: int) -> tf.data.Dataset:
         """Batches of a stage's values from batches of events."""
         seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
         stage_batch = tf.autograph.experimental.do_not_convert(lambda batch, seed: self._batch(batch, k, seed))
         return tf.data.Dataset.zip(dataset, seeds).map(stage_batch, tf.data.AUTOTUNE)
 
-    def _batch(self, batch, k, seed):
+    def _batch(self, batch: Any, k: int, seed: tf.Tensor) -> Any:
         events, *rest = batch if isinstance(batch, tuple) else (batch,)
         x, condition = (events["x"], events["condition"]) if isinstance(events, dict) else (events, None)
         if self._dequantized is None:
@@ -220,7 +227,7 @@ class _Stages:
         return (events, *rest) if rest else events
 
 
-def _parts(bijector):
+def _parts(bijector: tfb.Bijector | None) -> list[tfb.Bijector]:
     """The parts of nested chains, from the data's side to the latent one."""
     if isinstance(bijector, (Chain, TFPChain)):
         return [part for b in bijector.bijectors for part in _parts(b)]

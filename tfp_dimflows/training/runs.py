@@ -7,13 +7,15 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows import plot, recipes
+from tfp_dimflows.bijectors import Multiscale
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.training.backup import Backup, least_of_workers
 from tfp_dimflows.training.callbacks import DecideFactorization, _find_multiscale
@@ -101,8 +103,8 @@ def train(
     if online_steps is None:
         pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
     distribution = recipes.get(recipe)(event_shape, levels=levels, **arguments)  # bad arguments fail before anything is written
-    if online_steps is not None:
-        factor_outs = len(_find_multiscale(distribution).levels) - 1
+    if online_steps is not None and (multiscale := _find_multiscale(distribution)) is not None:
+        factor_outs = len(multiscale.levels) - 1
         steps = epochs * (steps_per_epoch or int(train_data.cardinality()))
         if 0 < steps <= online_steps * factor_outs:
             raise ValueError(
@@ -118,18 +120,36 @@ def train(
     config = {"version": __version__, "recipe": recipe, "event_shape": list(event_shape), "levels": levels}
     config |= {"arguments": arguments, **budget}
     if recipes.base_of(recipe):
-        phase = {"pretrain_epochs": pretrain_epochs} if online_steps is None else {"online_steps": online_steps}
+        phase: dict[str, Any] = {"pretrain_epochs": pretrain_epochs} if online_steps is None else {"online_steps": online_steps}
         config |= phase | {"baseline": baseline}
     with _run_directory(directory, config | (notes or {}), resume) as directory:
         phase = {"pretrain_epochs": pretrain_epochs, "online_steps": online_steps, "baseline": baseline}
         return _train(recipe, directory, (train_data, test_data), event_shape, levels, arguments, budget, **phase)
 
 
-def _train(recipe, directory, datasets, event_shape, levels, arguments, budget, *, pretrain_epochs, online_steps, baseline):
+def _train(
+    recipe: str,
+    directory: pathlib.Path,
+    datasets: tuple[tf.data.Dataset, tf.data.Dataset],
+    event_shape: Sequence[int],
+    levels: int | None,
+    arguments: dict[str, Any],
+    budget: dict[str, Any],
+    *,
+    pretrain_epochs: int | None,
+    online_steps: int | None,
+    baseline: bool,
+) -> FlowModel:
     """All phases of a run, each resumed or loaded if it is there."""
     seed = budget["seed"]
 
-    def fit(name, where, arguments, epochs=budget["epochs"], callbacks=()):
+    def fit(
+        name: str,
+        where: pathlib.Path,
+        arguments: dict[str, Any],
+        epochs: int | None = budget["epochs"],
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+    ) -> FlowModel:
         build = recipes.get(name)
         return _fit(
             where,
@@ -145,7 +165,7 @@ def _train(recipe, directory, datasets, event_shape, levels, arguments, budget, 
         _save_samples(directory / "samples.png", model, levels, seed)
         return model
 
-    def contributions_of(model):
+    def contributions_of(model: FlowModel) -> list[np.ndarray]:
         return _contributions(directory / CONTRIBUTIONS, model, datasets[0], budget["steps_per_epoch"])
 
     if online_steps is None:
@@ -156,7 +176,7 @@ def _train(recipe, directory, datasets, event_shape, levels, arguments, budget, 
         decide = DecideFactorization(datasets[0].take(online_steps), online_steps, seed)
         model = fit(recipe, directory, arguments | {"contributions": "online"}, callbacks=[decide])
         contributions = contributions_of(model)
-    factorizations = {recipe: _multiscale(model).factorization}
+    factorizations: dict[str, Any] = {recipe: _multiscale(model).factorization}
     if baseline:
         own = {key: value for key, value in arguments.items() if key not in ("keep", "granularity")}
         conventional = fit(base, directory / "conventional", own)
@@ -209,7 +229,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 
 @contextlib.contextmanager
-def _run_directory(directory, config, resume):
+def _run_directory(directory: str | os.PathLike, config: dict, resume: bool) -> Iterator[pathlib.Path]:
     """The run directory, for this process alone while the context lasts; errors of its disk are ValueErrors."""
     directory = pathlib.Path(directory)
     try:
@@ -227,14 +247,14 @@ def _run_directory(directory, config, resume):
         raise ValueError(f"train: cannot write to the run directory {directory}: {error.strerror or error}") from error
 
 
-def _lock(descriptor, directory):
+def _lock(descriptor: int, directory: pathlib.Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
     except BlockingIOError:
         raise ValueError(f"train: another process writes to {directory}; choose another directory") from None
 
 
-def _check_directory(directory, config, resume):
+def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> None:
     if (directory / CONFIG).is_file():
         if not resume:
             raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
@@ -250,7 +270,18 @@ def _check_directory(directory, config, resume):
         _write_json(directory / CONFIG, config)
 
 
-def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, learning_rate, seed, callbacks):
+def _fit(
+    directory: pathlib.Path,
+    build: Callable[[], FlowModel],
+    train_data: tf.data.Dataset,
+    test_data: tf.data.Dataset,
+    *,
+    epochs: int,
+    steps_per_epoch: int | None,
+    learning_rate: float,
+    seed: int,
+    callbacks: Sequence[keras.callbacks.Callback],
+) -> FlowModel:
     """Trains into `directory`, goes on with what is there, or loads what is finished."""
     backup = Backup(directory / "backup")
     done = least_of_workers(sum((directory / name).is_file() for name in (MODEL, METRICS)))
@@ -296,7 +327,7 @@ def _fit(directory, build, train_data, test_data, *, epochs, steps_per_epoch, le
     return model
 
 
-def _keep_rows(path, epochs):
+def _keep_rows(path: pathlib.Path, epochs: int) -> None:
     """Drops rows of epochs that were logged but not backed up, since they will be trained again."""
     if path.is_file():
         with path.open(newline="") as file:
@@ -308,29 +339,31 @@ def _keep_rows(path, epochs):
         os.replace(unfinished, path)
 
 
-def _contributions(path, pretrained, train_data, steps_per_epoch):
+def _contributions(
+    path: pathlib.Path, pretrained: FlowModel, train_data: tf.data.Dataset, steps_per_epoch: int | None
+) -> list[np.ndarray]:
     if path.is_file():
         with np.load(path) as stored:
             return [stored[key] for key in stored.files if key.startswith("factor_out")]
     data = train_data.take(steps_per_epoch) if steps_per_epoch else train_data
     contributions, errors = likelihood_contributions(pretrained.bijector, data, standard_errors=True)
     with open(f"{path}.unfinished", "wb") as file:
-        arrays = {f"factor_out_{k}": c for k, c in enumerate(contributions)}
-        np.savez(file, **arrays, **{f"standard_error_{k}": e for k, e in enumerate(errors)})
+        arrays: dict[str, Any] = {f"factor_out_{k}": c for k, c in enumerate(contributions)}
+        np.savez(file, **arrays | {f"standard_error_{k}": e for k, e in enumerate(errors)})
     os.replace(f"{path}.unfinished", path)
     return contributions
 
 
-def _multiscale(model):
+def _multiscale(model: FlowModel) -> Multiscale:
     return model.bijector.bijectors[-1]
 
 
-def _save_samples(path, model, levels, seed):
+def _save_samples(path: pathlib.Path, model: FlowModel, levels: int | None, seed: int) -> None:
     if not path.is_file():
         plot.save_grid(path, model.sample(64, seed=seed), levels)
 
 
-def _write_json(path, value):
+def _write_json(path: pathlib.Path, value: dict) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(unfinished, path)
