@@ -24,6 +24,8 @@ import tensorflow_datasets as tfds
 
 from tfp_dimflows import bijectors, cli, data, recipes, training
 
+pytestmark = pytest.mark.xdist_group("cli")  # many tests look at one run
+
 SMALL = ["width=4", "num_blocks=1", "num_couplings=1"]
 LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=2"]
 PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=1"]
@@ -204,6 +206,7 @@ def test_interpolate(finished, data_dir, tmp_path, capsys):
     assert pixels.shape[1] / pixels.shape[0] == pytest.approx(5 / 2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_sample_means_and_walks_of_a_flow_vae(tmp_path, data_dir, capsys):
     run = tmp_path / "run"
     assert cli.main(arguments(FLOW_VAE, run, data_dir, "--epochs", "1")) == 0
@@ -219,6 +222,7 @@ def test_sample_means_and_walks_of_a_flow_vae(tmp_path, data_dir, capsys):
     assert (run / "samples-0.png").read_bytes() != (run / "means-0.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_means_of_a_vae_whose_posterior_is_a_flow(tmp_path, data_dir, capsys):
     run = tmp_path / "run"
     assert cli.main(arguments(VAE_FLOW, run, data_dir, "--epochs", "1")) == 0
@@ -228,6 +232,7 @@ def test_means_of_a_vae_whose_posterior_is_a_flow(tmp_path, data_dir, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_vflow(tmp_path, data_dir, capsys):
     run = tmp_path / "run"
     options = ["--epochs", "1", "--steps-per-epoch", "2", "--no-baseline"]
@@ -246,6 +251,7 @@ def test_means_need_a_vae(finished, tmp_path, capsys):
     assert not (tmp_path / "means.png").exists()
 
 
+@pytest.mark.slow
 def test_upscale(tmp_path, data_dir, capsys):
     run = tmp_path / "run"
     assert cli.main(arguments(PROGRESSIVE, run, data_dir, "--epochs", "1")) == 0
@@ -285,6 +291,7 @@ def test_upscale(tmp_path, data_dir, capsys):
     assert not list(run.glob("upscale*"))
 
 
+@pytest.mark.slow
 def test_upscale_of_other_data(tmp_path, data_dir, capsys):
     run = tmp_path / "run"
     argv = arguments(PROGRESSIVE, run, data_dir, "--epochs", "1", "--steps-per-epoch", "1", "--image-size", "4")
@@ -502,6 +509,7 @@ def test_a_run_killed_by_the_system_ends_as_if_it_had_not_been(tmp_path, data_di
         np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_metrics_is_not_trained_again(tmp_path, data_dir, monkeypatch):
     argv = arguments(PLAIN, tmp_path / "run", data_dir, "--epochs", "1", "--steps-per-epoch", "2")
     evaluate = training.FlowModel.evaluate
@@ -530,6 +538,7 @@ def test_a_kill_while_the_history_is_written(rest, tmp_path):
     assert path.read_bytes() == b"epoch,loss,nll\r\n0,3.0,2.0\r\n"
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_configuration_is_written(tmp_path, data_dir):
     out = tmp_path / "run"
     out.mkdir()
@@ -559,6 +568,7 @@ def test_runs_of_another_version(tmp_path, finished, data_dir, capsys):
     assert f"is of version 0.0.1, and version {own} cannot load it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_backup_of_another_version_is_refused(tmp_path, data_dir, capsys):
     argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "1")
     with killed(when=1):
@@ -582,6 +592,7 @@ def test_a_run_directory_is_for_one_process(tmp_path, data_dir, capsys):
     os.close(other)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_that_leaves_what_was_written(tmp_path, data_dir, capsys, monkeypatch):
     out = tmp_path / "run"
 
@@ -617,6 +628,7 @@ def test_a_run_killed_in_its_first_epoch_starts_again(when, tmp_path, data_dir):
     assert math.isfinite(training.read_metrics(tmp_path / "run")["."]["bits_per_dim"])
 
 
+@pytest.mark.slow
 def test_more_steps_than_the_dataset_has_and_other_options_of_the_data(tmp_path, data_dir, capsys):
     options = ["--steps-per-epoch", "4", "--epochs", "2", "--batch-size", "512"]  # 2 batches in the dataset
     options += ["--image-size", "4", "--flips", "--test-split", "test[:100]"]

@@ -40,6 +40,7 @@ def inverse_and_log_det(flow, y):
     return compute(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_exact_trace(solver, net):
     flow = dfb.ffjord(net, trace="exact", solver=SOLVERS[solver](), dtype=tf.float64)
@@ -74,6 +75,7 @@ def test_hutchinson_is_unbiased_and_drawn_anew(net):
     assert (np.abs(samples.mean(axis=1) - expected) < 4.0 * error + 1e-9).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_gradients_of_the_solvers_agree(solver, net):
     def gradient(flow):
@@ -122,6 +124,7 @@ def test_the_network_is_its_configuration():
     np.testing.assert_array_equal(net(x, condition=t), again(x, condition=t))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event_shape", [[3], [4, 4, 1]], ids=["vector", "image"])
 def test_recipe(event_shape):
     options = {"hidden": [6], "num_steps": 8, "num_scales": 1 if len(event_shape) == 1 else 2}
@@ -135,6 +138,7 @@ def test_recipe(event_shape):
         assert contributions[0].shape == tuple(event_shape) and np.ptp(contributions[0]) > 0.0
 
 
+@pytest.mark.slow
 def test_training():
     flow = dimflows.recipes.ffjord([2], hidden=[8], num_steps=4)
     model = dimflows.FlowModel(flow, seed=0)

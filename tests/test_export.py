@@ -58,6 +58,7 @@ def test_an_exported_model_computes_the_same_without_this_package(name, tmp_path
     np.testing.assert_array_equal(results["decode"], model.decode(model.encode(samples)))
 
 
+@pytest.mark.slow
 def test_an_exported_conditional_model(tmp_path):
     flow = recipes.realnvp([3], width=8, condition_shape=[2])
     for v in flow.trainable_variables:

@@ -24,6 +24,7 @@ from registry import (
     multiscale_move,
     multiscale_walk,
     normal,
+    parameters,
     shuffled,
     squeezed,
     stay,
@@ -342,7 +343,9 @@ def test_split_latent_and_join_latent():
 MULTISCALES = [name for name in ENTRIES if name.startswith(("multiscale", "lcma"))]
 
 
-@pytest.mark.parametrize("name", [n for n in MULTISCALES if n not in ("multiscale_conditional", "multiscale_elementwise")])
+@pytest.mark.parametrize(
+    "name", [parameters(ENTRIES[n], n) for n in MULTISCALES if n not in ("multiscale_conditional", "multiscale_elementwise")]
+)
 def test_the_latent_parts_are_those_of_a_walk_by_flat_indices(name):
     entry = ENTRIES[name]
     flow, _ = build(entry, "large")
@@ -643,7 +646,7 @@ def test_integer_data_gets_uniform_noise_that_the_seed_determines():
     assert_close(dimflows.likelihood_contributions(flow, [tf.ones([3, 2])])[0], np.zeros(2))
 
 
-@pytest.mark.parametrize("name", MULTISCALES)
+@pytest.mark.parametrize("name", [parameters(ENTRIES[n], n) for n in MULTISCALES])
 def test_the_terms_of_the_levels_sum_to_the_log_density(name):
     entry = ENTRIES[name]
     flow, _ = build(entry, "large")
