@@ -2196,3 +2196,8 @@ def parameters(entry, *values):
     """Values of a parametrised test of an entry: `-m contract` runs all of them, README's command those of the core."""
     marks = [pytest.mark.contract, pytest.mark.core] if entry.core else [pytest.mark.contract]
     return pytest.param(*values, id="-".join([entry.name, *values[1:]]), marks=marks)
+
+
+def slow(*values, **options):
+    """Values of a parametrised test that belong to the slow layer."""
+    return pytest.param(*values, marks=pytest.mark.slow, **options)

@@ -451,6 +451,7 @@ class TestPreparation:
             data.info("digits", data_dir=read_only)
 
 
+@pytest.mark.slow
 def test_imports_are_lazy_and_missing_scikit_learn_names_the_extra(tmp_path):
     """Keras imports scikit-learn and matplotlib where it finds them, so they are made impossible to import."""
     program = """

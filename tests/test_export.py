@@ -74,6 +74,7 @@ def test_an_exported_conditional_model(tmp_path):
     assert not hasattr(loaded, "encode")
 
 
+@pytest.mark.slow
 def test_importance_samples_of_an_exported_bound(tmp_path):
     model = dimflows.FlowModel(recipes.vae_flow([4, 4, 1], posterior="planar", latent_dims=2, features=4, width=2), seed=0)
     model.export(tmp_path / "exported", num_samples=7)

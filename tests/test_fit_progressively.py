@@ -16,6 +16,8 @@ from tfp_dimflows import keras_bridge
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
 
+pytestmark = pytest.mark.xdist_group("fit_progressively")  # many tests look at a few trained models
+
 DIMS, LEVELS, STAGES = 8, 16, 3
 VALUE_SIZES = [2, 2, 4]  # of what each stage models: h_0, Delta_1, Delta_2
 
@@ -215,6 +217,7 @@ def optima():
     return x, *models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["joint", "progressive"])
 def test_both_ways_reach_the_exact_optimum(optima, way):
     x, joint, progressive = optima
@@ -225,6 +228,7 @@ def test_both_ways_reach_the_exact_optimum(optima, way):
     assert -np.mean(model.log_prob(x)) == pytest.approx(optimum, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_every_stage_reaches_its_exact_optimum(optima):
     x, _, progressive = optima
     stages = [(residuals(*stage), stage[0].shape[1]) for stage in halvings(x)]
@@ -389,6 +393,7 @@ def test_the_optimizer_is_a_configuration():
     assert not optimizer.built and int(optimizer.iterations) == 0
 
 
+@pytest.mark.slow
 def test_training_compiled_by_xla_is_the_same():
     results = []
     for jit_compile in (False, True):
@@ -507,6 +512,7 @@ def noisy_histories():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["nll", "val_nll"])
 @pytest.mark.parametrize("k", [0, 1])
 def test_every_epoch_has_noise_of_its_own(noisy_histories, metric, k):
@@ -655,6 +661,7 @@ def run(backup_dir, **options):
     return model, histories
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "epoch", "as_type"), [(0, 0, str), (1, 1, pathlib.Path), (2, 0, str)])
 def test_a_killed_run_goes_on(tmp_path, uninterrupted, stage, epoch, as_type):
     backup = as_type(tmp_path / "runs" / "backup")
@@ -671,6 +678,7 @@ def test_a_killed_run_goes_on(tmp_path, uninterrupted, stage, epoch, as_type):
     assert not (tmp_path / "runs" / "backup").exists()
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice(tmp_path, uninterrupted):
     assert run(tmp_path / "backup", callbacks=crash_in(0, 1))[1] is None
     assert run(tmp_path / "backup", callbacks=crash_in(1, 1))[1] is None
@@ -680,6 +688,7 @@ def test_a_run_killed_twice(tmp_path, uninterrupted):
         assert_close(actual, whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_leaves_other_files_and_is_not_resumed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "logs").mkdir()
@@ -871,6 +880,7 @@ def recipe_model():
     return model, x, before, histories
 
 
+@pytest.mark.slow
 def test_progressive_training_improves_the_model(recipe_model):
     model, x, before, histories = recipe_model
     assert [h.history["loss"][-1] < h.history["loss"][0] for h in histories] == [True, True]
@@ -879,6 +889,7 @@ def test_progressive_training_improves_the_model(recipe_model):
     np.testing.assert_allclose(after, model.distribution.log_prob(x, seed=(0, 0)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_evaluated_and_sampled(recipe_model):
     model, x, _, _ = recipe_model
     model.compile("adam")
@@ -888,6 +899,7 @@ def test_a_trained_model_is_evaluated_and_sampled(recipe_model):
     assert samples.shape == (100, DIMS) and 0 <= samples.min() <= samples.max() < LEVELS
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_saved(recipe_model, tmp_path):
     model, x, _, _ = recipe_model
     model.save(tmp_path / "model.keras")
@@ -896,6 +908,7 @@ def test_a_trained_model_is_saved(recipe_model, tmp_path):
     np.testing.assert_array_equal(loaded.log_prob(x, seed=0), model.log_prob(x, seed=0))
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_trained_on_jointly(recipe_model, tmp_path):
     model, x, _, _ = recipe_model
     model.save(tmp_path / "model.keras")
@@ -907,6 +920,7 @@ def test_a_trained_model_is_trained_on_jointly(recipe_model, tmp_path):
     assert all((a != b).any() for a, b in zip(values(loaded.trainable_variables), before))
 
 
+@pytest.mark.slow
 def test_a_convolutional_recipe():
     options = {"num_halvings": 1, "num_scales": 1, "num_couplings": 1, "width": 4, "num_blocks": 1, "levels": LEVELS}
     model = dimflows.FlowModel(dimflows.recipes.pnf([4, 4, 1], **options), seed=0)

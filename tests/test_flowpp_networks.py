@@ -487,6 +487,7 @@ def flow_model(jit_compile=False):
 BATCH = {"x": normal(8, 4, 4, 2), "condition": normal(8, 4, 4, 3, seed=1)}
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_of_a_flow_only():
     model, parts = flow_model()
 
@@ -523,6 +524,7 @@ def test_dropout_acts_in_training_of_a_flow_only():
     assert total_draws() == [[4, 4], [4]]
 
 
+@pytest.mark.slow
 def test_dropout_in_training_compiled_with_xla():
     model, parts = flow_model(jit_compile=True)
     losses = {float(model.train_on_batch(BATCH, return_dict=True)["loss"]) for _ in range(3)}
@@ -642,6 +644,7 @@ def test_published_counts_by_formula():
     assert_published(totals(net_count, context_count, lambda channels: channels**2))
 
 
+@pytest.mark.slow
 def test_published_counts_of_real_layers():
     def network_count(height, width, inputs, outputs, *, blocks, context):
         return count(FlowPPNet(inputs, outputs, image_size=(height, width), num_blocks=blocks, condition_channels=context))

@@ -377,6 +377,7 @@ def test_samples_of_the_exact_map_have_its_distribution():
 # Modes of execution.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smooth, dtype, tolerance", [(False, "float64", 1e-11), (True, "float32", 2e-5)])
 def test_eager_traced_and_compiled_agree(smooth, dtype, tolerance):
     p = parameters(scale=0.7, seed=2)

@@ -94,6 +94,7 @@ def test_unknown_height_and_width(name):
     np.testing.assert_allclose(function(inputs(name)), layer(inputs(name)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @networks
 @pytest.mark.parametrize("conditional", [False, True])
 def test_eager_graph_and_xla_agree(name, conditional):
@@ -159,6 +160,7 @@ def test_larger_image_conditions_are_squeezed(name, factor):
     assert np.abs(network(x, tf.roll(condition, 1, axis=1)) - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet", "glow"])
 def test_squeezed_conditions_in_every_mode(name):
     network = randomize(NETWORKS[name](condition_channels=8, dtype="float64"))

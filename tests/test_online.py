@@ -12,6 +12,8 @@ from registry import CHANNELS, GRID, assert_close, contributions_of, dfb, dimflo
 tfb, tfd = tfp.bijectors, tfp.distributions
 Factorization, Online = dfb.DimensionFactorization, dfb.OnlineFactorization
 
+pytestmark = pytest.mark.xdist_group("online")  # many tests look at one trained model
+
 IMAGE = (4, 8, 3)
 INITIAL = Factorization.checkerboard(IMAGE, 3)
 STATISTICS = contributions_of(IMAGE, 2)
@@ -233,6 +235,7 @@ def test_the_trained_density_is_that_of_the_factorization_without_online(trained
     np.testing.assert_allclose(static.log_prob(images(5), seed=1), flow_model.log_prob(images(5), seed=1), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lcma-glow", "lcma-iresnet", "lcma-residual-flow"])
 def test_other_families(name):
     sizes = {"lcma-glow": {"depth": 1}}.get(name, {"num_blocks": 1})
@@ -245,6 +248,7 @@ def test_other_families(name):
     assert multiscale_of(flow_model).num_decided == 1
 
 
+@pytest.mark.slow
 def test_vectors():
     flow_model = dimflows.FlowModel(
         dimflows.recipes.lcma_realnvp([6], num_scales=2, width=8, contributions="online", keep="low"), seed=0
@@ -280,6 +284,7 @@ def test_models_and_data_that_do_not_fit_are_refused_before_training(trained):
     assert all((a == b).all() for a, b in zip(plain.get_weights(), weights))
 
 
+@pytest.mark.slow
 def test_runs(tmp_path):
     data = tf.data.Dataset.from_tensor_slices(images()).batch(8)
     options = {"event_shape": SHAPE, "levels": 4, "epochs": 2, "steps_per_epoch": 3, "baseline": False}

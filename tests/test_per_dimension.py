@@ -692,6 +692,7 @@ def test_block_triangular_operator_is_polar_within_its_blocks(direction):
 # Particular classes.
 
 
+@pytest.mark.slow
 def test_linear_ffjord_gives_the_diagonal():
     matrix = normal(3, 3)
     flow = ffjord(lambda t, state: tf.matmul(state, matrix, transpose_b=True))
@@ -1059,6 +1060,7 @@ def test_eager_function_and_xla_agree(flow, direction):
         np.testing.assert_allclose(compiled(fresh(value)), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @both_directions
 def test_dense_maps_and_glow_agree_under_xla(direction):
     value = normal(BATCH, 4, 4, 1) if direction == "inverse" else normal(BATCH, 16)

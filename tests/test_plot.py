@@ -312,6 +312,7 @@ def test_errors_of_learning_curves(tmp_path):
 # matplotlib itself.
 
 
+@pytest.mark.slow
 def test_imports_are_lazy_and_plots_need_no_display_and_leave_the_backend_alone():
     """Keras imports matplotlib where it finds it, so it is made impossible to import at first."""
     program = """

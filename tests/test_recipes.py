@@ -820,6 +820,7 @@ def realnvp_parameters(channels, num_scales, width, blocks):
     return total, actnorm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "millions"),
     [({"num_scales": 2, "width": 64, "num_blocks": 8}, 19.61), ({"num_scales": 4, "width": 32, "num_blocks": 4}, 46.22)],
@@ -849,6 +850,7 @@ def glow_parameters(channels, num_scales, depth, width):
     return total + zero_convolution(2 * squeezed, 2 * squeezed), 9 * squeezed * 2 * squeezed
 
 
+@pytest.mark.slow
 def test_glow_reference_size():
     published, inert = glow_parameters(3, num_scales=3, depth=32, width=512)
     assert round(published / 1e6, 2) == 44.60

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import Mixer, affine_coupling, dfb, dimflows, mixer_for, normal, pass_and_gradients, spline
+from registry import Mixer, affine_coupling, dfb, dimflows, mixer_for, normal, pass_and_gradients, slow, spline
 
 from tfp_dimflows import keras_bridge
 
@@ -125,6 +125,7 @@ CASES = {
     "iterative": (iterative, VECTOR, VECTOR, None),
     "spline": (lambda dtype: [vector_coupling(k, dtype, spline()) for k in range(3)], VECTOR, VECTOR, None),
 }
+QUICK = ("glow_conditional", "realnvp", "tfp_parts")
 
 
 def randomize(chain, seed=5):
@@ -151,10 +152,10 @@ def assert_equal(actual, expected, tolerance):
 @pytest.mark.parametrize(
     ("case", "direction", "mode"),
     [
-        *((case, direction, "graph") for case in CASES for direction in ("inverse", "forward")),
-        *((case, "inverse", "xla") for case in ("glow_conditional", "tfp_parts", "nested", "iterative")),
+        *((pytest.param if case in QUICK else slow)(case, to, "graph") for case in CASES for to in ("inverse", "forward")),
+        *(slow(case, "inverse", "xla") for case in ("glow_conditional", "tfp_parts", "nested", "iterative")),
         ("realnvp", "forward", "xla"),
-        ("nested", "inverse", "eager"),
+        slow("nested", "inverse", "eager"),
     ],
 )
 def test_values_and_gradients_are_those_of_the_ordinary_pass(case, direction, mode):
@@ -179,6 +180,7 @@ def test_a_coupling_with_passes_of_its_own_sums_their_log_dets():
         np.testing.assert_allclose(total, tf.reduce_sum(per_dim, axis=-1), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_float32_agrees_to_its_rounding():
     results = []
     for memory in MEMORIES:
@@ -211,7 +213,7 @@ def test_gradients_reach_structured_conditions_and_tensors_that_parts_hold(mode)
     assert_equal(gradients("recompute"), gradients("keep"), 1e-9)
 
 
-@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("mode", ["graph", slow("xla")])
 def test_second_derivatives_are_right(mode):
     def network(mask, shape, params_per_dim, seed, dtype, condition_shape):
         return SmoothMixer((2, 2, 2), (2, 2, 2 * params_per_dim), seed, dtype)
@@ -267,6 +269,7 @@ def tensors_kept(depth, memory):
     return sum(tensor.dtype != tf.resource and BATCH in tensor.shape.as_list() for tensor in backward.inputs)
 
 
+@pytest.mark.slow
 def test_the_backward_pass_is_given_as_much_at_any_depth():
     assert tensors_kept(8, "recompute") == tensors_kept(2, "recompute")
     assert tensors_kept(8, "keep") > tensors_kept(2, "keep") + 20
@@ -310,10 +313,10 @@ def weights_after_training(memory, recipe="glow", jit_compile=False, policy="flo
     ("arguments", "tolerance"),
     [
         ({}, 1e-4),
-        ({"jit_compile": True}, 1e-4),
-        ({"policy": "mixed_bfloat16"}, 0.05),
-        ({"recipe": "realnvp", "num_blocks": 1}, 1e-3),
-        ({"recipe": "lcma-glow"}, 1e-4),
+        slow({"jit_compile": True}, 1e-4),
+        slow({"policy": "mixed_bfloat16"}, 0.05),
+        slow({"recipe": "realnvp", "num_blocks": 1}, 1e-3),
+        slow({"recipe": "lcma-glow"}, 1e-4),
     ],
 )
 def test_three_steps_of_fit_change_the_weights_alike(arguments, tolerance):
@@ -387,6 +390,7 @@ def test_what_only_training_changes_is_accepted_outside_it(layer):
     assert np.isfinite(trace(with_layers(layer), False)).all()
 
 
+@pytest.mark.slow
 def test_batch_normalisation_of_realnvp_is_refused_in_training():
     model = dimflows.FlowModel(dimflows.recipes.realnvp([4, 4, 1], width=2, num_blocks=1, batch_norm=True, memory="recompute"))
     model.compile()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
-from registry import ConditionalContraction, Contraction, assert_close, fresh, normal, numerical_jacobian
+from registry import ConditionalContraction, Contraction, assert_close, fresh, normal, numerical_jacobian, slow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import recipes
@@ -170,7 +170,7 @@ def test_truncation_error_is_within_its_bound(branch):
         assert (np.abs(series - exact_log_det) <= D * bound).all()
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("mode", ["eager", "graph", slow("xla")])
 @pytest.mark.parametrize("conditional", [False, True])
 def test_saving_memory_changes_no_gradient(mode, conditional):
     """With unequal weights of the examples, and a gradient of the values as well."""
@@ -502,6 +502,7 @@ SMALL = {"width": 4, "num_blocks": 1}
 BOTH = pytest.mark.parametrize("name", ["iresnet", "residual-flow"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "parameters"),
     [("iresnet", {}, 25_022_400 + 2 * 3072), ("residual-flow", {"factorization": None}, 25_173_968 + 6 + 155)],
@@ -517,8 +518,8 @@ def test_reference_parameter_counts(name, options, parameters, monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize("event_shape", [[4, 4, 2], [6]], ids=["image", "vector"])
-@pytest.mark.parametrize("factorization", ["conventional", None])
+@pytest.mark.parametrize("event_shape", [slow([4, 4, 2], id="image"), pytest.param([6], id="vector")])
+@pytest.mark.parametrize("factorization", ["conventional", slow(None)])
 def test_recipes_are_exact_but_for_their_estimates(name, event_shape, factorization):
     options = {"num_dense_blocks": 1} if name == "residual-flow" else {"num_terms": 60}
     flow = recipes.get(name)(event_shape, factorization=factorization, **SMALL, **options)
@@ -573,6 +574,7 @@ def trained():
     return model, digits, model.fit(digits, epochs=3, validation_data=digits.take(1), verbose=0).history
 
 
+@pytest.mark.slow
 def test_training_lowers_the_bits_and_keeps_the_bound(trained):
     model, _, history = trained
     assert np.isfinite(history["loss"]).all() and history["bits_per_dim"][-1] < history["bits_per_dim"][0] - 0.02
@@ -584,6 +586,7 @@ def test_training_lowers_the_bits_and_keeps_the_bound(trained):
         assert float(layer.spectral_norm()) == pytest.approx(before, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_trained_flows_are_invertible(trained):
     model, digits, _ = trained
     x = next(iter(digits))[:4]
@@ -592,6 +595,7 @@ def test_trained_flows_are_invertible(trained):
     assert samples.min() >= 0 and samples.max() < 17
 
 
+@pytest.mark.slow
 def test_singular_vectors_are_saved(trained, tmp_path):
     model, _, _ = trained
     model.save(tmp_path / "model.keras")

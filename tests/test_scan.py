@@ -15,6 +15,7 @@ from registry import (
     normal,
     pass_and_gradients,
     scan_step,
+    slow,
     tf_keras_network,
 )
 
@@ -79,9 +80,14 @@ def pair(case, memory="keep"):
 @pytest.mark.parametrize(
     ("case", "direction", "mode", "memory"),
     [
-        *((case, direction, "graph", memory) for case in CASES for direction in ("inverse", "forward") for memory in MEMORIES),
+        *(
+            (slow if case == "spline" else pytest.param)(case, direction, "graph", memory)
+            for case in CASES
+            for direction in ("inverse", "forward")
+            for memory in MEMORIES
+        ),
         *((case, "inverse", "eager", "keep") for case in CASES),
-        *(("glow_conditional", direction, "xla", "recompute") for direction in ("inverse", "forward")),
+        *(slow("glow_conditional", direction, "xla", "recompute") for direction in ("inverse", "forward")),
     ],
 )
 def test_values_and_gradients_are_those_of_a_chain(case, direction, mode, memory):
@@ -123,6 +129,7 @@ def test_contributions_and_places_are_those_of_a_chain():
         np.testing.assert_array_equal(getattr(scan, transport)(y), getattr(chain, transport)(y))
 
 
+@pytest.mark.slow
 def test_jacobians_in_a_graph():
     scan, chain, *_ = pair("shuffled")
 
@@ -240,6 +247,7 @@ def trained(memory="keep", policy="float32", **arguments):
     return model, x, history.history["nll"]
 
 
+@pytest.mark.slow
 def test_training_and_saving(tmp_path):
     model, x, nll = trained()
     assert nll[-1] < nll[0]
@@ -253,6 +261,7 @@ def test_training_and_saving(tmp_path):
     np.testing.assert_allclose(exported.log_prob(x, [0, 0]), model.log_prob(x), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_and_keeps_float32_log_dets():
     model, x, nll = trained(policy="mixed_bfloat16")
     assert all(v.dtype == "float32" for v in model.trainable_variables)

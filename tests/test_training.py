@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
+from registry import slow
 from sklearn.datasets import load_sample_images
 
 import tfp_dimflows as dimflows
@@ -19,6 +20,8 @@ from tfp_dimflows import keras_bridge
 
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
+
+pytestmark = pytest.mark.xdist_group("training")  # many tests look at a few trained models
 
 FIRST = dfb.masks.Channel(event_ndims=1)
 SECOND = FIRST.complement()
@@ -613,6 +616,7 @@ def test_save_and_load(image_model, tmp_path):
     np.testing.assert_array_equal(loaded.sample(2, seed=0), image_model.sample(2, seed=0))
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_loading_as_if_never_saved(image_model, tmp_path):
     path = tmp_path / "model.keras"
     image_model.save(path)
@@ -775,6 +779,7 @@ def trained_colour_model():
     return model, patches
 
 
+@pytest.mark.slow
 def test_round_trips_of_a_trained_colour_model(trained_colour_model):
     model, patches = trained_colour_model
     preprocess, flow = model.bijector.bijectors
@@ -795,7 +800,7 @@ def bfloat16_policy():
     keras.mixed_precision.set_global_policy(policy)
 
 
-@pytest.mark.parametrize("recipe", ["realnvp", "glow"])
+@pytest.mark.parametrize("recipe", ["realnvp", slow("glow")])
 def test_mixed_precision(bfloat16_policy, recipe):
     options = {"num_blocks": 1, "num_couplings": 1} if recipe == "realnvp" else {"depth": 1}
     distribution = dimflows.recipes.get(recipe)([4, 4, 2], width=4, levels=256, **options)
@@ -813,6 +818,7 @@ def test_mixed_precision(bfloat16_policy, recipe):
     np.testing.assert_array_equal(model.distribution.decode(model.distribution.encode(x)), x)
 
 
+@pytest.mark.slow
 def test_batch_normalisation_runs_in_training_mode_under_fit():
     model = dimflows.FlowModel(image_recipe(num_scales=1, batch_norm=True), seed=0)
     model.compile(keras.optimizers.Adam(1e-3))
@@ -888,6 +894,7 @@ _TWO_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_two_devices_train_like_one():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", textwrap.dedent(_TWO_DEVICES)]
