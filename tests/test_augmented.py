@@ -577,6 +577,7 @@ def test_chunks_run_what_is_written(small_chunks):
     assert len(names) >= 2 and set(names) == {"_log_weights"}
 
 
+@pytest.mark.slow
 def test_samples_in_chunks_are_distinct_and_have_the_right_mean(small_chunks):
     distribution = linear(wide_posterior())
     log_weights = distribution.log_weights(POINTS, num_samples=600, seed=SEED).numpy()

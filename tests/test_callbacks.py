@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import slow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -80,7 +81,7 @@ def files(directory):
 @pytest.mark.parametrize(
     ("distribution", "x", "levels", "limits"),
     [
-        (lambda: dimflows.recipes.glow([4, 4, 1], levels=4, **GLOW), images(), 4, None),
+        slow(lambda: dimflows.recipes.glow([4, 4, 1], levels=4, **GLOW), images(), 4, None),
         (lambda: simple([4, 4, 3], None), normal([8, 4, 4, 3]), None, [-2.0, 2.0]),
         (lambda: simple([4, 4, 2]), images(shape=[4, 4, 2]), 4, None),
         (lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4), images(levels=2), 2, None),
@@ -104,6 +105,7 @@ def test_sample_images_are_samples_with_the_same_seed(tmp_path, distribution, x,
         np.testing.assert_array_equal(picture, expected)
 
 
+@pytest.mark.slow
 def test_samples_of_a_conditional_model(tmp_path):
     model = compiled(dimflows.recipes.glow([4, 4, 1], condition_shape=[2], **GLOW))
     x, condition = {"x": normal([8, 4, 4, 1]), "condition": normal([8, 2])}, normal([3, 2], 1)
@@ -115,6 +117,7 @@ def test_samples_of_a_conditional_model(tmp_path):
     assert sorted(files(tmp_path)) == ["given-0001.png"] and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without_callbacks(tmp_path):
     results = []
     for own in (
@@ -133,6 +136,7 @@ def test_training_is_the_same_with_and_without_callbacks(tmp_path):
     assert results[0][1] == results[1][1]
 
 
+@pytest.mark.slow
 def test_pictures_of_another_training_are_not_overwritten(tmp_path):
     model = compiled(simple())
 
@@ -285,8 +289,8 @@ def test_of_several_workers_one_writes(tmp_path):
     ("distribution", "levels"),
     [
         (lambda: dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, levels=4), 4),
-        (lambda: dimflows.recipes.flow_vae([4, 4, 3], flow=None, vae_width=4), None),
-        (lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4), 2),
+        slow(lambda: dimflows.recipes.flow_vae([4, 4, 3], flow=None, vae_width=4), None),
+        slow(lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4), 2),
     ],
     ids=["flow_vae", "continuous", "vae_flow"],
 )
@@ -383,7 +387,7 @@ MODELS = {  # distribution, data, number of levels, whether there is preprocessi
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [slow(name) if name in ("probes", "conditional") else name for name in MODELS])
 def test_bits_per_level_sum_to_the_bits_per_dim_of_the_model(name):
     distribution, data, levels, is_preprocessed = MODELS[name]
     model = compiled(distribution())

@@ -395,6 +395,7 @@ def surrogate(kind):
     return tfd.TransformedDistribution(tfd.MultivariateNormalDiag(tf.Variable([0.0, 0.0]), scale), flow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*PARAMETRIC, "iaf"])
 def test_surrogate_posteriors(kind):
     # Of this banana a diagonal Gaussian comes no closer than 0.77 nats: min over s of -ln s - 1/2 + s^2 / 2 + s^4 / 0.09.
@@ -436,7 +437,10 @@ def integers(event_shape, levels=LEVELS, num=6):
     return np.random.default_rng(0).integers(0, levels, size=[num, *event_shape]).astype(np.int32)
 
 
-@pytest.mark.parametrize("name, shapes", [*((n, SMALL) for n in SMALL), *((n, ON_IMAGES) for n in ON_IMAGES)])
+@pytest.mark.parametrize(
+    "name, shapes",
+    [("maf", SMALL), *(slow(n, shapes) for shapes in (SMALL, ON_IMAGES) for n in shapes if shapes is ON_IMAGES or n != "maf")],
+)
 def test_recipes_train_sample_score_and_are_saved(name, shapes, tmp_path):
     event_shape = shapes[name][0]
     model = dimflows.FlowModel(small(name, shapes, levels=LEVELS), seed=0)

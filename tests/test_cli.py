@@ -24,8 +24,6 @@ import tensorflow_datasets as tfds
 
 from tfp_dimflows import bijectors, cli, data, recipes, training
 
-pytestmark = pytest.mark.xdist_group("cli")  # many tests look at one run
-
 SMALL = ["width=4", "num_blocks=1", "num_couplings=1"]
 LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=2"]
 PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=1"]

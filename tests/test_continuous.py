@@ -93,6 +93,7 @@ def test_gradients_of_the_solvers_agree(solver, net):
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.slow
 def test_order_of_the_solver(net):
     """Halving the step divides the error of the classic Runge-Kutta method by about 16."""
     exact = dfb.ffjord(net, solver=SOLVERS["dopri5"](), dtype=tf.float64).inverse(fresh(Y))

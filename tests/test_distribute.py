@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distribute")]
+pytestmark = pytest.mark.slow
 
 # Each script runs in processes of its own, since TensorFlow's devices are set once.
 MODEL = """

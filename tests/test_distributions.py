@@ -311,6 +311,7 @@ def test_traced_functions_give_the_eager_values():
         np.testing.assert_allclose(traced, eager, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_xla():
     """XLA has random numbers of its own, so only what does not depend on them is the same."""
     compiled = tf.function(lambda x: dequantized().log_prob(x, num_samples=50_000, seed=SEED), jit_compile=True)

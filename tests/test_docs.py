@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import slow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import bijectors, data, distributions, networks, plot, recipes, training
@@ -70,8 +71,12 @@ def datasets_and_working_directory(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+TRAINING = {f"{dimflows.__name__}.training.{name}" for name in ("callbacks", "progressive")}  # their examples take long
+
+
 @pytest.mark.parametrize(
-    "module", [dimflows.__name__, *(m.name for m in pkgutil.walk_packages(dimflows.__path__, f"{dimflows.__name__}."))]
+    "module",
+    [slow(m.name) if m.name in TRAINING else m.name for m in pkgutil.walk_packages(dimflows.__path__, f"{dimflows.__name__}.")],
 )
 def test_examples_of_docstrings(module):
     report, failed = [], 0
@@ -99,6 +104,7 @@ def test_public_classes_have_examples(package):
     assert [name for name, value in classes.items() if not examples(value.__doc__)] == []
 
 
+@pytest.mark.slow
 def test_code_of_the_readme():
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) > 0

@@ -16,8 +16,6 @@ from tfp_dimflows import keras_bridge
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
 
-pytestmark = pytest.mark.xdist_group("fit_progressively")  # many tests look at a few trained models
-
 DIMS, LEVELS, STAGES = 8, 16, 3
 VALUE_SIZES = [2, 2, 4]  # of what each stage models: h_0, Delta_1, Delta_2
 
@@ -238,6 +236,7 @@ def test_every_stage_reaches_its_exact_optimum(optima):
     assert -sum(expected) == pytest.approx(gaussian_nll(x), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_optimum_is_the_gaussian(optima):
     x, _, progressive = optima
     gaussian = tfd.MultivariateNormalTriL(x.mean(axis=0), np.linalg.cholesky(np.cov(x.T, bias=True)).astype(np.float32))
@@ -287,6 +286,7 @@ def test_losses_of_the_stages_add_up_to_the_joint_loss():
     assert joint["loss"] - joint["nll"] > 0.01
 
 
+@pytest.mark.slow
 def test_orthonormal_halvings_have_no_constant():
     flow = dfb.PNF(dfb.ActNorm(4), [dfb.ActNorm(4)], [DIMS], orthonormal=True)
     model, x = model_of(flow), signals()
@@ -310,6 +310,7 @@ def test_a_stage_trains_its_own_variables_only(k):
             assert_equal(new, old)
 
 
+@pytest.mark.slow
 def test_one_stage_at_a_time_has_optimizer_slots():
     model, seen, optimizers = model_of(small_flow()), [], []
 
@@ -363,6 +364,7 @@ def frozen_coupling(size=DIMS):
     return dfb.AdditiveCoupling(network, dfb.masks.Channel(event_ndims=1))
 
 
+@pytest.mark.slow
 def test_a_frozen_network_around_the_flow():
     joint, progressive = (model_of(dfb.Chain([frozen_coupling(), small_flow()])) for _ in range(2))
     fit_jointly(joint, batches(signals()), sgd())
@@ -432,6 +434,7 @@ def test_batches_of_every_form_train_as_jointly(form):
     assert nll == pytest.approx(history["nll"][0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_events_in_double_precision():
     results = []
     for x in (signals(), (signals().astype(np.float64),)):
@@ -580,6 +583,7 @@ def preprocessed():
     return x, build, values(joint.trainable_variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chain", PREPROCESSING)
 def test_preprocessing_around_the_flow(preprocessed, chain):
     x, build, expected = preprocessed

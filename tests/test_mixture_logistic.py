@@ -347,6 +347,7 @@ def test_total_probability(seed):
     assert abs(total[True] - image) < 1e-5 and total[True] < total[False] - 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixture", "spline"])
 def test_couplings_integrate_to_one_on_the_plane(kind):
     mask, parts = dfb.masks.Index([0], size=2), []

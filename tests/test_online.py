@@ -12,8 +12,6 @@ from registry import CHANNELS, GRID, assert_close, contributions_of, dfb, dimflo
 tfb, tfd = tfp.bijectors, tfp.distributions
 Factorization, Online = dfb.DimensionFactorization, dfb.OnlineFactorization
 
-pytestmark = pytest.mark.xdist_group("online")  # many tests look at one trained model
-
 IMAGE = (4, 8, 3)
 INITIAL = Factorization.checkerboard(IMAGE, 3)
 STATISTICS = contributions_of(IMAGE, 2)
@@ -188,6 +186,7 @@ def test_factor_outs_are_decided_one_after_the_other(trained):
     assert first != seen[0][2] != second
 
 
+@pytest.mark.slow
 def test_a_decision_follows_the_contributions_of_that_moment():
     flow_model = model()
     weights = []

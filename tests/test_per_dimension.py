@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
+from registry import slow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows.bijectors import base, dense, per_dimension
@@ -419,7 +420,7 @@ ABSTRACT = {"Bijector", "AutoCompositeTensorBijector"}
 every_case = pytest.mark.parametrize(
     ("case", "direction"),
     [
-        pytest.param(case, direction, id=f"{name}-{i}-{direction}")
+        (slow if name == "FFJORD" else pytest.param)(case, direction, id=f"{name}-{i}-{direction}")
         for name, listed in (CASES | PARTS_OF_GLOW).items()
         for i, case in enumerate(listed)
         for direction in case.directions
@@ -700,6 +701,7 @@ def test_linear_ffjord_gives_the_diagonal():
     np.testing.assert_allclose(HOOK["inverse"](flow, normal(2, 3)), [-np.diag(matrix)] * 2, atol=1e-6)
 
 
+@pytest.mark.slow
 @both_directions
 def test_ffjord_is_the_integrated_diagonal(direction):
     matrix = normal(3, 3, scale=0.7)

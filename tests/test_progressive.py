@@ -970,6 +970,7 @@ def test_a_temperature_that_is_no_standard_deviation_is_an_error(temperature, st
 # Modes of execution, shapes and dtypes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pnf_image_conditional", "pnf_signal"])
 def test_the_whole_flow_under_xla_equals_eager(name):
     flow, (x, kwargs) = flow_of(name), data_of(name)
@@ -1411,6 +1412,7 @@ def recipe_flow():
     return flow
 
 
+@pytest.mark.slow
 def test_recipes_as_stages():
     flow, y = recipe_flow(), normal([3, 16, 8, 1], 1, "float32")
     assert flow.stage_shapes == [(4, 4, 1), (8, 4, 1), (8, 8, 1), (16, 8, 1)]

@@ -208,6 +208,7 @@ def assert_round_trip(distribution):
     assert np.isfinite(distribution.log_prob(x)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "channels", "channels_if_nothing_leaves"),
     # Channels that the conditioners of each level see: checkerboard all of them, channel couplings half of the squeezed ones.

@@ -236,6 +236,7 @@ def test_second_derivatives_are_right(mode):
     assert_equal(gradients("recompute"), gradients("keep"), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_a_tape_around_the_function(persistent):
     gradients = []
@@ -309,14 +310,15 @@ def weights_after_training(memory, recipe="glow", jit_compile=False, policy="flo
     return adapted, [after - before for after, before in zip(model.get_weights(), adapted)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
     [
         ({}, 1e-4),
-        slow({"jit_compile": True}, 1e-4),
-        slow({"policy": "mixed_bfloat16"}, 0.05),
-        slow({"recipe": "realnvp", "num_blocks": 1}, 1e-3),
-        slow({"recipe": "lcma-glow"}, 1e-4),
+        ({"jit_compile": True}, 1e-4),
+        ({"policy": "mixed_bfloat16"}, 0.05),
+        ({"recipe": "realnvp", "num_blocks": 1}, 1e-3),
+        ({"recipe": "lcma-glow"}, 1e-4),
     ],
 )
 def test_three_steps_of_fit_change_the_weights_alike(arguments, tolerance):

@@ -538,6 +538,7 @@ def test_recipes_are_exact_but_for_their_estimates(name, event_shape, factorizat
     assert (np.abs(estimates.mean(axis=0) - expected) < 4.5 * error + 1e-3).all()
 
 
+@pytest.mark.slow
 @BOTH
 def test_lcma_follows_contributions(name):
     first = recipes.get(f"lcma-{name}")([4, 4, 1], **SMALL)
@@ -553,6 +554,7 @@ def test_lcma_follows_contributions(name):
         recipes.get(f"lcma-{name}")([4, 4, 1], num_scales=1)
 
 
+@pytest.mark.slow
 def test_standard_errors_of_stochastic_contributions():
     flow = recipes.iresnet([4, 4, 1], factorization=None, num_terms=3, **SMALL).bijector
     data = [normal([200, 4, 4, 1], seed, "float32") for seed in range(3)]

@@ -109,6 +109,7 @@ def test_values_and_gradients_are_those_of_a_chain(case, direction, mode, memory
         assert np.abs(actual).max(axis=tuple(range(1, len(actual.shape)))).min() > 0.0
 
 
+@pytest.mark.slow
 def test_a_chain_that_recomputes_may_hold_one():
     scan, chain, stacked, columns = pair("glow")
     outer = dfb.Chain([tfb.Scale(tf.constant(2.0, tf.float64)), scan, dfb.Chain([scan])], memory="recompute")

@@ -19,7 +19,7 @@ import tfp_dimflows as dimflows
 from tfp_dimflows import recipes
 
 pytest.importorskip("properdocs", reason="needs the extra docs: pip install -e '.[docs]'")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 TUTORIALS = ROOT / "tutorials"

@@ -21,8 +21,6 @@ from tfp_dimflows import keras_bridge
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
 
-pytestmark = pytest.mark.xdist_group("training")  # many tests look at a few trained models
-
 FIRST = dfb.masks.Channel(event_ndims=1)
 SECOND = FIRST.complement()
 LEVELS = 17
