@@ -2161,12 +2161,12 @@ CORE = frozenset(
     """
     actnorm_pixels elementwise_affine_variables mixture_logistic_cdf_smooth logit_8 conditional_transform_exp
     squeeze_channel_major conv_polar affine_coupling_conditional additive_coupling
-    coupling_checkerboard_odd_sigmoid coupling_channel_exp coupling_index_tanh coupling_index_conditional
+    coupling_checkerboard_odd_sigmoid coupling_index_conditional
     mixture_coupling_columns spline_coupling_conditional blockwise_image
-    chain_nested_conditional chain_squeeze chain_elementwise_after_moves chain_recompute scan_image_conditional scan_vector
-    multiscale_exits multiscale_vector_random lcma_block online_free haar_width haar_height_orthonormal embed_image
+    chain_nested_conditional chain_squeeze chain_elementwise_after_moves chain_recompute scan_image_conditional
+    multiscale_exits multiscale_vector_random lcma_block online_free haar_height_orthonormal embed_image
     pnf_image_conditional pnf_signal_odd_orthonormal vflow_image vflow_vector_conditional residual_conditional
-    prelu_per_channel planar radial sylvester_orthogonal sylvester_reversed autoregressive_conditional
+    prelu_per_channel planar radial sylvester_orthogonal autoregressive_conditional
     autoregressive_gated autoregressive_image
     """.split()
 )

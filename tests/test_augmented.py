@@ -472,6 +472,7 @@ def test_latent_values_of_integer_images_keep_the_extra_channel():
     assert distribution.sample(6, seed=SEED).dtype == tf.int32
 
 
+@pytest.mark.slow
 def test_a_model_of_integer_images_trains_every_variable():
     noise = dfb.Chain([tfb.Sigmoid(), dfb.ConditionalTransform(Net(1, 2, 9, "float32"), dfb.transformers.Affine("exp"))])
     distribution = nested(noise=noise)

@@ -292,6 +292,7 @@ def test_variables_exist_after_construction(name):
     assert layer.built and before and [variable.path for variable in layer.variables] == before
 
 
+@pytest.mark.slow
 @layers
 def test_eager_graph_and_xla_agree(name):
     layer = randomize(LAYERS[name][1](dtype="float64"))

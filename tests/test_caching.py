@@ -17,6 +17,7 @@ from registry import (
     fresh,
     normal,
     randomize,
+    slow,
 )
 
 tfb, tfd = tfp.bijectors, tfp.distributions
@@ -123,9 +124,12 @@ def updatable(kind):
     return bijector, created, ENTRIES[entry].data(), ENTRIES[entry].latent()
 
 
-@pytest.mark.parametrize("kind", ["coupling", "chain", "multiscale"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("coupling", "eager"), ("multiscale", "eager"), ("multiscale", "traced")]
+    + [slow(kind, mode) for kind, mode in (("chain", "eager"), ("chain", "traced"), ("coupling", "traced"))],
+)
 @pytest.mark.parametrize("before, after", stale_cases())
-@pytest.mark.parametrize("mode", ["eager", "traced"])
 def test_an_update_is_never_missed(kind, before, after, mode):
     bijector, created, y, x = updatable(kind)
     values = [tf.constant(2.0 * v.numpy() + 0.3) for v in created]

@@ -84,7 +84,12 @@ def files(directory):
         slow(lambda: dimflows.recipes.glow([4, 4, 1], levels=4, **GLOW), images(), 4, None),
         (lambda: simple([4, 4, 3], None), normal([8, 4, 4, 3]), None, [-2.0, 2.0]),
         (lambda: simple([4, 4, 2]), images(shape=[4, 4, 2]), 4, None),
-        (lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4), images(levels=2), 2, None),
+        slow(
+            lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4),
+            images(levels=2),
+            2,
+            None,
+        ),
     ],
     ids=["levels", "continuous_colour", "two_channels", "vae_of_binary_images"],
 )
@@ -387,7 +392,7 @@ MODELS = {  # distribution, data, number of levels, whether there is preprocessi
 }
 
 
-@pytest.mark.parametrize("name", [slow(name) if name in ("probes", "conditional") else name for name in MODELS])
+@pytest.mark.parametrize("name", [slow(name) if name in ("probes", "conditional", "continuous") else name for name in MODELS])
 def test_bits_per_level_sum_to_the_bits_per_dim_of_the_model(name):
     distribution, data, levels, is_preprocessed = MODELS[name]
     model = compiled(distribution())

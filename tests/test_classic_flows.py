@@ -439,7 +439,11 @@ def integers(event_shape, levels=LEVELS, num=6):
 
 @pytest.mark.parametrize(
     "name, shapes",
-    [("maf", SMALL), *(slow(n, shapes) for shapes in (SMALL, ON_IMAGES) for n in shapes if shapes is ON_IMAGES or n != "maf")],
+    [
+        ("maf", SMALL),
+        *(slow(name, SMALL) for name in SMALL if name != "maf"),
+        *(slow(name, ON_IMAGES) for name in ON_IMAGES),
+    ],
 )
 def test_recipes_train_sample_score_and_are_saved(name, shapes, tmp_path):
     event_shape = shapes[name][0]
@@ -496,7 +500,8 @@ def test_nice_scales_only_at_the_end():
     assert_close(distribution.bijector.inverse_log_det_jacobian(y, 1), tf.ones([3]), 1e-5)
 
 
-@pytest.mark.parametrize("posterior", [POSTERIORS[0], *map(slow, POSTERIORS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("posterior", POSTERIORS)
 def test_autoencoders_with_flows_as_posteriors(posterior, tmp_path):
     arguments = {"posterior": posterior, "latent_dims": 3, "features": 8, "width": 4, "hidden": [8], "num_flows": 2}
     model = dimflows.FlowModel(recipes.vae_flow([4, 4, 1], **arguments), seed=0)

@@ -82,6 +82,7 @@ def finished(tmp_path_factory, data_dir):
 # A run.
 
 
+@pytest.mark.slow
 def test_a_run_holds_its_configuration(finished):
     out, _, _ = finished
     config = json.loads((out / "config.json").read_text())
@@ -92,6 +93,7 @@ def test_a_run_holds_its_configuration(finished):
     assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("part", "epochs"), [(".", 2), ("pretraining", 1), ("conventional", 2)])
 def test_every_phase_holds_model_history_logs_and_metrics(finished, part, epochs):
     directory = finished[0] / part
@@ -110,11 +112,13 @@ def test_every_phase_holds_model_history_logs_and_metrics(finished, part, epochs
     assert not list(directory.glob("*unfinished*")) and not (directory / "backup").exists()
 
 
+@pytest.mark.slow
 def test_training_lowers_the_bits(finished):
     rows = history(finished[0])
     assert float(rows[-1]["bits_per_dim"]) < float(rows[0]["bits_per_dim"])
 
 
+@pytest.mark.slow
 def test_the_factorization_follows_the_contributions(finished):
     out, _, _ = finished
     with np.load(out / "contributions.npz") as stored:
@@ -131,12 +135,14 @@ def test_the_factorization_follows_the_contributions(finished):
     assert factorization("pretraining") is None
 
 
+@pytest.mark.slow
 def test_a_run_leaves_pictures(finished):
     out, _, _ = finished
     assert_picture(out / "samples.png", 8 * 8, 8 * 8)
     assert_picture(out / "factorization.png", 100, 300)
 
 
+@pytest.mark.slow
 def test_train_prints_the_comparison(finished):
     out, _, printed = finished
     rows = {
@@ -153,6 +159,7 @@ def test_train_prints_the_comparison(finished):
     assert "samples.png" in printed and str(out) in printed
 
 
+@pytest.mark.slow
 def test_both_factorizations_have_as_many_parameters(finished):
     metrics = training.read_metrics(finished[0])
     assert metrics["."]["parameters"] == metrics["conventional"]["parameters"]
@@ -161,6 +168,7 @@ def test_both_factorizations_have_as_many_parameters(finished):
 # What one does with a run.
 
 
+@pytest.mark.slow
 def test_evaluate(finished, data_dir, capsys):
     out, _, _ = finished
 
@@ -179,6 +187,7 @@ def test_evaluate(finished, data_dir, capsys):
     assert evaluate("--split", "train")["num_events"] == 1437
 
 
+@pytest.mark.slow
 def test_sample(finished, tmp_path, capsys):
     out, _, _ = finished
     paths = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
@@ -193,6 +202,7 @@ def test_sample(finished, tmp_path, capsys):
     assert paths[0].read_bytes() == before
 
 
+@pytest.mark.slow
 def test_interpolate(finished, data_dir, tmp_path, capsys):
     out, _, _ = finished
     path = tmp_path / "walks.png"
@@ -243,6 +253,7 @@ def test_a_vflow(tmp_path, data_dir, capsys):
     assert 0.0 < tighter["bits_per_dim"] < training.read_metrics(run)["."]["bits_per_dim"] < 16.0
 
 
+@pytest.mark.slow
 def test_means_need_a_vae(finished, tmp_path, capsys):
     assert cli.main(["sample", str(finished[0]), "--kind", "means", "--out", str(tmp_path / "means.png")]) == 2
     assert "lcma-realnvp, means need a VAE (flow-vae, vae-flow)" in capsys.readouterr().err
@@ -305,6 +316,7 @@ def test_upscale_of_other_data(tmp_path, data_dir, capsys):
     assert "(4, 4, 1)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_upscale_needs_a_progressive_flow(finished, capsys):
     assert cli.main(["upscale", str(finished[0])]) == 2
     assert "lcma-realnvp, needs one of a progressive flow" in capsys.readouterr().err
@@ -318,6 +330,7 @@ def test_recipes(capsys):
     assert "    width=32" in printed and "    contributions=None" in printed and "    depth=4" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "sample", "interpolate", "upscale"])
 def test_commands_need_a_finished_run(command, tmp_path, capsys):
     assert cli.main([command, str(tmp_path)]) == 2
@@ -328,6 +341,7 @@ def test_commands_need_a_finished_run(command, tmp_path, capsys):
 # Refusals.
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_refused(finished, capsys):
     out, argv, _ = finished
     before = contents(out)
@@ -336,6 +350,7 @@ def test_an_existing_run_is_refused(finished, capsys):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(finished, capsys, monkeypatch):
     out, argv, _ = finished
     before = contents(out)
@@ -345,6 +360,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys, monkeypatch):
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_resuming_with_another_configuration_is_refused(finished, capsys):
     out, argv, _ = finished
     before = contents(out)
@@ -544,6 +560,7 @@ def test_a_kill_before_the_configuration_is_written(tmp_path, data_dir):
     assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1", "--steps-per-epoch", "1")) == 0
 
 
+@pytest.mark.slow
 def test_runs_of_another_version(tmp_path, finished, data_dir, capsys):
     """Those that load do; others say which version they are of."""
     out, argv, _ = finished

@@ -104,6 +104,7 @@ def test_order_of_the_solver(net):
     assert 8.0 < errors[0] / errors[1] < 32.0
 
 
+@pytest.mark.slow
 def test_xla_equals_eager(net):
     flow = dfb.ffjord(net, trace="exact", solver=dfb.continuous.RungeKutta4(6), dtype=tf.float64)
     assert_close(tf.function(flow.inverse, jit_compile=True)(fresh(Y)), flow.inverse(fresh(Y)))

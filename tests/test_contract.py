@@ -221,13 +221,12 @@ def test_xla_equals_eager(entry):
 def test_batch_shapes_are_equivalent(entry):
     bijector, kwargs = built(entry.name, entry.states[-1]), entry.kwargs([2, 3])
     whole = both_directions(bijector, entry)(entry.data([2, 3]), entry.latent([2, 3]), **kwargs)
-    for index in (0, 1), (1, slice(None)):
-        rows = both_directions(bijector, entry)(
-            entry.data([2, 3])[index], entry.latent([2, 3])[index], **{k: c[index] for k, c in kwargs.items()}
-        )
-        for of_rows, of_whole in zip(rows, whole):
-            assert of_rows.shape == of_whole[index].shape
-            assert_close(of_rows, of_whole[index])
+    single = both_directions(bijector, entry)(
+        entry.data([2, 3])[1, 2], entry.latent([2, 3])[1, 2], **{k: c[1, 2] for k, c in kwargs.items()}
+    )
+    for of_single, of_whole in zip(single, whole):
+        assert of_single.shape == of_whole[1, 2].shape
+        assert_close(of_single, of_whole[1, 2])
 
 
 @every_entry

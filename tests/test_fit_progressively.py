@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import slow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import keras_bridge
@@ -420,7 +421,7 @@ def data_forms():
     }
 
 
-@pytest.mark.parametrize("form", data_forms())
+@pytest.mark.parametrize("form", [form if form == "conditions_weights" else slow(form) for form in data_forms()])
 def test_batches_of_every_form_train_as_jointly(form):
     data, condition_size = batches(data_forms()[form], 24), 3 * form.startswith("conditions")
     joint, progressive = model_of(small_flow(condition_size)), model_of(small_flow(condition_size))

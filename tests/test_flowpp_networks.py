@@ -108,6 +108,7 @@ def test_unknown_height_and_width(name):
     np.testing.assert_allclose(function(*arguments), layer(*arguments), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["net", "net_condition", "no_attention", "context"])
 def test_eager_graph_and_xla_agree(name):
     layer = randomize(LAYERS[name](dtype="float64"))

@@ -176,6 +176,7 @@ def trained(tmp_path_factory):
     return flow_model, seen, path
 
 
+@pytest.mark.slow
 def test_factor_outs_are_decided_one_after_the_other(trained):
     _, seen, _ = trained
     assert [(step, decided) for step, decided, _ in seen] == [(k, min(k // 3, 2)) for k in range(8)]
@@ -205,6 +206,7 @@ def test_a_decision_follows_the_contributions_of_that_moment():
     assert decided == expected
 
 
+@pytest.mark.slow
 def test_all_variables_stay(trained):
     flow_model, _, _ = trained
     fresh = model()
@@ -212,6 +214,7 @@ def test_all_variables_stay(trained):
     assert len(flow_model.optimizer.variables) == len(fresh.optimizer.variables)
 
 
+@pytest.mark.slow
 def test_a_saved_model_has_the_decided_factorization(trained):
     flow_model, _, path = trained
     loaded = dimflows.load(path)
@@ -221,6 +224,7 @@ def test_a_saved_model_has_the_decided_factorization(trained):
     np.testing.assert_array_equal(loaded.sample(3, seed=2), flow_model.sample(3, seed=2))
 
 
+@pytest.mark.slow
 def test_the_trained_density_is_that_of_the_factorization_without_online(trained):
     flow_model, _, _ = trained
     options = {key: value for key, value in LCMA.items() if key != "contributions"}

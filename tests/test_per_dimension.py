@@ -1048,6 +1048,7 @@ def test_bijectors_that_tfp_takes_for_equal_are_kept_apart(direction):
         np.testing.assert_array_equal(HOOK[direction](bijector, value), HOOK[direction](norm, value))
 
 
+@pytest.mark.slow
 @both_directions
 @pytest.mark.parametrize("flow", [vector_flow, image_flow, nested_flow, structured_flow])
 def test_eager_function_and_xla_agree(flow, direction):

@@ -998,6 +998,7 @@ def test_the_whole_flow_under_xla_equals_eager(name):
     assert 0.0 < np.abs(latent[:, known:]).min() and np.abs(latent[:, known:]).max() < 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pnf_image_conditional", "pnf_flat_stages", "pnf_signal"])
 def test_static_shapes_are_kept_under_an_unknown_batch_size(name):
     flow, (x, kwargs) = flow_of(name), data_of(name, (5,))
@@ -1144,6 +1145,7 @@ def image_pnf_detail(seed):
     return dfb.AffineCoupling(network, dfb.masks.Checkerboard(), "tanh", dtype=tf.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, mode",
     [("pnf_signal", "eager"), ("pnf_signal", "traced"), ("pnf_image_odd", "eager"), ("pnf_image_conditional", "traced")],
@@ -1299,6 +1301,7 @@ def test_a_flow_as_a_level_of_a_multiscale_of_signals():
     assert_close(flow.split_latent(flow.inverse(y))[0], last.inverse(tf.constant(kept)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("latent", ["flat", "grid"])
 def test_a_flow_as_a_level_of_a_multiscale_of_images(place, latent):
@@ -1334,6 +1337,7 @@ def test_a_flow_as_the_base_of_another_is_the_flow_of_all_stages():
         assert_is_a_flow(outer, y, flow.stage_shapes[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_flow_of_images_as_the_base_of_another(conditional):
     inner = image_pnf(0, "float64", 3 if conditional else None)

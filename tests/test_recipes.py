@@ -144,6 +144,7 @@ def float64():
     keras.config.set_dtype_policy(policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "event_shape"),
     [("realnvp", IMAGE), ("realnvp", VECTOR), ("glow", IMAGE), ("pnf", IMAGE), ("pnf", [8])],
@@ -334,6 +335,7 @@ LOG_DETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOG_DETS)
 def test_log_dets_are_those_of_the_jacobian(float64, case):
     distribution = perturb(LOG_DETS[case]())
@@ -478,6 +480,7 @@ def test_every_stage_has_sizes_of_its_own():
         assert {tuple(layer.get_config()["hidden"]) for layer in keras_bridge.collect(stage).layers} == {(width,) * depth}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("event_shape", "options", "scales"),
     [
@@ -509,6 +512,7 @@ def seen(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "dense"])
 def test_every_network_of_a_detail_sees_the_image_below(seen, network):
     flow, x = progressive(small("pnf", network=network)), events(IMAGE)
@@ -524,6 +528,7 @@ def test_every_network_of_a_detail_sees_the_image_below(seen, network):
             np.testing.assert_allclose(conditions[id(layer)], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "dense"])
 def test_adaptation_normalises_what_the_networks_see(seen, network):
     model = dimflows.FlowModel(small("pnf", network=network, levels=256))
@@ -567,6 +572,7 @@ def test_the_density_of_details_depends_on_all_of_the_image_below(network):
         assert (tape.gradient(log_prob, low).numpy() != 0.0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptive_range", [True, False])
 @pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
 def test_preprocessing_of_every_stage(event_shape, adaptive_range):
@@ -594,6 +600,7 @@ def test_preprocessing_of_every_stage(event_shape, adaptive_range):
     np.testing.assert_allclose(distribution.log_prob(y), total, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "dense"])
 def test_extreme_images(network):
     distribution = perturb(small("pnf", levels=256, network=network), scale=0.02)
@@ -620,6 +627,7 @@ def wild(request):
     return perturb(small("pnf", **options), scale=0.3), request.param
 
 
+@pytest.mark.slow
 def test_samples_of_random_weights_are_levels(wild):
     samples = wild[0].sample(64, seed=0).numpy()
     assert samples.shape == (64, *IMAGE) and samples.dtype == np.int32
@@ -627,6 +635,7 @@ def test_samples_of_random_weights_are_levels(wild):
     assert np.isfinite(wild[0].log_prob(samples)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 10.0])
 def test_upscaling_with_random_weights(wild, temperature):
     flow = progressive(wild[0])
@@ -659,6 +668,7 @@ def test_without_a_margin_no_image_leaves_the_range(event_shape):
     assert -1e-4 <= images.min() < 1.0 and LEVELS - 1.0 < images.max() <= LEVELS + 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factorization", ["channels", "checkerboard", "random", None])
 def test_factorizations_of_stages(factorization):
     distribution = small("pnf", factorization=factorization)
@@ -680,6 +690,7 @@ def test_conventional_factorizations_of_stages():
         assert multiscale_of(base).factorization == getattr(dfb.DimensionFactorization, name)(shape, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
 def test_seeds_of_stages(event_shape):
     def drawn(seed):

@@ -517,6 +517,7 @@ def test_reference_parameter_counts(name, options, parameters, monkeypatch):
     assert sum(int(np.prod(v.shape)) for v in trainable) == parameters
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("event_shape", [slow([4, 4, 2], id="image"), pytest.param([6], id="vector")])
 @pytest.mark.parametrize("factorization", ["conventional", slow(None)])

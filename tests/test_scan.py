@@ -146,6 +146,7 @@ def test_jacobians_in_a_graph():
     assert_close(np.linalg.slogdet(actual)[1], scan.inverse_log_det_jacobian(y, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_second_derivatives(memory):
     scan, chain, *_ = pair("glow", memory)
