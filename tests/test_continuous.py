@@ -54,6 +54,7 @@ def test_exact_trace(solver, net):
     assert_close(tf.reduce_sum(per_dim, axis=-1), log_det, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_linear_field_is_the_matrix_exponential():
     matrix = normal([D, D], 2)
     flow = dfb.ffjord(lambda y: y @ matrix, end_time=0.7, trace="exact", solver=SOLVERS["dopri5"](), dtype=tf.float64)

@@ -275,6 +275,7 @@ def test_errors_of_arguments(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_models_and_data_that_do_not_fit_are_refused_before_training(trained):
     flow_model, _, _ = trained
     plain = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=1, depth=1, width=4, levels=4))

@@ -12,7 +12,6 @@ import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
-from registry import slow
 from sklearn.datasets import load_sample_images
 
 import tfp_dimflows as dimflows
@@ -798,7 +797,8 @@ def bfloat16_policy():
     keras.mixed_precision.set_global_policy(policy)
 
 
-@pytest.mark.parametrize("recipe", ["realnvp", slow("glow")])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["realnvp", "glow"])
 def test_mixed_precision(bfloat16_policy, recipe):
     options = {"num_blocks": 1, "num_couplings": 1} if recipe == "realnvp" else {"depth": 1}
     distribution = dimflows.recipes.get(recipe)([4, 4, 2], width=4, levels=256, **options)

@@ -317,6 +317,7 @@ def trained(digits):
     return model, history.history
 
 
+@pytest.mark.slow
 def test_training_from_a_fresh_start_lowers_the_bound(trained):
     _, history = trained
     assert set(history) == {"loss", "nll", "bits_per_dim", "kl", "reconstruction"}

@@ -35,6 +35,7 @@ def images(num=6):
     return np.random.default_rng(0).integers(0, LEVELS, size=[num, 4, 4, 1]).astype(np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "total"), [("flowpp", 31_443_440), ("vflow", 39_700_096)])
 def test_the_reference_sizes_of_cifar10(name, total):
     distribution = recipes.get(name)([32, 32, 3], config="cifar10", levels=256)
@@ -46,6 +47,7 @@ def test_the_reference_sizes_of_cifar10(name, total):
         assert (count(flow.posterior), count(flow.flow)) == parts[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "total"),
     [
