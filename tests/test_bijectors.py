@@ -316,3 +316,25 @@ def test_a_chain_of_nothing_is_the_identity():
     assert_close(chain.inverse_log_det_per_dim(y), np.zeros([2, 3]))
     assert_close(tf.broadcast_to(chain.inverse_log_det_jacobian(y, 1), [2]), np.zeros([2]))
     assert_close(tf.broadcast_to(chain.forward_log_det_jacobian(fresh(y), 1), [2]), np.zeros([2]))
+
+
+@pytest.mark.parametrize("memory", ["keep", "recompute"])
+def test_arguments_by_name_reach_parts_of_nested_chains_in_graphs(memory):
+    first, second = conditional_coupling(0, "first"), conditional_coupling(1, "second")
+    flow = dfb.Chain([dfb.Chain([first, second], name="inner")], memory=memory)
+    y, one, other = normal([2, 4], 1), normal([2, 3], 2), normal([2, 3], 3)
+    inner = {"first": {"condition": one}, "second": {"condition": other}}
+    expected = second.inverse(first.inverse(y, condition=one), condition=other)
+    traced = tf.function(lambda y: (flow.inverse(y, inner=inner), flow.inverse_log_det_jacobian(y, 1, inner=inner)))
+    assert_close(traced(y)[0], expected)
+    assert_close(traced(y)[1], tfb.Chain([first, second]).inverse_log_det_jacobian(fresh(y), 1, **inner))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_parameters_of_low_precision_values_keep_their_digits(dtype):
+    log_scale = 0.1234567
+    network = lambda x: tf.constant([[0.0, log_scale, 0.0, log_scale]])  # noqa: E731
+    coupling = dfb.AffineCoupling(network, dfb.masks.Channel(event_ndims=1), "exp")
+    y = tf.constant([[1.0, 2.0, 3.0, 4.0]], dtype)
+    assert_close(coupling.inverse_log_det_per_dim(y), [[0.0, 0.0, log_scale, log_scale]], 1e-7)
+    assert_close(coupling.inverse_log_det_jacobian(y, 1), [2.0 * log_scale], 1e-7)

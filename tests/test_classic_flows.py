@@ -549,3 +549,14 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
 def test_errors_of_recipes(name, event_shape, options, message):
     with pytest.raises(ValueError, match=message):
         recipes.get(name)(event_shape, **options)
+
+
+@pytest.mark.parametrize("family", [dfb.Planar, dfb.Radial, dfb.Sylvester], ids=lambda family: family.__name__)
+def test_a_flow_of_vectors_is_summed_over_further_event_axes(family):
+    flow = dfb.Chain([family(3, normal([family.num_params(3)], 4)), dfb.Squeeze()])
+    y = normal([5, 2, 2, 3], 1)
+    for direction, value in (("inverse", y), ("forward", fresh(flow.inverse(y)))):
+        per_dim = getattr(flow, f"{direction}_log_det_per_dim")(value)
+        log_det = getattr(flow, f"{direction}_log_det_jacobian")(value, 3)
+        assert_close(log_det, tf.reduce_sum(per_dim, axis=[1, 2, 3]))
+        assert np.abs(log_det).min() > 1e-3

@@ -7,6 +7,7 @@ import tensorflow_probability as tfp
 from registry import Recorder
 
 import tfp_dimflows as dimflows
+from tfp_dimflows.upstream import samplers
 
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
@@ -508,3 +509,19 @@ def test_importance_samples_of_a_conditional_coupling():
     dfd.Dequantized(recorder, levels=8).log_weights(X, 4, SEED)
     one_by_one = [flow.log_prob(y, bijector_kwargs=condition) for y in recorder.seen[0]]
     np.testing.assert_allclose(weights, one_by_one, rtol=1e-5)
+
+
+def test_the_noise_below_dequantisation_has_another_seed():
+    class Bound(dfd.VariationalDistribution):
+        """A bound that remembers what it is given."""
+
+        def _log_weights(self, x, num_samples, seed, **kwargs):
+            self.seen = x, seed
+            return tf.zeros([num_samples, *x.shape[:-1]])
+
+    below = Bound(dtype=tf.float32, event_shape=[3])
+    x = tf.constant([[1, 2, 3]])
+    dfd.Dequantized(below, levels=8).log_weights(x, 1, seed=[4, 5])
+    value, seed = below.seen
+    noise = value - tf.cast(x, tf.float32)
+    assert np.abs(noise - samplers.uniform([1, 3], dtype=tf.float32, seed=seed)).min() > 1e-3

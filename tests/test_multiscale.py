@@ -899,3 +899,21 @@ def test_a_factorization_serialised_as_json_gives_the_same_flow():
     restored = Factorization.from_config(json.loads(json.dumps(flow.factorization.get_config())))
     y = entry.data()
     assert_close(dfb.Multiscale(flow.levels, restored).inverse(y), flow.inverse(y), 0.0)
+
+
+def test_contributions_are_carried_through_outer_bijectors_one_after_the_other():
+    outer = dfb.Chain([tfb.Permute([1, 2, 3, 0]), tfb.Permute([1, 0, 2, 3])])
+    statistics = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
+    flow = dfb.Chain([*outer.bijectors, dfb.Multiscale([dfb.ElementwiseAffine(0.0, statistics), tfb.Identity()])])
+    (contributions,) = dimflows.likelihood_contributions(flow, [tf.zeros([3, 4])])
+    assert_close(contributions, outer.forward(statistics))
+    other = dfb.Chain(outer.bijectors[::-1])
+    assert np.abs(contributions - other.forward(statistics)).max() > 0.5
+
+
+def test_numbers_pass_the_exit_of_the_deepest_part():
+    flow = dfb.Multiscale([dfb.ActNorm(4), dfb.ActNorm(4)], exits=[None, tfb.Permute([1, 2, 3, 0])])
+    numbers = tf.constant([1.0, 2.0, 3.0, 4.0])
+    moved = dfb.per_dimension.transport_inverse(flow, numbers)
+    assert_close(moved, flow.inverse(numbers), 0.0)
+    assert_close(dfb.per_dimension.transport_forward(flow, moved), numbers, 0.0)

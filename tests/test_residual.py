@@ -11,6 +11,7 @@ from registry import ConditionalContraction, Contraction, assert_close, fresh, n
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import recipes
+from tfp_dimflows.bijectors import base
 from tfp_dimflows.networks.lipschitz import _Spectral
 
 dfb, networks = dimflows.bijectors, dimflows.networks
@@ -608,3 +609,11 @@ def test_singular_vectors_are_saved(trained, tmp_path):
     )
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_every_log_det_within_one_context_has_a_seed_of_its_own():
+    with base.probes_from([1, 2]):
+        seeds = [tuple(np.asarray(base.probe_seed())) for _ in range(4)]
+    with base.probes_from([1, 2]):
+        assert [tuple(np.asarray(base.probe_seed())) for _ in range(4)] == seeds
+    assert len(set(seeds)) == 4
