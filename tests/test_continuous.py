@@ -10,6 +10,7 @@ import tensorflow_probability as tfp
 from registry import assert_close, fresh, normal, randomize
 
 import tfp_dimflows as dimflows
+from tfp_dimflows.bijectors import base
 
 dfb = dimflows.bijectors
 D = 3
@@ -156,3 +157,14 @@ def test_errors():
         dfb.ffjord(tf.tanh, trace="none")
     with pytest.raises(ValueError, match=r"ffjord: got event_ndims=2"):
         dfb.ffjord(tf.tanh, event_ndims=2)
+
+
+def test_probes_come_from_the_seed_that_is_given(net):
+    flow = dfb.ffjord(net, solver=dfb.continuous.RungeKutta4(3), dtype=tf.float64)
+
+    def log_det(seed):
+        with base.probes_from(seed):
+            return flow.inverse_log_det_jacobian(fresh(Y), event_ndims=1).numpy()
+
+    assert_close(log_det([1, 2]), log_det([1, 2]), 0.0)
+    assert any(np.abs(log_det([1, 2]) - log_det([3, seed])).max() > 1e-3 for seed in range(4))

@@ -917,3 +917,12 @@ def test_numbers_pass_the_exit_of_the_deepest_part():
     moved = dfb.per_dimension.transport_inverse(flow, numbers)
     assert_close(moved, flow.inverse(numbers), 0.0)
     assert_close(dfb.per_dimension.transport_forward(flow, moved), numbers, 0.0)
+
+
+def test_standard_errors_are_deviations_over_the_root_of_the_number():
+    data = np.random.default_rng(0).uniform(0.5, 2.0, [3, 20, 4])
+    flow = dfb.Multiscale([tfb.Exp(), tfb.Identity()])
+    means, errors = dimflows.likelihood_contributions(flow, [tf.constant(batch) for batch in data], standard_errors=True)
+    contributions = -np.log(data.reshape(60, 4))
+    assert_close(means[0], contributions.mean(axis=0))
+    assert_close(errors[0], contributions.std(axis=0) / np.sqrt(60))

@@ -312,3 +312,13 @@ def test_runs(tmp_path):
     with pytest.raises(ValueError, match="got online_steps=3 for 2 factor-outs in 6 steps, needs at most 2"):
         run(tmp_path / "other", online_steps=3)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_copy_knows_how_many_factor_outs_are_decided():
+    flow = dfb.Multiscale([dfb.ActNorm(3), dfb.ActNorm(3), dfb.ActNorm(6)], Online(INITIAL))
+    flow.decide(STATISTICS[0])
+    copy = flow.copy()
+    assert flow.num_decided == copy.num_decided == 1
+    assert copy.factorization == flow.factorization
+    copy.decide(STATISTICS[1])
+    assert (flow.num_decided, copy.num_decided) == (1, 2)

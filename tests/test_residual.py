@@ -617,3 +617,11 @@ def test_every_log_det_within_one_context_has_a_seed_of_its_own():
     with base.probes_from([1, 2]):
         assert [tuple(np.asarray(base.probe_seed())) for _ in range(4)] == seeds
     assert len(set(seeds)) == 4
+
+
+def test_the_neumann_series_of_the_gradient_is_the_inverse(branch):
+    """After many exact terms: v^T (I + J)^-1, which times dJ and v is the gradient of log det (I + J)."""
+    j, roulette = 2.0 * jacobian(branch), residual.RussianRoulette(num_exact_evaluation=400, seed=(3, 4))
+    j *= 0.9 / np.linalg.norm(j, 2, axis=(1, 2)).max()
+    _, [(neumann, v)] = roulette.estimate(lambda w: tf.einsum("bi,bij->bj", w, j), fresh(Y))
+    assert_close(neumann, np.linalg.solve(np.eye(D) + np.swapaxes(j, 1, 2), v.numpy()[..., np.newaxis])[..., 0])

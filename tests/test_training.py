@@ -898,3 +898,11 @@ def test_two_devices_train_like_one():
     command = [sys.executable, "-c", textwrap.dedent(_TWO_DEVICES)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_backups_are_in_the_order_of_their_epochs(tmp_path):
+    backup = dimflows.training.backup.Backup(tmp_path / "backup")
+    backup.set_model(keras.Sequential([keras.Input([1]), keras.layers.Dense(1)]))
+    for epoch in range(11):
+        backup.on_epoch_end(epoch)
+    assert backup.epochs() == [10, 11]
