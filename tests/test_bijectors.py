@@ -24,7 +24,7 @@ from registry import (
     randomize,
 )
 
-tfb, tfd = tfp.bijectors, tfp.distributions
+tfb = tfp.bijectors
 
 
 def test_squeeze_orders_on_colour_channels():

@@ -20,7 +20,7 @@ from registry import (
     slow,
 )
 
-tfb, tfd = tfp.bijectors, tfp.distributions
+tfb = tfp.bijectors
 
 
 class Counted(Mixer):

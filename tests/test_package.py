@@ -9,6 +9,7 @@ import tfp_dimflows as dimflows
 ROOT = pathlib.Path(dimflows.__file__).parent
 
 FROM_TENSORFLOW = {
+    "tensorflow.compiler.tf2xla.ops": {"gen_xla_ops"},
     "tensorflow.python.eager": {"record"},
     "tensorflow.python.framework": {"op_def_registry", "ops"},
     "tensorflow.python.ops": {"control_flow_util"},
@@ -43,7 +44,7 @@ def private_imports(path):
         names = {alias.name for alias in node.names}
         for module in {node.module or ""} if isinstance(node, ast.ImportFrom) else names:
             library, *parts = module.split(".")
-            private = any(part in ("python", "src", "internal") or part.startswith("_") for part in parts)
+            private = any(part in ("compiler", "python", "src", "internal", "tsl") or part.startswith("_") for part in parts)
             if library in ("tensorflow", "tensorflow_probability", "keras", "tf_keras") and private:
                 found.setdefault(module, set()).update(names)
     return found

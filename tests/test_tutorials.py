@@ -8,6 +8,7 @@ import pytest
 
 papermill = pytest.importorskip("papermill", reason="needs the extra tutorials: pip install -e '.[tutorials]'")
 nbformat = pytest.importorskip("nbformat")
+pytestmark = pytest.mark.slow
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 MAX_BYTES = 500_000
@@ -50,7 +51,6 @@ def test_there_are_tutorials():
     assert NOTEBOOKS
 
 
-@pytest.mark.slow
 @notebooks
 def test_a_tutorial_runs(path, tmp_path, surroundings):
     parameters = read(path).metadata["tests"]

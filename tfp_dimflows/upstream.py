@@ -4,6 +4,7 @@ Nothing of Keras's private modules is imported. TFP keeps the classes of bijecto
 which are no composite tensors under names with an underscore; here they are `TFPChain`, `TFPInvert` and so on.
 """
 
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.eager import record
 from tensorflow.python.framework import op_def_registry, ops
 from tensorflow.python.ops import control_flow_util
@@ -37,6 +38,7 @@ __all__ = [
     "cache_util",
     "control_flow_util",
     "dtype_util",
+    "gen_xla_ops",
     "nest",
     "nest_util",
     "op_def_registry",

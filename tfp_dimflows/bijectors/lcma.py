@@ -70,6 +70,10 @@ def likelihood_contributions(
 def likelihood_contributions(
     bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, *, standard_errors: Literal[True]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
+@overload
+def likelihood_contributions(
+    bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: bool = False
+) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]: ...
 def likelihood_contributions(
     bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: bool = False
 ) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, per_dimension
-from tfp_dimflows.upstream import control_flow_util, op_def_registry, ops
+from tfp_dimflows.upstream import control_flow_util, gen_xla_ops, op_def_registry, ops
 
 # Operations with a state that a second evaluation finds as it was, and leaves so.
 _REPEATABLE = ("ReadVariableOp", "VarHandleOp", "ResourceGather", "Stateless", "Placeholder", "Assert", "Print")
