@@ -322,3 +322,12 @@ def test_a_copy_knows_how_many_factor_outs_are_decided():
     assert copy.factorization == flow.factorization
     copy.decide(STATISTICS[1])
     assert (flow.num_decided, copy.num_decided) == (1, 2)
+
+
+def test_a_recipe_hands_on_which_half_stays():
+    options = {"num_scales": 2, "num_couplings": 1, "width": 4, "num_blocks": 1}
+    flow = dimflows.recipes.lcma_realnvp([4, 4, 1], contributions="online", keep="low", **options).bijector
+    (statistics,) = contributions_of([4, 4, 1], 1)
+    flow.decide(statistics)
+    assert flow.factorization == Factorization.from_contributions([statistics], "low")
+    assert flow.factorization != Factorization.from_contributions([statistics], "high")

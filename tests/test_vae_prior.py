@@ -11,6 +11,7 @@ from registry import assert_close, fresh
 
 import tfp_dimflows as dimflows
 from tfp_dimflows.distributions import variational
+from tfp_dimflows.upstream import samplers
 
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
@@ -481,3 +482,19 @@ def test_recipe_is_its_configuration():
     again = dimflows.recipes.get(config["recipe"])(**config["arguments"])
     kwargs = {"distribution_kwargs": {"seed": (0, 1)}}
     assert_close(again.log_prob(tf.zeros([2, 4, 4, 1]), **kwargs), flow.log_prob(tf.zeros([2, 4, 4, 1]), **kwargs))
+
+
+def test_the_noise_of_the_likelihood_has_another_seed():
+    seen = []
+
+    class Likelihood(tfd.MultivariateNormalDiag):
+        """A likelihood that remembers its means and what seed it is given."""
+
+        def sample(self, sample_shape=(), seed=None, **kwargs):
+            seen.append((self.mean(), seed))
+            return super().sample(sample_shape, seed=seed, **kwargs)
+
+    prior = dfd.VAEPrior(lambda z: tf.tile(z, [1, 2]), lambda e: e, 3, likelihood=lambda e: Likelihood(e, tf.ones([3])))
+    prior.sample(4, seed=[1, 2])
+    ((latent, seed),) = seen
+    assert np.abs(latent - samplers.normal([4, 3], dtype=tf.float32, seed=seed)).min() > 1e-4
