@@ -331,3 +331,19 @@ def test_a_recipe_hands_on_which_half_stays():
     flow.decide(statistics)
     assert flow.factorization == Factorization.from_contributions([statistics], "low")
     assert flow.factorization != Factorization.from_contributions([statistics], "high")
+
+
+def test_every_factor_out_is_decided_by_its_own_contributions(monkeypatch):
+    flow = dfb.Multiscale([dfb.ActNorm(3), dfb.ActNorm(3), dfb.ActNorm(6)], Online(INITIAL))
+    flow_model = dimflows.FlowModel(tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [96]), flow))
+    flow_model.compile("sgd")
+    flow_model.optimizer.iterations.assign(10)
+    monkeypatch.setattr(dimflows.training.callbacks, "likelihood_contributions", lambda *args, **kwargs: STATISTICS)
+    decide = dimflows.training.DecideFactorization(tf.zeros([2, *IMAGE]), steps=5)
+    decide.set_model(flow_model)
+    decide.on_train_begin()
+    decide.on_train_batch_begin(0)
+    assert flow.num_decided == 1
+    decide.on_train_batch_begin(1)
+    assert flow.factorization == Factorization.from_contributions(STATISTICS)
+    assert flow.factorization != Factorization.from_contributions(STATISTICS[::-1])
