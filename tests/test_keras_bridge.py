@@ -433,3 +433,21 @@ def test_log_prob_adapts(seen_before):
     np.testing.assert_allclose(np.mean(z, axis=0), 0.0, atol=1e-5)
     np.testing.assert_allclose(np.std(z, axis=0), 1.0, rtol=1e-4)
     assert all(np.abs(v).max() > 0.1 for actnorm in actnorms[:1] for v in actnorm.trainable_variables)
+
+
+def test_states_of_layers_belong_to_their_layers_alone():
+    network = keras.Sequential([keras.Input([1]), keras.layers.Dense(2), keras.layers.BatchNormalization()])
+    coupling = dfb.AffineCoupling(network, dfb.masks.Channel(event_ndims=1))
+    states = {id(v.value) for v in network.non_trainable_variables}
+    assert len(states) == 2
+    assert not states & {id(v) for v in dimflows.keras_bridge.collect(coupling).variables}
+
+
+def test_a_layer_that_is_built_later_is_shown_beside_one_that_was_built():
+    first, second = keras.layers.Dense(3), keras.layers.Dense(2)
+    first.build([None, 1])
+    coupling = dfb.AffineCoupling(lambda x: second(first(x)), dfb.masks.Channel(event_ndims=1))
+    coupling.inverse(tf.ones([5, 2]))
+    assert second.built
+    shown = {id(v) for v in coupling.trainable_variables}
+    assert all(id(v.value) in shown for layer in (first, second) for v in layer.trainable_variables)
