@@ -608,6 +608,7 @@ def test_probes_of_chunks_are_distinct(small_chunks):
     assert_close(tf.function(function, autograph=False)(tf.constant([1, 2])), eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [3, 16, 17, 50])
 def test_an_unknown_batch_size(num_samples):
     distribution = linear(exact_posterior())

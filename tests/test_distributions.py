@@ -259,6 +259,7 @@ def test_dequantize_never_reaches_the_end_of_the_range(dtype, levels):
     assert 0.0 <= float(tf.reduce_min(below)) < 0.1 < 0.9 < float(tf.reduce_max(below)) < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 def test_saturated_noise_stays_in_its_cell(mode):
     """In float32 a sigmoid is 1 from 17 on, and any u near 1 is rounded up beside a large x."""

@@ -330,6 +330,7 @@ def test_one_stage_at_a_time_has_optimizer_slots():
         assert sorted(slot for slot in slots if slot) == sorted(2 * [tuple(v.shape) for v in own])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [2, [1, 0, 2], np.int64(1)], ids=["int", "list", "numpy"])
 def test_epochs_of_every_stage(epochs):
     histories = fit(model_of(plain_flow()), batches(signals()), epochs)
@@ -457,6 +458,7 @@ def test_examples_of_weight_zero_have_no_influence():
     assert_equal(*results)
 
 
+@pytest.mark.slow
 def test_integer_events_with_conditions():
     """The condition tells the level of a signal."""
     generator = np.random.default_rng(0)
@@ -552,6 +554,7 @@ def test_noise_is_uniform_within_the_cells():
         assert history.history["nll"][0] == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
 def test_integers_of_any_type(dtype):
     model = integer_model(tiny_flow())

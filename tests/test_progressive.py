@@ -30,6 +30,7 @@ from registry import (
     parameters,
     pnf_walk,
     randomize,
+    slow,
     vector_stage,
 )
 
@@ -704,7 +705,9 @@ def evaluation_cases():
         cases = EVALUATIONS | (FURTHER if kind == "alone" else {})
         # The first detail of the nested flow belongs to its base.
         for operation, (expected, function) in (cases if kind == "nested" else cases | UPSCALING).items():
-            yield pytest.param(kind, expected, function, id=f"{operation}-{kind}")
+            # How a detail is wrapped is another axis than the operation: two wrappings are quick, the others slow.
+            param = pytest.param if kind in ("alone", "nested") else slow
+            yield param(kind, expected, function, id=f"{operation}-{kind}")
 
 
 @pytest.mark.parametrize("kind, expected, function", list(evaluation_cases()))

@@ -382,6 +382,7 @@ def conditional(case, **further):
     return distribution, condition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONDITIONAL)
 def test_the_density_depends_on_all_of_the_condition(case):
     distribution, condition = conditional(case)
@@ -400,6 +401,7 @@ def coupling_networks(distribution):
     return [layer for layer in keras_bridge.collect(holders).layers if isinstance(layer, kinds)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONDITIONAL)
 def test_every_coupling_network_takes_the_condition(case):
     distribution, condition = conditional(case)
@@ -411,6 +413,7 @@ def test_every_coupling_network_takes_the_condition(case):
     assert [layer.condition_channels for layer in coupling_networks(plain)] == [0] * len(channels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CONDITIONAL)
 def test_conditional_flows_are_inverted(case):
     distribution, condition = conditional(case, levels=LEVELS)

@@ -545,6 +545,7 @@ def test_log_prob_seeds(image_model):
     assert bound.shape == [4] and np.mean(bound) > np.mean([image_model.log_prob(x, seed=k) for k in range(20)])
 
 
+@pytest.mark.slow
 def test_log_prob_of_batches_of_any_shape(image_model):
     x = blobs(6)
     expected = image_model.log_prob(x, num_samples=64, seed=0).numpy()
@@ -704,6 +705,7 @@ def test_loading_what_is_no_model(tmp_path):
         dimflows.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["keras_networks", "tfp_autoregressive"])
 def test_export(kind, tmp_path):
     model = dimflows.FlowModel(KINDS[kind][0]())

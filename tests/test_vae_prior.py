@@ -334,6 +334,7 @@ def test_evaluate_reports_the_terms(trained, digits):
     assert metrics["loss"] == pytest.approx(metrics["nll"], abs=1.0)
 
 
+@pytest.mark.slow
 def test_importance_weighting_tightens_the_bound(trained, digits):
     model, _ = trained
     x = next(iter(digits))
@@ -341,6 +342,7 @@ def test_importance_weighting_tightens_the_bound(trained, digits):
     assert bounds[0] < bounds[1]
 
 
+@pytest.mark.slow
 def test_saving(trained, tmp_path):
     model, _ = trained
     model.save(tmp_path / "model.keras")
