@@ -37,6 +37,9 @@ def entries(condition=lambda entry: True):
 every_entry = entries()
 every_state = pytest.mark.parametrize(("entry", "state"), [parameters(e, e, s) for e in ENTRIES.values() for s in e.states])
 core = entries(lambda entry: entry.core)  # for what the base or the class does, whatever its arguments
+beyond_core = pytest.mark.parametrize(
+    "entry", [pytest.param(e, id=e.name, marks=pytest.mark.contract) for e in ENTRIES.values()]
+)
 
 
 def shapes(entry):
@@ -321,7 +324,7 @@ def test_an_unknown_keyword_argument_is_an_error(entry):
 # Composition with TFP.
 
 
-@every_entry
+@beyond_core
 def test_nesting_equals_direct_use(entry):
     bijector, kwargs = built(entry.name, entry.states[-1]), entry.kwargs()
     y, x = entry.data(), entry.latent()

@@ -71,12 +71,18 @@ def datasets_and_working_directory(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-TRAINING = {f"{dimflows.__name__}.training.{name}" for name in ("callbacks", "progressive")}  # their examples take long
+LONG = tuple(f"{dimflows.__name__}.{room}." for room in ("recipes", "training"))  # their examples make and train models
 
 
 @pytest.mark.parametrize(
     "module",
-    [slow(m.name) if m.name in TRAINING else m.name for m in pkgutil.walk_packages(dimflows.__path__, f"{dimflows.__name__}.")],
+    [
+        dimflows.__name__,
+        *(
+            slow(m.name) if m.name.startswith(LONG) else m.name
+            for m in pkgutil.walk_packages(dimflows.__path__, f"{dimflows.__name__}.")
+        ),
+    ],
 )
 def test_examples_of_docstrings(module):
     report, failed = [], 0

@@ -1009,6 +1009,7 @@ def test_fresh_after_an_update_in_eager_mode(direction):
     np.testing.assert_allclose(np.sum(after, -1), getattr(flow.chain, name)(fresh(value), 1), rtol=1e-10)
 
 
+@pytest.mark.slow
 @both_directions
 def test_fresh_after_an_update_in_a_function(direction):
     flow, value = VariableFlow(), normal(BATCH, 4, scale=0.3)
