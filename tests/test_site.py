@@ -110,7 +110,9 @@ def exists(identifier):
 def public_names(module):
     """Public names of a module and of the modules that are public names of it, as (full name, object)."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-    for name in getattr(module, "__all__", None) or [name for name in own if not name.startswith("_")]:
+    for name in getattr(module, "__all__", None) or own:
+        if name.startswith("_"):
+            continue
         value = getattr(module, name)
         if isinstance(value, types.ModuleType):
             yield from public_names(value)
