@@ -290,6 +290,7 @@ def test_of_several_workers_one_writes(tmp_path):
 # Reconstructions and kept dimensions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("distribution", "levels"),
     [
@@ -461,6 +462,7 @@ def test_csv_and_tensorboard_see_the_bits_of_every_epoch(tmp_path):
     assert ax.lines[0].get_ydata().tolist() == history["bits_level_1"]
 
 
+@pytest.mark.slow
 def test_nothing_warns(tmp_path):
     model = compiled(simple())
     with warnings.catch_warnings(record=True) as caught:

@@ -446,6 +446,7 @@ def test_events_in_double_precision():
     assert_close(*results)
 
 
+@pytest.mark.slow
 def test_examples_of_weight_zero_have_no_influence():
     weights = np.tile([1.0, 0.0], 32).astype(np.float32)
     results = []
@@ -472,6 +473,7 @@ def test_integer_events_with_conditions():
     assert np.mean(right) > np.mean(wrong) + 5.0
 
 
+@pytest.mark.slow
 def test_every_detail_is_given_the_condition():
     model = model_of(small_flow(condition_size=3))
     kernels = [keras_bridge.collect(stage).layers[0].kernel for stage in flow_of(model).stages]
@@ -481,6 +483,7 @@ def test_every_detail_is_given_the_condition():
     assert all((np.abs(a - b) > 0.0).all() for a, b in zip(before, values(kernels)))
 
 
+@pytest.mark.slow
 def test_a_base_that_takes_no_condition():
     """The condition of the flow goes to the details, which take it as further channels."""
     details = small_flow(condition_size=3).stages[1:]
@@ -490,6 +493,7 @@ def test_a_base_that_takes_no_condition():
     assert all((a != b).any() for a, b in zip(values(model.trainable_variables), before))
 
 
+@pytest.mark.slow
 def test_images():
     flow = dfb.PNF(dfb.ActNorm(2), [dfb.ActNorm(2), dfb.ActNorm(2)], [4, 4, 2])
     distribution = tfd.TransformedDistribution(normal(32), flow)
@@ -602,6 +606,7 @@ def test_preprocessing_around_the_flow(preprocessed, chain):
 # Further arguments of `fit`.
 
 
+@pytest.mark.slow
 def test_validation_data():
     model, unseen = model_of(small_flow()), signals(48, seed=3)
     histories = fit(model, batches(signals()), optimizer=standing(), validation_data=batches(unseen, 16))
@@ -610,6 +615,7 @@ def test_validation_data():
     np.testing.assert_allclose([h.history["val_nll"][0] for h in histories], terms, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_of_endless_data():
     iterations, data = [], batches(signals()).repeat()
     histories = fit(

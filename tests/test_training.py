@@ -195,6 +195,7 @@ def test_samples_follow_the_training(trained):
     assert np.abs(model.sample(4) - model.sample(4)).max() > 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [{"jit_compile": True}, {"run_eagerly": True}], ids=["jit_compile", "run_eagerly"])
 def test_training_is_the_same_in_every_mode(mode):
     def train(**mode):
@@ -331,6 +332,7 @@ def conditional():
     return model
 
 
+@pytest.mark.slow
 def test_a_conditional_distribution_learns_its_condition(conditional):
     for c in (-1.0, 1.0):
         condition = tf.fill([2000, 1], c)
@@ -394,6 +396,7 @@ def test_adapt_takes_a_batch_in_every_form():
         assert_close(result, results[0])
 
 
+@pytest.mark.slow
 def test_fit_never_adapts():
     model = dimflows.FlowModel(image_recipe())
     model.adapt(blobs(32))
@@ -460,6 +463,7 @@ def test_bad_batches_are_refused_and_change_nothing(checked_models, kind, case, 
     assert_equal(values(model.variables + model.optimizer.variables), before)
 
 
+@pytest.mark.slow
 def test_a_late_batch_outside_the_levels_stops_fit(checked_models):
     data = batches(with_value(blobs(8), 200, index=5), 4)
     with pytest.raises(tf.errors.InvalidArgumentError, match="needs|not numbers 0 to 16"):
@@ -564,6 +568,7 @@ def test_sampling(image_model):
     assert image_model.sample(seed=0).shape == [8, 8, 1]
 
 
+@pytest.mark.slow
 def test_interpolation(image_model):
     start, end = blobs(3, seed=5), blobs(3, seed=6)
     walk = image_model.interpolate(start, end, num_steps=5).numpy()
@@ -633,6 +638,7 @@ def dropout_model(seed=0):
     return model
 
 
+@pytest.mark.slow
 def test_dropout_goes_on_after_loading_as_if_never_saved(tmp_path):
     """The seeds of layers are part of the weights."""
     whole, resumed = dropout_model(), dropout_model()
@@ -843,6 +849,7 @@ def test_gradient_tape():
     assert all(g is not None for g in gradients)
 
 
+@pytest.mark.slow
 def test_tfp_minimize():
     distribution = keras_networks()
     before, x = values(distribution.trainable_variables), tf.constant(pairs(64))

@@ -60,6 +60,7 @@ def test_the_sizes_of_the_smaller_models_of_cifar10(name, options, total):
     assert count(recipes.get(name)([32, 32, 3], levels=256, **options)) == total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flowpp", "vflow"])
 @pytest.mark.parametrize(("config", "layers"), [("imagenet32", "noise and flow"), ("imagenet64", "flow")])
 def test_where_the_imagenet_configurations_have_attention(name, config, layers):
@@ -79,6 +80,7 @@ def test_where_the_imagenet_configurations_have_attention(name, config, layers):
     assert count(flows[0]) > count(flows[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models_train_sample_and_score_integer_images(name):
     model = dimflows.FlowModel(small(name, levels=LEVELS), seed=0)
@@ -98,6 +100,7 @@ def test_small_models_train_sample_and_score_integer_images(name):
     np.testing.assert_array_equal(walk[[0, -1]], x[:2, np.newaxis])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_saving_keeps_the_model(name, tmp_path):
     model = dimflows.FlowModel(small(name, levels=LEVELS), seed=0)
