@@ -375,7 +375,7 @@ def zero_reference(bijector, y, condition):
 
 
 def logit_reference(bijector, y, condition):
-    n, a = bijector.parameters["levels"], bijector.parameters["alpha"]
+    n, a = bijector.parameters["grey_levels"], bijector.parameters["alpha"]
     p = a + (1 - 2 * a) * y.numpy() / n
     x = np.log(p) - np.log(1 - p)
     return np.log1p(np.exp(x)) + np.log1p(np.exp(-x)) + np.log(1 - 2 * a) - np.log(n)
@@ -549,7 +549,7 @@ def chain_reference(moves):
         ids = np.arange(size).reshape(y.shape[1:])
         total = np.zeros([y.shape[0], size])
         for part, move in zip(bijector.bijectors, moves):
-            kwargs = {"condition": condition} if condition is not None and getattr(part, "_uses_condition", False) else {}
+            kwargs = {"condition": condition} if condition is not None and getattr(part, "uses_condition", False) else {}
             contribution = dimflows.inverse_log_det_per_dim(part, y, **kwargs).numpy()
             total[:, ids.ravel()] += contribution.reshape(len(total), -1)
             y, ids = fresh(part.inverse(y, **kwargs)), move(ids[np.newaxis])[0]
@@ -570,7 +570,7 @@ def multiscale_walk(bijector, y, moves, condition=None):
     ids = np.arange(np.prod(shape)).reshape(shape)
     h, totals, total, parts = y, [], np.zeros([batch, ids.size]), []
     for k, (level, move) in enumerate(zip(levels, moves)):
-        uses = condition is not None and getattr(level, "_uses_condition", False)
+        uses = condition is not None and getattr(level, "uses_condition", False)
         kwargs = {"condition": condition} if uses else {}
         contribution = dimflows.inverse_log_det_per_dim(level, h, **kwargs).numpy()
         total[:, ids.ravel()] += contribution.reshape(batch, -1)
@@ -671,7 +671,7 @@ def pnf_walk(bijector, y, condition=None):
     parts.insert(0, (h, condition, ids))
     latent = []
     for stage, (value, given, places) in zip(stages, parts):
-        uses = given is not None and getattr(stage, "_uses_condition", False)
+        uses = given is not None and getattr(stage, "uses_condition", False)
         kwargs = {"condition": tf.constant(np.asarray(given))} if uses else {}
         contribution = dimflows.inverse_log_det_per_dim(stage, tf.constant(value), **kwargs).numpy()
         total[:, places.ravel()] += contribution.reshape(batch, -1)
@@ -764,10 +764,10 @@ def _couplings():
         )
 
 
-def affine_coupling(mask, shape, seed, dtype, log_scale="tanh", condition_shape=None):
+def affine_coupling(mask, shape, seed, dtype, scale="tanh", condition_shape=None):
     """A small `AffineCoupling`."""
     network = mixer_for(mask, shape, 2, seed, dtype, condition_shape)
-    return dfb.AffineCoupling(network, mask, log_scale, dtype=tf.as_dtype(dtype))
+    return dfb.AffineCoupling(network, mask, scale, dtype=tf.as_dtype(dtype))
 
 
 def vector_coupling(network, num_conditioning, dtype):
@@ -1360,7 +1360,7 @@ def _multiscales():
             xla=granularity == "block",
         )
     for grids, initial, granularity in (
-        (GRIDS, dfb.DimensionFactorization.checkerboard(GRID, 3), "row"),
+        (GRIDS, dfb.DimensionFactorization.checkerboard(GRID, 3), "block"),
         ([(5,), (3,), (2,)], VECTOR_HALVES, "free"),
     ):
         contributions = contributions_of(grids[0], 2)
@@ -1453,18 +1453,16 @@ def _embeddings():
     )
 
 
-def vector_stage(size, seed, dtype, condition_size=None, log_scale="tanh"):
+def vector_stage(size, seed, dtype, condition_size=None, scale="tanh"):
     """A coupling of a vector, conditional if a size is given."""
     condition_shape = None if condition_size is None else (condition_size,)
-    return affine_coupling(dfb.masks.Channel(event_ndims=1), (size,), seed, dtype, log_scale, condition_shape)
+    return affine_coupling(dfb.masks.Channel(event_ndims=1), (size,), seed, dtype, scale, condition_shape)
 
 
-def image_stage(shape, seed, dtype, condition_shape=None, log_scale="tanh"):
+def image_stage(shape, seed, dtype, condition_shape=None, scale="tanh"):
     """A coupling and an actnorm of an image, conditional if a shape is given."""
     mask = dfb.masks.Channel() if shape[:2] == (1, 1) else dfb.masks.Checkerboard(seed % 2)
-    return dfb.Chain(
-        [affine_coupling(mask, shape, seed, dtype, log_scale, condition_shape), dfb.ActNorm(shape[-1], dtype=dtype)]
-    )
+    return dfb.Chain([affine_coupling(mask, shape, seed, dtype, scale, condition_shape), dfb.ActNorm(shape[-1], dtype=dtype)])
 
 
 def squeezing_stage(shape, seed, dtype, condition_shape=None):
@@ -1650,12 +1648,12 @@ def vflow_walk(bijector, y, posterior_move, condition=None):
     z, of_e = e, np.zeros(e.shape)
     if bijector.posterior is not None:
         given = tf.constant(given_to_detail(x, condition))
-        kwargs = dfb.per_dimension.condition_kwargs(bijector.posterior, given)
+        kwargs = dfb.conditions.condition_kwargs(bijector.posterior, given)
         z = bijector.posterior.forward(tf.constant(e), **kwargs).numpy()
         of_z = dimflows.inverse_log_det_per_dim(bijector.posterior, tf.constant(z), **kwargs).numpy()
         of_e = -posterior_move(of_z)
     joint = tf.constant(np.concatenate([x, z], axis=-1))
-    uses = condition is not None and getattr(bijector.flow, "_uses_condition", False)
+    uses = condition is not None and getattr(bijector.flow, "uses_condition", False)
     kwargs = {"condition": condition} if uses else {}
     of_joint = dimflows.inverse_log_det_per_dim(bijector.flow, joint, **kwargs).numpy()
     of_e = of_e + posterior_move(of_joint[..., size:])
@@ -1689,7 +1687,7 @@ def blockwise_parts(mask, y):
 def blockwise_reference(bijector, y, condition):
     p, result = bijector.parameters, np.empty(y.shape)
     for part, (place, values) in zip((p["first"], p["second"]), blockwise_parts(p["mask"], y.numpy())):
-        kwargs = {"condition": condition} if condition is not None and getattr(part, "_uses_condition", False) else {}
+        kwargs = {"condition": condition} if condition is not None and getattr(part, "uses_condition", False) else {}
         contribution = dimflows.inverse_log_det_per_dim(part, tf.constant(values), **kwargs).numpy()
         result[:, place] = contribution.reshape(len(result), -1)
     return result

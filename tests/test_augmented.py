@@ -40,27 +40,27 @@ class OnFirst(dfb.FlowBijector):
         super().__init__(forward_min_event_ndims=event_ndims, parameters={}, name=name)
 
     @property
-    def _uses_condition(self):
-        return self.inner._uses_condition
+    def uses_condition(self):
+        return self.inner.uses_condition
 
-    def _both(self, value, condition, function):
+    def _both(self, value, condition, direction):
         first, rest = value[..., : self._size], value[..., self._size :]
         kwargs = {} if condition is None else {"condition": condition}
-        first, log_det = function(self.inner, first, **kwargs)
+        first, log_det = dfb.walk.value_and_log_det_per_dim(self.inner, first, direction, kwargs)
         log_det = tf.broadcast_to(log_det, tf.shape(first))
         return tf.concat([first, rest], -1), tf.concat([log_det, tf.zeros_like(rest)], -1)
 
     def _forward_and_log_det_per_dim(self, x, condition):
-        return self._both(x, condition, dfb.per_dimension.forward_and_log_det_per_dim)
+        return self._both(x, condition, "forward")
 
     def _inverse_and_log_det_per_dim(self, y, condition):
-        return self._both(y, condition, dfb.per_dimension.inverse_and_log_det_per_dim)
+        return self._both(y, condition, "inverse")
 
 
 class LinearPosterior(dfb.FlowBijector):
     """z = scale e + slope x + offset, with a lower triangular scale."""
 
-    _uses_condition = True
+    uses_condition = True
 
     def __init__(self, scale, slope, offset, name="linear_posterior"):
         self._scale, self._slope, self._offset = (tf.convert_to_tensor(v) for v in (scale, slope, offset))
@@ -263,7 +263,7 @@ def test_lcma_ranks_and_factors_out_augmented_dimensions():
     shape, posterior = (4, 4, 2), tfb.Scale(tf.constant(0.5))
 
     def augmented(contributions):
-        flow = dimflows.recipes.lcma_realnvp(shape, contributions=contributions, width=4, num_blocks=1, num_couplings=1)
+        flow = dimflows.recipes.lcma_realnvp(shape, contributions=contributions, width=4, num_blocks=1, depth=1)
         distribution = flow_of(dfb.VFlow(flow.bijector, posterior, 1, event_ndims=3), [32], "float32")
         dimflows.FlowModel(distribution)
         randomize(distribution.trainable_variables)
@@ -596,11 +596,11 @@ def test_probes_of_chunks_are_distinct(small_chunks):
             super().__init__([2], tf.float64, name="Probed")
 
         def _log_weights(self, x, num_samples, seed):
-            probe = tf.random.stateless_normal([], dfb.base.probe_seed(), dtype=x.dtype)
+            probe = tf.random.stateless_normal([], dfb.probes.probe_seed(), dtype=x.dtype)
             return tf.zeros([num_samples, *x.shape[:-1]], x.dtype) + probe
 
     def function(seed):
-        with dfb.base.probes_from(seed):
+        with dfb.probes.probes_from(seed):
             return Probed().log_weights(POINTS, num_samples=70, seed=SEED)
 
     eager, other = function(tf.constant([1, 2])), function(tf.constant([1, 3]))

@@ -156,8 +156,8 @@ def test_reverse_reads_the_event_from_its_end():
 
 
 def test_receptive_field_of_wavenet():
-    assert [WaveNet(t, t, width=1).num_layers for t in (1, 2, 3, 5, 6, 9, 10, 17)] == [1, 1, 1, 2, 3, 3, 4, 4]
-    network = randomize(WaveNet(9, 9, width=8, num_layers=2, dtype="float64"))
+    assert [WaveNet(t, t, width=1).num_blocks for t in (1, 2, 3, 5, 6, 9, 10, 17)] == [1, 1, 1, 2, 3, 3, 4, 4]
+    network = randomize(WaveNet(9, 9, width=8, num_blocks=2, dtype="float64"))
     seen = (jacobian(network, normal(8, 9)) != 0.0).any(0)
     lag = np.arange(9)[:, None] - np.arange(9)[None, :]
     np.testing.assert_array_equal(seen, (1 <= lag) & (lag <= 4))
@@ -209,7 +209,7 @@ def test_pixelcnn_formula():
 
 
 def test_wavenet_formula():
-    net = randomize(WaveNet(9, 18, width=4, num_layers=3, kernel_size=3, condition_channels=2, dtype="float64"))
+    net = randomize(WaveNet(9, 18, width=4, num_blocks=3, kernel_size=3, condition_channels=2, dtype="float64"))
     x, condition = normal(2, 9).numpy(), normal(2, 2, seed=1).numpy()
     h, total = net.embed(delayed(x[..., None], 1, 1)).numpy(), 0.0
     for k, block in enumerate(net.blocks):
@@ -409,7 +409,7 @@ def test_outputs_that_are_no_multiple_of_the_inputs(network, outputs):
         (PixelCNN, {"num_blocks": 0}, "num_blocks=0, needs at least 1"),
         (PixelCNN, {"kernel_size": 4}, "kernel_size=4, needs an odd number of at least 3"),
         (PixelCNN, {"kernel_size": 1}, "kernel_size=1, needs an odd number of at least 3"),
-        (WaveNet, {"num_layers": 0}, "num_layers=0, needs at least 1"),
+        (WaveNet, {"num_blocks": 0}, "num_blocks=0, needs at least 1"),
         (WaveNet, {"kernel_size": 1}, "kernel_size=1, needs at least 2"),
     ],
 )

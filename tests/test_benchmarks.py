@@ -100,12 +100,30 @@ def test_halves_of_the_colours_by_a_written_out_example():
     assert np.array_equal(left, kept)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "kept"),
+    [
+        # Of a 2x4 image 0 to 3, 4 to 7, the statistic below.
+        ("pair", [[[0, 5], [3, 6]]]),
+        ("row", [[[4, 5], [6, 7]]]),
+        ("column", [[[0, 4], [2, 6]]]),
+    ],
+)
+def test_pairs_rows_and_columns_by_a_written_out_example(granularity, kept):
+    statistic = np.array([[5.0, 1.0, 0.0, 1.0], [3.0, 4.0, 3.0, 2.0]])[..., np.newaxis]
+    factorization = lcma_splits.by_statistics([statistic], "high", granularity)
+    assert factorization.kept[0].tolist() == kept
+    reverse = lcma_splits.by_statistics([statistic], "low", granularity)
+    if granularity != "column":  # ties
+        assert reverse.kept[0].tolist() == factorization.left[0].tolist()
+
+
 def test_couplings_condition_on_the_channels_that_stay():
     # Colours 1 and 3 stay: an order that is not its own inverse.
     statistic = np.broadcast_to([3.0, 1.0, 2.0, 0.0], [4, 4, 4])
     split = lcma_splits.by_statistics([statistic], "low", "colours")
-    sizes = {"num_scales": 2, "num_couplings": 1, "width": 4, "num_blocks": 1}
-    flow = dimflows.recipes.realnvp([4, 4, 4], factorization=split, levels=4, **sizes)
+    sizes = {"num_levels": 2, "depth": 1, "width": 4, "num_blocks": 1}
+    flow = dimflows.recipes.realnvp([4, 4, 4], factorization=split, grey_levels=4, **sizes)
     level = lcma_splits.with_halves(flow).distribution.bijector.bijectors[-1].levels[0]
     end = next(k for k, part in enumerate(level.bijectors) if isinstance(part, tfb.Invert)) + 1
     values = tf.range(64.0)

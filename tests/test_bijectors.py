@@ -116,8 +116,8 @@ def test_what_the_network_says_of_pixels_that_are_not_transformed_does_no_harm(n
         (lambda: dfb.ActNorm(3).forward(tf.ones([1, 2])), ValueError, "actnorm: got 2 channels, has parameters for 3"),
         (lambda: dfb.InvertibleConv1x1(3).inverse(tf.ones([1, 2])), ValueError, "got 2 channels, is for 3"),
         (lambda: dfb.InvertibleConv1x1(3, attribution="qr"), ValueError, "got attribution='qr', needs one of"),
-        (lambda: dfb.LogitPreprocess(1), ValueError, "got levels=1, alpha=0.05, needs levels >= 2"),
-        (lambda: dfb.LogitPreprocess(256, alpha=0.5), ValueError, "alpha=0.5, needs levels >= 2 and 0 <= alpha < 0.5"),
+        (lambda: dfb.LogitPreprocess(1), ValueError, "got grey_levels=1, alpha=0.05, needs grey_levels >= 2"),
+        (lambda: dfb.LogitPreprocess(256, alpha=0.5), ValueError, "alpha=0.5, needs grey_levels >= 2 and 0 <= alpha < 0.5"),
         (lambda: dfb.Squeeze(order="rows"), ValueError, "Squeeze: got order='rows'"),
         (lambda: dfb.Squeeze(factor=0), ValueError, "Squeeze: got factor=0, needs a positive integer"),
         (lambda: dfb.Squeeze().inverse(tf.ones([7, 4, 1])), ValueError, "height 7 is not divisible by factor 2"),
@@ -133,7 +133,7 @@ def test_what_the_network_says_of_pixels_that_are_not_transformed_does_no_harm(n
         (lambda: dfb.masks.Index([0, 0], 3), ValueError, r"got indices \[0, 0\], needs distinct numbers below 3"),
         (lambda: dfb.masks.Index([0, 3], 3), ValueError, r"got indices \[0, 3\], needs distinct numbers below 3"),
         (lambda: dfb.masks.Index([0, 1], 3).split(tf.ones([1, 4])), ValueError, "got a vector of 4 .* is for 3"),
-        (lambda: dfb.transformers.Affine("cube"), ValueError, "Affine: got log_scale='cube', needs one of"),
+        (lambda: dfb.transformers.Affine("cube"), ValueError, "Affine: got scale='cube', needs one of"),
         (lambda: dfb.AdditiveCoupling("network", dfb.masks.Channel()), TypeError, "got 'network', needs a callable"),
         (
             lambda: dfb.AdditiveCoupling(lambda x: x[..., :1], dfb.masks.Channel(event_ndims=1)).inverse(tf.ones([1, 4])),
@@ -338,3 +338,25 @@ def test_parameters_of_low_precision_values_keep_their_digits(dtype):
     y = tf.constant([[1.0, 2.0, 3.0, 4.0]], dtype)
     assert_close(coupling.inverse_log_det_per_dim(y), [[0.0, 0.0, log_scale, log_scale]], 1e-7)
     assert_close(coupling.inverse_log_det_jacobian(y, 1), [2.0 * log_scale], 1e-7)
+
+
+def test_the_old_name_of_uses_condition_is_an_error():
+    with pytest.raises(TypeError, match="Conditioned: `_uses_condition` is now `uses_condition`"):
+        type("Conditioned", (dfb.FlowBijector,), {"_uses_condition": True})
+
+
+def test_integers_have_log_dets_in_a_multiscale_flow():
+    flow = dfb.Multiscale([tfb.Permute([1, 0, 3, 2]), tfb.Permute([1, 0])], dfb.DimensionFactorization.channels([4], 2))
+    assert flow.inverse_log_det_per_dim(tf.constant([[1, 2, 3, 4]])).numpy().tolist() == [[0, 0, 0, 0]]
+
+
+def test_a_conditional_transform_of_bijectors_that_move_has_log_dets_in_the_frame_of_its_argument():
+    def made(params):
+        return tfb.Chain([tfb.Permute([1, 2, 0]), tfb.Scale(log_scale=params)])
+
+    params = tf.constant([0.1, 0.2, 0.4])
+    flow = dfb.ConditionalTransform(lambda condition: condition, made, event_ndims=1)
+    for direction in ("inverse", "forward"):
+        hook = f"{direction}_log_det_per_dim"
+        actual = getattr(flow, hook)(tf.constant([1.0, 2.0, 3.0]), condition=params)
+        assert_close(actual, getattr(dimflows, hook)(made(params), tf.constant([1.0, 2.0, 3.0])))

@@ -22,7 +22,7 @@ from tfp_dimflows import plot
 dfb, dfd, callbacks = dimflows.bijectors, dimflows.distributions, dimflows.training
 tfb, tfd = tfp.bijectors, tfp.distributions
 
-GLOW = {"num_scales": 2, "depth": 1, "width": 4}
+GLOW = {"num_levels": 2, "depth": 1, "width": 4}
 
 
 def compiled(distribution, **options):
@@ -32,24 +32,26 @@ def compiled(distribution, **options):
     return model
 
 
-def images(num=8, shape=(4, 4, 1), levels=4, seed=0):
-    return np.random.default_rng(seed).integers(0, levels, [num, *shape])
+def images(num=8, shape=(4, 4, 1), grey_levels=4, seed=0):
+    return np.random.default_rng(seed).integers(0, grey_levels, [num, *shape])
 
 
 def normal(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def simple(shape=(4, 4, 1), levels=4, factorization="checkerboard"):
+def simple(shape=(4, 4, 1), grey_levels=4, factorization="checkerboard"):
     """A flow of two levels that trains fast: an ActNorm each."""
     if factorization is not None:
         factorization = getattr(dfb.DimensionFactorization, factorization)(shape, 2)
     channels = shape[-1] * (1 if factorization is None else 2)
     flow = dfb.Multiscale([dfb.ActNorm(shape[-1]), dfb.ActNorm(channels)], factorization, event_shape=shape)
     base = tfd.Sample(tfd.Normal(0.0, 1.0), [math.prod(shape)])
-    if levels is None:
+    if grey_levels is None:
         return tfd.TransformedDistribution(base, flow)
-    return dfd.Dequantized(tfd.TransformedDistribution(base, dfb.Chain([tfb.Scale(float(levels)), flow])), levels=levels)
+    return dfd.Dequantized(
+        tfd.TransformedDistribution(base, dfb.Chain([tfb.Scale(float(grey_levels)), flow])), grey_levels=grey_levels
+    )
 
 
 def pixels_of(path):
@@ -81,12 +83,12 @@ def files(directory):
 @pytest.mark.parametrize(
     ("distribution", "x", "levels", "limits"),
     [
-        slow(lambda: dimflows.recipes.glow([4, 4, 1], levels=4, **GLOW), images(), 4, None),
+        slow(lambda: dimflows.recipes.glow([4, 4, 1], grey_levels=4, **GLOW), images(), 4, None),
         (lambda: simple([4, 4, 3], None), normal([8, 4, 4, 3]), None, [-2.0, 2.0]),
         (lambda: simple([4, 4, 2]), images(shape=[4, 4, 2]), 4, None),
         slow(
             lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4),
-            images(levels=2),
+            images(grey_levels=2),
             2,
             None,
         ),
@@ -133,7 +135,7 @@ def test_training_is_the_same_with_and_without_callbacks(tmp_path):
             callbacks.BitsPerLevel(images(4)),
         ],
     ):
-        model = compiled(dimflows.recipes.glow([4, 4, 1], levels=4, num_scales=2, depth=1, width=2))
+        model = compiled(dimflows.recipes.glow([4, 4, 1], grey_levels=4, num_levels=2, depth=1, width=2))
         history = model.fit(images(), epochs=2, batch_size=4, verbose=0, callbacks=own).history
         results.append((model.get_weights(), history["loss"]))
     for first, second in zip(results[0][0], results[1][0]):
@@ -199,10 +201,10 @@ def vectors():
         (vectors, normal([8, 4]), callbacks.SampleImages, r"SampleImages: .* has events of shape \[4\], needs images"),
         (vectors, normal([8, 4]), callbacks.KeptDimensions, "KeptDimensions: .* has no Multiscale in it, needs one with"),
         (vectors, normal([8, 4]), lambda d: callbacks.Reconstructions(images(), d), "Reconstructions: .* events of shape"),
-        (vectors, normal([8, 4]), lambda d: callbacks.BitsPerLevel(normal([8, 4])), "BitsPerLevel: .* has no Multiscale next"),
+        (vectors, normal([8, 4]), lambda d: callbacks.BitsPerLevel(normal([8, 4])), "BitsPerLevel: .*needs a Multiscale next"),
         (simple, images(), lambda d: callbacks.Reconstructions(images(), d), "is no autoencoder .* nothing to see"),
         (simple, images(), lambda d: callbacks.SampleImages(d, limits=[1, 0]), "^SampleImages: got limits"),
-        (simple, images(), lambda d: callbacks.BitsPerLevel(images(levels=9)), "needs numbers 0 to 3"),
+        (simple, images(), lambda d: callbacks.BitsPerLevel(images(grey_levels=9)), "needs numbers 0 to 3"),
         (simple, images(), lambda d: callbacks.BitsPerLevel(images(shape=[4, 2, 1])), r"got data of shape \(8, 4, 2, 1\)"),
         (
             lambda: simple(factorization=None),
@@ -217,7 +219,7 @@ def vectors():
             "BitsPerLevel: the dataset is empty",
         ),
         (
-            lambda: dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, levels=4),
+            lambda: dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, grey_levels=4),
             images(),
             lambda d: callbacks.Reconstructions(images(shape=[2, 2, 1]), d),
             r"got data of shape \(8, 2, 2, 1\)",
@@ -226,7 +228,7 @@ def vectors():
             lambda: dimflows.recipes.flow_vae([4, 4, 1], flow="glow", depth=1, width=4, vae_width=4),
             normal([8, 4, 4, 1]),
             lambda d: callbacks.BitsPerLevel(normal([8, 4, 4, 1])),
-            "BitsPerLevel: .* has no Multiscale next to its latent values",
+            "BitsPerLevel: .*needs a Multiscale next to its latent values",
         ),
     ],
 )
@@ -243,7 +245,7 @@ def test_the_noise_of_bits_per_level_must_be_independent():
     noise = tfd.MultivariateNormalDiag(tf.zeros([4]), tf.ones([4]))
     flow = dfb.Multiscale([dfb.ActNorm(4), dfb.ActNorm(2)], dfb.DimensionFactorization.channels([4], 2))
     model = compiled(tfd.TransformedDistribution(noise, flow))
-    with pytest.raises(ValueError, match="multiscale: got the noise .*MultivariateNormalDiag"):
+    with pytest.raises(ValueError, match="BitsPerLevel: .*needs a Multiscale next to its latent values"):
         model.fit(normal([8, 4]), verbose=0, callbacks=[callbacks.BitsPerLevel(normal([8, 4]))])
 
 
@@ -294,7 +296,7 @@ def test_of_several_workers_one_writes(tmp_path):
 @pytest.mark.parametrize(
     ("distribution", "levels"),
     [
-        (lambda: dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, levels=4), 4),
+        (lambda: dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, grey_levels=4), 4),
         slow(lambda: dimflows.recipes.flow_vae([4, 4, 3], flow=None, vae_width=4), None),
         slow(lambda: dimflows.recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, width=4), 2),
     ],
@@ -321,7 +323,7 @@ def test_reconstructions_are_below_the_images(tmp_path, distribution, levels):
 def augmented():
     joint = dfb.VFlow(simple([4, 4, 2], None).bijector, posterior=None, num_extra=1)
     base = tfd.Sample(tfd.Normal(0.0, 1.0), [32])
-    return dfd.Dequantized(dfd.Augmented(tfd.TransformedDistribution(base, joint), num_extra=1), levels=4)
+    return dfd.Dequantized(dfd.Augmented(tfd.TransformedDistribution(base, joint), num_extra=1), grey_levels=4)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def augmented():
         (lambda: simple([6], None, "channels"), dfb.DimensionFactorization.channels([6], 2)),
         (augmented, dfb.DimensionFactorization.checkerboard([4, 4, 2], 2)),
         (
-            lambda: dimflows.recipes.flow_vae([4, 4, 1], flow="glow", depth=1, width=4, vae_width=4, levels=4),
+            lambda: dimflows.recipes.flow_vae([4, 4, 1], flow="glow", depth=1, width=4, vae_width=4, grey_levels=4),
             dfb.DimensionFactorization.channels([4, 4, 1], 2),
         ),
     ],
@@ -371,21 +373,21 @@ def with_noise_flow():
     weight = tf.Variable(0.3)
     shift = dfb.ConditionalTransform(lambda x: weight * x, dfb.transformers.Additive(), event_ndims=3)
     noise = dfb.Chain([tfb.Sigmoid(), shift])
-    return dfd.Dequantized(simple().distribution, levels=4, noise=noise)
+    return dfd.Dequantized(simple().distribution, grey_levels=4, noise=noise)
 
 
-RESIDUAL = {"width": 4, "num_scales": 2, "num_blocks": 1}
+RESIDUAL = {"width": 4, "num_levels": 2, "depth": 1}
 
 MODELS = {  # distribution, data, number of levels, whether there is preprocessing
     "levels": (simple, images(9), 2, True),
     "continuous": (lambda: dimflows.recipes.glow([4, 4, 3], **GLOW), normal([9, 4, 4, 3]), 2, False),
-    "vectors": (lambda: dimflows.recipes.glow([5], num_scales=3, depth=1, width=4), normal([9, 5]), 3, False),
+    "vectors": (lambda: dimflows.recipes.glow([5], num_levels=3, depth=1, width=4), normal([9, 5]), 3, False),
     "undivided": (lambda: simple(factorization=None), images(9), 2, True),
     "noise_flow": (with_noise_flow, images(9), 2, True),
     "trained_prior": (lambda: dimflows.recipes.iresnet([4, 4, 1], **RESIDUAL), normal([9, 4, 4, 1]), 2, False),
-    "probes": (lambda: dimflows.recipes.residual_flow([4, 4, 1], levels=4, **RESIDUAL), images(9), 2, True),
+    "probes": (lambda: dimflows.recipes.residual_flow([4, 4, 1], grey_levels=4, **RESIDUAL), images(9), 2, True),
     "conditional": (
-        lambda: dimflows.recipes.glow([4, 4, 1], condition_shape=[2], levels=4, **GLOW),
+        lambda: dimflows.recipes.glow([4, 4, 1], condition_shape=[2], grey_levels=4, **GLOW),
         {"x": images(9), "condition": normal([9, 2])},
         2,
         True,

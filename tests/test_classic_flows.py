@@ -387,7 +387,7 @@ def test_a_jacobian_is_triangular_in_the_order_of_the_network():
 
 def surrogate(kind):
     if kind == "iaf":
-        flow = recipes.iaf([2], num_layers=2, hidden=[16]).bijector
+        flow = recipes.iaf([2], depth=2, hidden=[16]).bijector
     else:
         family, options = PARAMETRIC[kind]
         flow = dfb.Chain([family(2, seed=k, **options) for k in range(4)])
@@ -420,8 +420,8 @@ def test_surrogate_posteriors(kind):
 LEVELS = 17
 SMALL = {
     "nice": ([5], {"width": 8}),
-    "maf": ([5], {"hidden": [8], "num_layers": 2}),
-    "iaf": ([3], {"hidden": [8], "num_layers": 2}),
+    "maf": ([5], {"hidden": [8], "depth": 2}),
+    "iaf": ([3], {"hidden": [8], "depth": 2}),
     "pixelcnn-flow": ([2, 3, 2], {"width": 4, "num_blocks": 1}),
     "wavenet-flow": ([6], {"width": 4}),
 }
@@ -433,8 +433,8 @@ def small(name, shapes=SMALL, **options):
     return recipes.get(name)(event_shape, **(arguments | options))
 
 
-def integers(event_shape, levels=LEVELS, num=6):
-    return np.random.default_rng(0).integers(0, levels, size=[num, *event_shape]).astype(np.int32)
+def integers(event_shape, grey_levels=LEVELS, num=6):
+    return np.random.default_rng(0).integers(0, grey_levels, size=[num, *event_shape]).astype(np.int32)
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def integers(event_shape, levels=LEVELS, num=6):
 )
 def test_recipes_train_sample_score_and_are_saved(name, shapes, tmp_path):
     event_shape = shapes[name][0]
-    model = dimflows.FlowModel(small(name, shapes, levels=LEVELS), seed=0)
+    model = dimflows.FlowModel(small(name, shapes, grey_levels=LEVELS), seed=0)
     x = integers(event_shape)
     model.adapt(x)
     model.compile("adam")
@@ -503,9 +503,9 @@ def test_nice_scales_only_at_the_end():
 @pytest.mark.slow
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_autoencoders_with_flows_as_posteriors(posterior, tmp_path):
-    arguments = {"posterior": posterior, "latent_dims": 3, "features": 8, "width": 4, "hidden": [8], "num_flows": 2}
+    arguments = {"posterior": posterior, "latent_dims": 3, "features": 8, "width": 4, "hidden": [8], "depth": 2}
     model = dimflows.FlowModel(recipes.vae_flow([4, 4, 1], **arguments), seed=0)
-    x = integers([4, 4, 1], levels=2, num=8)
+    x = integers([4, 4, 1], grey_levels=2, num=8)
     model.compile("adam")
     before = [v.numpy() for v in model.trainable_variables]
     history = model.fit(x, epochs=2, batch_size=4, verbose=0).history
@@ -524,7 +524,7 @@ def test_autoencoders_with_flows_as_posteriors(posterior, tmp_path):
 
 @pytest.mark.parametrize("levels", [2, 5])
 def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
-    vae = recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, features=4, width=2, levels=levels)
+    vae = recipes.vae_flow([4, 4, 1], posterior="gaussian", latent_dims=2, features=4, width=2, grey_levels=levels)
     likelihood = vae._decode(normal([1, 2], 0, "float32"))
     mass = sum(tf.exp(likelihood.distribution.log_prob(tf.fill([1, 4, 4, 1], float(k)))) for k in range(levels))
     assert_close(mass, np.ones([1, 4, 4, 1]), 1e-5)
@@ -534,7 +534,7 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
     "name, event_shape, options, message",
     [
         ("nice", [1], {}, r"nice: got event shape \[1\], needs two dimensions or more"),
-        ("maf", [3], {"num_layers": 0}, "maf: got num_layers=0, needs a positive integer"),
+        ("maf", [3], {"depth": 0}, "maf: got depth=0, needs a positive integer"),
         ("maf", [3], {"hidden": [0]}, r"maf: got hidden\[0\]=0, needs a positive integer"),
         ("wavenet-flow", [3], {"depth": 0}, "wavenet-flow: got depth=0, needs a positive integer"),
         ("vae-flow", [4, 4, 1], {"hidden": [8, 2.5]}, r"vae-flow: got hidden\[1\]=2.5, needs a positive integer"),
@@ -542,7 +542,7 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
         ("pixelcnn-flow", [3], {}, r"pixelcnn-flow: got event shape \[3\], needs an image"),
         ("wavenet-flow", [4, 4, 1], {}, r"wavenet-flow: got event shape \[4, 4, 1\], needs a vector"),
         ("vae-flow", [4, 4, 1], {"posterior": "cubic"}, "vae-flow: got posterior='cubic', needs one of"),
-        ("vae-flow", [4, 4, 1], {"levels": None}, "vae-flow: got levels=None, needs the number of grey levels"),
+        ("vae-flow", [4, 4, 1], {"grey_levels": None}, "vae-flow: got grey_levels=None, needs the number of grey levels"),
         ("vae-flow", [5, 4, 1], {}, "conv_encoder: got event shape"),
     ],
 )

@@ -24,14 +24,14 @@ import tensorflow_datasets as tfds
 
 from tfp_dimflows import bijectors, cli, data, recipes, training
 
-SMALL = ["width=4", "num_blocks=1", "num_couplings=1"]
-LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=2"]
-PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_scales=1"]
-PROGRESSIVE = ["train", "pnf", "--batch-size", "128", "--set", "network=dense", "width=8", "num_scales=1", "num_couplings=1"]
+SMALL = ["width=4", "num_blocks=1", "depth=1"]
+LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_levels=2"]
+PLAIN = ["train", "realnvp", "--batch-size", "128", "--set", *SMALL, "num_levels=1"]
+PROGRESSIVE = ["train", "pnf", "--batch-size", "128", "--set", "network=dense", "width=8", "num_levels=1", "depth=1"]
 
 FLOW_VAE = ["train", "flow-vae", "--batch-size", "128", "--set", "width=4", "num_blocks=1", "depth=1", "latent_dims=3"]
-VFLOW = ["train", "vflow", "--batch-size", "128", "--set", "width=4", "num_components=2", "posterior_couplings=1"]
-VFLOW += ["noise_couplings=1", 'layout=["1 column", "1 channel"]']
+VFLOW = ["train", "vflow", "--batch-size", "128", "--set", "width=4", "num_components=2", "posterior_depth=1"]
+VFLOW += ["noise_depth=1", 'layout=["1 column", "1 channel"]']
 VAE_FLOW = ["train", "vae-flow", "--batch-size", "128", "--set", "width=4", "latent_dims=3", "posterior=planar"]
 
 
@@ -87,8 +87,8 @@ def test_a_run_holds_its_configuration(finished):
     out, _, _ = finished
     config = json.loads((out / "config.json").read_text())
     assert config["recipe"] == "lcma-realnvp"
-    assert config["event_shape"] == [8, 8, 1] and config["levels"] == 17
-    assert config["arguments"] == {"seed": 3, "width": 4, "num_blocks": 1, "num_couplings": 1, "num_scales": 2}
+    assert config["event_shape"] == [8, 8, 1] and config["grey_levels"] == 17
+    assert config["arguments"] == {"seed": 3, "width": 4, "num_blocks": 1, "depth": 1, "num_levels": 2}
     assert (config["epochs"], config["pretrain_epochs"], config["seed"]) == (2, 1, 3)
     assert config["data"]["name"] == "digits" and config["data"]["batch_size"] == 128
 
@@ -393,20 +393,20 @@ def test_an_unwritable_directory_is_refused(tmp_path, data_dir, capsys):
     [
         (["train", "realnpv"], [], "got 'realnpv', needs one of .*realnvp"),
         (PLAIN, ["--data", "no_such_dataset"], "Dataset 'no_such_dataset' is unknown"),
-        (PLAIN, ["--set", "depth=3"], "realnvp: .*'depth'.* arguments are .*width"),
+        (PLAIN, ["--set", "steps=3"], "realnvp: .*'steps'.* arguments are .*width"),
         (LCMA, ["--set", "factorization=random"], "lcma-realnvp: .*'factorization'"),
         (PLAIN, ["--set", "width"], "got 'width', needs KEY=VALUE"),
         (PLAIN, ["--set", "width=wide"], "width='wide'"),
         (PLAIN, ["--set", "width=0"], "width=0"),
-        (PLAIN, ["--set", "levels=4"], "levels"),
-        (PLAIN, ["--set", "num_scales=5"], "not divisible"),
-        (LCMA, ["--set", "num_scales=1"], "num_scales|factor-out"),
-        (LCMA, ["--set", "num_scales=2", "granularity=free"], "granularity='free'"),
-        (LCMA, ["--set", "num_scales=2", 'keep=["high","low"]'], "keep="),
-        (LCMA, ["--set", "num_scales=2", "keep=highest"], "keep='highest'"),
+        (PLAIN, ["--set", "grey_levels=4"], "levels"),
+        (PLAIN, ["--set", "num_levels=5"], "not divisible"),
+        (LCMA, ["--set", "num_levels=1"], "num_levels|factor-out"),
+        (LCMA, ["--set", "num_levels=2", "granularity=free"], "granularity='free'"),
+        (LCMA, ["--set", "num_levels=2", 'keep=["high","low"]'], "keep="),
+        (LCMA, ["--set", "num_levels=2", "keep=highest"], "keep='highest'"),
         (PLAIN, ["--test-split", "validation"], "no split 'validation'"),
         (PLAIN, ["--batch-size", "5000"], "less than one batch"),
-        (PLAIN, ["--levels", "5"], "levels=5"),
+        (PLAIN, ["--grey-levels", "5"], "grey_levels=5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -576,7 +576,7 @@ def test_runs_of_another_version(tmp_path, finished, data_dir, capsys):
     unknown = tmp_path / "unknown.keras"
     with zipfile.ZipFile(out / "model.keras") as model, zipfile.ZipFile(unknown, "w") as changed:
         for name in model.namelist():
-            changed.writestr(name, model.read(name).replace(b"num_couplings", b"num_layers_of_old"))
+            changed.writestr(name, model.read(name).replace(b"depth", b"num_layers_of_old"))
     shutil.move(unknown, tmp_path / "run" / "model.keras")
     assert cli.main(["evaluate", str(tmp_path / "run"), "--data-dir", str(data_dir)]) == 2
     own = importlib.metadata.version("tfp-dimflows")
@@ -662,7 +662,7 @@ def test_more_steps_than_the_dataset_has_and_other_options_of_the_data(tmp_path,
 OTHER_DATASETS = [
     (PLAIN, "mnist", [28, 28, 1]),
     (LCMA, "cifar10", [32, 32, 3]),
-    (["train", "pnf", "--batch-size", "64", "--set", *SMALL, "num_scales=1"], "mnist", [28, 28, 1]),
+    (["train", "pnf", "--batch-size", "64", "--set", *SMALL, "num_levels=1"], "mnist", [28, 28, 1]),
 ]
 
 
@@ -676,6 +676,6 @@ def test_other_datasets(command, name, event_shape, tmp_path):
     argv = [*command, "--data", name, "--data-dir", data_dir, "--out", str(tmp_path / "run"), *options]
     assert cli.main(argv) == 0
     config = training.read_config(tmp_path / "run")
-    assert config["event_shape"] == event_shape and config["levels"] == 256
+    assert config["event_shape"] == event_shape and config["grey_levels"] == 256
     assert 0.0 < training.read_metrics(tmp_path / "run")["."]["bits_per_dim"] < 16.0
     assert_picture(tmp_path / "run" / "samples.png", 8 * event_shape[0], 8 * event_shape[1])

@@ -10,7 +10,7 @@ import tensorflow_probability as tfp
 from registry import assert_close, fresh, normal, randomize
 
 import tfp_dimflows as dimflows
-from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors import probes
 
 dfb = dimflows.bijectors
 D = 3
@@ -131,7 +131,7 @@ def test_the_network_is_its_configuration():
 @pytest.mark.slow
 @pytest.mark.parametrize("event_shape", [[3], [4, 4, 1]], ids=["vector", "image"])
 def test_recipe(event_shape):
-    options = {"hidden": [6], "num_steps": 8, "num_scales": 1 if len(event_shape) == 1 else 2}
+    options = {"hidden": [6], "num_steps": 8, "num_levels": 1 if len(event_shape) == 1 else 2}
     flow = dimflows.recipes.ffjord(event_shape, trace="exact", **options)
     x = normal([2, *event_shape], 1, "float32")
     z, log_det = inverse_and_log_det(flow.bijector, x)
@@ -163,7 +163,7 @@ def test_probes_come_from_the_seed_that_is_given(net):
     flow = dfb.ffjord(net, solver=dfb.continuous.RungeKutta4(3), dtype=tf.float64)
 
     def log_det(seed):
-        with base.probes_from(seed):
+        with probes.probes_from(seed):
             return flow.inverse_log_det_jacobian(fresh(Y), event_ndims=1).numpy()
 
     assert_close(log_det([1, 2]), log_det([1, 2]), 0.0)

@@ -288,7 +288,7 @@ class TestSplits:
 class TestLevels:
     def test_requantises_by_floor_division(self, embedded_dir):
         def load(levels):
-            return images_of(data.load("photo_patches", "test", batch_size=50, levels=levels, data_dir=embedded_dir))
+            return images_of(data.load("photo_patches", "test", batch_size=50, grey_levels=levels, data_dir=embedded_dir))
 
         full = load(None)
         np.testing.assert_array_equal(load(256), full)
@@ -300,8 +300,8 @@ class TestLevels:
         "name, levels, own", [("digits", 16, 17), ("digits", 1, 17), ("digits", 256, 17), ("photo_patches", 100, 256)]
     )
     def test_levels_must_divide(self, embedded_dir, name, levels, own):
-        with pytest.raises(ValueError, match=f"'{name}' has {own} levels, which levels={levels} does not divide"):
-            data.load(name, batch_size=10, levels=levels, data_dir=embedded_dir)
+        with pytest.raises(ValueError, match=f"'{name}' has {own} levels, which grey_levels={levels} does not divide"):
+            data.load(name, batch_size=10, grey_levels=levels, data_dir=embedded_dir)
 
 
 class TestCropAndResize:
@@ -316,7 +316,7 @@ class TestCropAndResize:
         cropped = self.load(embedded_dir)[:, 2:22, 5:15]
         resized = tf.image.resize(cropped, [8, 7], method="bilinear", antialias=True)
         expected = np.rint(resized).astype(np.uint8) // 8
-        images = self.load(embedded_dir, crop=(2, 5, 20, 10), image_size=(8, 7), levels=32)
+        images = self.load(embedded_dir, crop=(2, 5, 20, 10), image_size=(8, 7), grey_levels=32)
         assert images.dtype == np.uint8
         np.testing.assert_array_equal(images, expected)
 
@@ -362,17 +362,17 @@ class TestInfo:
     def test_embedded(self, embedded_dir):
         digits = data.info("digits", data_dir=embedded_dir)
         assert digits == data.DatasetInfo("digits", (8, 8, 1), 17, {"train": 1437, "test": 360})
-        patches = data.info("photo_patches", image_size=16, levels=32, data_dir=embedded_dir)
+        patches = data.info("photo_patches", image_size=16, grey_levels=32, data_dir=embedded_dir)
         assert patches == data.DatasetInfo("photo_patches", (16, 16, 3), 32, {"train": 3600, "test": 350})
         cropped = data.info("photo_patches", crop=(1, 2, 3, 4), data_dir=str(embedded_dir))
         assert cropped.event_shape == (3, 4, 3)
 
     def test_agrees_with_load(self, embedded_dir):
-        settings = dict(crop=(2, 2, 20, 24), image_size=(10, 12), levels=64, data_dir=embedded_dir)
+        settings = dict(crop=(2, 2, 20, 24), image_size=(10, 12), grey_levels=64, data_dir=embedded_dir)
         described = data.info("photo_patches", **settings)
         images = images_of(data.load("photo_patches", "test", batch_size=50, **settings))
         assert images.shape == (described.splits["test"], *described.event_shape)
-        assert images.max() == described.levels - 1
+        assert images.max() == described.grey_levels - 1
 
 
 class TestRealDatasets:
@@ -383,7 +383,7 @@ class TestRealDatasets:
         assert dataset.element_spec == tf.TensorSpec([128, *shape], tf.uint8)
         images = images_of(dataset)
         assert images.shape == (512, *shape) and images.min() == 0 and images.max() == 255
-        coarse = images_of(data.load(name, "test[:256]", batch_size=128, levels=32, data_dir=tfds_dir))
+        coarse = images_of(data.load(name, "test[:256]", batch_size=128, grey_levels=32, data_dir=tfds_dir))
         fine = images_of(data.load(name, "test[:256]", batch_size=128, data_dir=tfds_dir))
         np.testing.assert_array_equal(coarse, fine // 8)
 
@@ -500,7 +500,7 @@ class TestFolder:
         test = write_images(tmp_path / "photos" / "test", [(4, 4, 3)] * 2, seed=1)
         (tmp_path / "photos" / "cover.png").write_bytes(tf.io.encode_png(np.zeros([9, 9, 1], np.uint8)).numpy())
         monkeypatch.chdir(tmp_path)
-        options = {"data_dir": tmp_path / "tfds", "image_size": 4, "levels": 8}
+        options = {"data_dir": tmp_path / "tfds", "image_size": 4, "grey_levels": 8}
         assert data.info("./photos", **options).splits == {"train": 4, "test": 2}
         batches = images_of(data.load("./photos", batch_size=4, **options))
         assert same_multiset(batches, np.stack(train) // 32)

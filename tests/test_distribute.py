@@ -16,7 +16,7 @@ MODEL = """
 import json, sys
 import numpy as np, tensorflow as tf, keras
 
-def train(strategy, name, event_shape, levels=None, **arguments):
+def train(strategy, name, event_shape, grey_levels=None, **arguments):
     import tfp_dimflows as dimflows
     generator = np.random.default_rng(0)
     x = generator.normal(size=[64, *event_shape]).astype("float32") * 3.0 + 1.0
@@ -24,7 +24,7 @@ def train(strategy, name, event_shape, levels=None, **arguments):
     data = tf.data.Dataset.from_tensor_slices(x).batch(16)
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        model = dimflows.FlowModel(dimflows.recipes.get(name)(event_shape, levels=levels, **arguments), seed=0)
+        model = dimflows.FlowModel(dimflows.recipes.get(name)(event_shape, grey_levels=levels, **arguments), seed=0)
         model.adapt(data, steps=4)
         model.compile(keras.optimizers.Adam(1e-2))
     losses = model.fit(data, epochs=2, verbose=0).history["loss"]
@@ -41,8 +41,8 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 results = []
 for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
-    results.append([train(strategy, "glow", [4, 4, 1], depth=1, width=4)[1], train(strategy, "maf", [3], num_layers=1)[1]])
-model, noisy = train(strategy, "nice", [3], levels=9)
+    results.append([train(strategy, "glow", [4, 4, 1], depth=1, width=4)[1], train(strategy, "maf", [3], depth=1)[1]])
+model, noisy = train(strategy, "nice", [3], grey_levels=9)
 seeds = strategy.experimental_local_results(strategy.run(tf.function(model._next_seed)))
 seeds = [s.numpy().tolist() for s in seeds]
 print(json.dumps({"one": results[0], "two": results[1], "noisy": noisy["losses"], "seeds": seeds}))
@@ -50,7 +50,7 @@ print(json.dumps({"one": results[0], "two": results[1], "noisy": noisy["losses"]
 
 WORKER = """
 strategy = tf.distribute.MultiWorkerMirroredStrategy()
-print(json.dumps(train(strategy, "maf", [3], num_layers=1)[1]))
+print(json.dumps(train(strategy, "maf", [3], depth=1)[1]))
 """
 
 

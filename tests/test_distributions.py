@@ -23,7 +23,7 @@ def normal(dtype=np.float32):
 
 
 def dequantized(**options):
-    return dfd.Dequantized(normal(), **({"levels": 8} | options))
+    return dfd.Dequantized(normal(), **({"grey_levels": 8} | options))
 
 
 def exact_log_prob(x):
@@ -156,7 +156,7 @@ def test_a_subclass_must_write_log_weights():
 def test_a_uniform_distribution_costs_all_bits(levels):
     uniform = tfd.Independent(tfd.Uniform(tf.zeros([2, 2, 3]), float(levels)), 3)
     x = np.random.default_rng(0).integers(0, levels, size=[5, 2, 2, 3])
-    bits = dfd.Dequantized(uniform, levels=levels).bits_per_dim(x)
+    bits = dfd.Dequantized(uniform, grey_levels=levels).bits_per_dim(x)
     np.testing.assert_allclose(bits, np.full([5], np.log2(levels)), rtol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_a_logistic_on_logits_without_margin_costs_all_bits(levels):
     flow = tfd.TransformedDistribution(logistic, dfb.LogitPreprocess(levels, alpha=0.0))
     x = np.random.default_rng(0).integers(0, levels, size=[6, 4, 4, 3])
     x[0], x[1] = 0, levels - 1
-    bits = dfd.Dequantized(flow, levels=levels).bits_per_dim(x, seed=SEED)
+    bits = dfd.Dequantized(flow, grey_levels=levels).bits_per_dim(x, seed=SEED)
     np.testing.assert_allclose(bits, np.full([6], np.log2(levels)), rtol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_bits_of_a_model_of_the_unit_interval():
     unit = tfd.Independent(tfd.Beta(tf.fill([dims], 2.0), 3.0), 1)
     ours = Recorder(tfd.TransformedDistribution(unit, tfb.Scale(float(n))))
     x = np.random.default_rng(0).integers(0, n, size=[7, dims])
-    bits = dfd.Dequantized(ours, levels=n).bits_per_dim(x, seed=SEED)
+    bits = dfd.Dequantized(ours, grey_levels=n).bits_per_dim(x, seed=SEED)
     y = ours.seen[0].numpy() / n
     expected = -unit.log_prob(y).numpy() / (dims * np.log(2.0)) + np.log2(n)
     np.testing.assert_allclose(bits, expected, rtol=1e-5)
@@ -188,7 +188,7 @@ def test_bits_with_the_logit_correction():
     base = tfd.Sample(tfd.Normal(0.3, 1.7), shape)
     ours = Recorder(tfd.TransformedDistribution(base, dfb.LogitPreprocess(n, alpha)))
     x = np.random.default_rng(0).integers(0, n, size=[7, *shape])
-    bits = dfd.Dequantized(ours, levels=n).bits_per_dim(x, seed=SEED)
+    bits = dfd.Dequantized(ours, grey_levels=n).bits_per_dim(x, seed=SEED)
     y = ours.seen[0].numpy().astype(np.float64) / n
     p = alpha + (1.0 - 2.0 * alpha) * y
     logits = np.log(p) - np.log1p(-p)
@@ -202,7 +202,7 @@ def test_bits_with_the_logit_correction():
 
 def test_noise_fills_the_cells():
     recorder = Recorder(normal())
-    distribution = dfd.Dequantized(recorder, levels=8)
+    distribution = dfd.Dequantized(recorder, grey_levels=8)
     distribution.log_weights(X, num_samples=500, seed=SEED)
     noise = recorder.seen[0].numpy() - X
     assert noise.shape == (500, 3, 3)
@@ -216,7 +216,7 @@ def test_noise_fills_the_cells():
 def test_noise_never_leaves_the_range():
     """255 + u rounds to 256 for a u just below 1, where [0, 256) has ended."""
     recorder = Recorder(tfd.Sample(tfd.Normal(0.0, 1.0), [1000]))
-    dfd.Dequantized(recorder, levels=256).log_weights(np.full([1000], 255), num_samples=2000, seed=SEED)
+    dfd.Dequantized(recorder, grey_levels=256).log_weights(np.full([1000], 255), num_samples=2000, seed=SEED)
     assert recorder.seen[0].numpy().max() < 256.0
 
 
@@ -249,7 +249,7 @@ def test_seeds_of_dequantize():
 def test_dequantize_never_reaches_the_end_of_the_range(dtype, levels):
     """A u just below 1 rounds n - 1 + u to n, in low precision a u above 1/2."""
     base = tfd.Sample(tfd.Normal(tf.zeros([], dtype), tf.ones([], dtype)), [1000])
-    distribution = dfd.Dequantized(base, levels=levels)
+    distribution = dfd.Dequantized(base, grey_levels=levels)
     y = distribution.dequantize(np.full([2000, 1000], levels - 1), seed=SEED)
     assert y.dtype == dtype and y.shape == [2000, 1000]
     largest, smallest = float(tf.reduce_max(y)), float(tf.reduce_min(y))
@@ -266,7 +266,7 @@ def test_saturated_noise_stays_in_its_cell(mode):
     x = np.arange(256)[:, np.newaxis]
     for shift in (-200.0, -17.0, 12.0, 17.0, 200.0):
         noise = dfb.Chain([tfb.Sigmoid(), tfb.Shift(shift)])
-        distribution = dfd.Dequantized(tfd.Sample(tfd.Normal(0.0, 1.0), [1]), levels=256, noise=noise)
+        distribution = dfd.Dequantized(tfd.Sample(tfd.Normal(0.0, 1.0), [1]), grey_levels=256, noise=noise)
         dequantize = tf.function(lambda d=distribution: d.dequantize(x, seed=SEED), jit_compile=mode == "compiled")
         np.testing.assert_array_equal(np.floor(dequantize()), x)
 
@@ -342,7 +342,7 @@ def test_numbers_of_any_type(dtype):
 
 
 def test_float64():
-    distribution = dfd.Dequantized(normal(np.float64), levels=8)
+    distribution = dfd.Dequantized(normal(np.float64), grey_levels=8)
     assert distribution.log_prob(X).dtype == distribution.elbo(X).dtype == tf.float64
     log_prob = distribution.log_prob(X, num_samples=100_000, seed=SEED)
     np.testing.assert_allclose(log_prob, exact_log_prob(X), atol=0.03)
@@ -395,8 +395,8 @@ def test_events_of_another_shape(shape):
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match="levels=1, needs at least 2"):
-        dequantized(levels=1)
+    with pytest.raises(ValueError, match="grey_levels=1, needs at least 2"):
+        dequantized(grey_levels=1)
     base = tfd.Sample(tfd.Normal(0.0, 1.0), tf.Variable([2], shape=[None], trainable=False))
     assert not base.event_shape.is_fully_defined()
     with pytest.raises(ValueError, match="needs a static one"):
@@ -428,9 +428,9 @@ def test_samples():
 
 def test_encode_and_decode():
     flow = tfd.TransformedDistribution(
-        tfd.Sample(tfd.Normal(0.0, 1.0), [2, 2, 1]), dfb.LogitPreprocess(levels=256), name="flow"
+        tfd.Sample(tfd.Normal(0.0, 1.0), [2, 2, 1]), dfb.LogitPreprocess(grey_levels=256), name="flow"
     )
-    distribution = dfd.Dequantized(flow, levels=256)
+    distribution = dfd.Dequantized(flow, grey_levels=256)
     x = np.random.default_rng(0).integers(0, 256, size=[9, 2, 2, 1], dtype=np.uint8)
     z = distribution.encode(x)
     np.testing.assert_allclose(z, flow.bijector.inverse(x.astype(np.float32) + 0.5), rtol=1e-6)
@@ -447,7 +447,7 @@ def test_copy():
     distribution = dequantized(num_samples=3, name="original")
     copied = distribution.copy(num_samples=5)
     assert isinstance(copied, dfd.Dequantized)
-    assert copied.distribution is distribution.distribution and copied.levels == 8
+    assert copied.distribution is distribution.distribution and copied.grey_levels == 8
     assert copied.log_weights(X).shape == [5, 3] and distribution.log_weights(X).shape == [3, 3]
     np.testing.assert_array_equal(
         copied.log_prob(X, num_samples=2, seed=SEED), distribution.log_prob(X, num_samples=2, seed=SEED)
@@ -458,7 +458,7 @@ def test_copy():
 
 def test_variables_and_gradients():
     loc = tf.Variable(LOC)
-    distribution = dfd.Dequantized(tfd.Independent(tfd.Normal(loc, SCALE), 1), levels=8, num_samples=20_000)
+    distribution = dfd.Dequantized(tfd.Independent(tfd.Normal(loc, SCALE), 1), grey_levels=8, num_samples=20_000)
     assert [v is loc for v in distribution.trainable_variables] == [True]
     with tf.GradientTape() as tape:
         log_prob = tf.reduce_sum(distribution.log_prob(X, seed=SEED))
@@ -480,14 +480,14 @@ def test_conditions(batch, num_samples):
 
     flow = dfb.ConditionalTransform(shift_and_log_scale, dfb.transformers.Affine("exp"), event_ndims=1)
     base = tfd.Sample(tfd.Normal(0.0, 1.0), [3])
-    distribution = dfd.Dequantized(tfd.TransformedDistribution(base, flow), levels=8)
+    distribution = dfd.Dequantized(tfd.TransformedDistribution(base, flow), grey_levels=8)
     generator = np.random.default_rng(0)
     x = generator.integers(0, 8, size=[*batch, 3])
     condition = generator.uniform(0.0, 8.0, size=[*batch, 3]).astype(np.float32)
     weights = distribution.log_weights(x, num_samples, SEED, bijector_kwargs={"condition": condition})
     assert weights.shape == [num_samples, *batch]
     recorder = Recorder(base)
-    dfd.Dequantized(recorder, levels=8).log_weights(x, num_samples, SEED)
+    dfd.Dequantized(recorder, grey_levels=8).log_weights(x, num_samples, SEED)
     y = recorder.seen[0].numpy().reshape([num_samples, *batch, 3])
     np.testing.assert_allclose(weights, base.log_prob(y - condition), rtol=1e-5)
     if batch == [4]:
@@ -500,14 +500,14 @@ def test_conditions(batch, num_samples):
 
 def test_importance_samples_of_a_conditional_coupling():
     coupling = dfb.AffineCoupling(
-        lambda x, condition: 0.1 * tf.tile(x * condition, [1, 4]), dfb.masks.Index([1], 3), log_scale="exp"
+        lambda x, condition: 0.1 * tf.tile(x * condition, [1, 4]), dfb.masks.Index([1], 3), scale="exp"
     )
     base = tfd.Sample(tfd.Normal(0.0, 1.0), [3])
     flow = tfd.TransformedDistribution(base, coupling)
     condition = {"condition": np.float32([[1.0], [-1.0], [0.5]])}
-    weights = dfd.Dequantized(flow, levels=8).log_weights(X, 4, SEED, bijector_kwargs=condition)
+    weights = dfd.Dequantized(flow, grey_levels=8).log_weights(X, 4, SEED, bijector_kwargs=condition)
     recorder = Recorder(base)
-    dfd.Dequantized(recorder, levels=8).log_weights(X, 4, SEED)
+    dfd.Dequantized(recorder, grey_levels=8).log_weights(X, 4, SEED)
     one_by_one = [flow.log_prob(y, bijector_kwargs=condition) for y in recorder.seen[0]]
     np.testing.assert_allclose(weights, one_by_one, rtol=1e-5)
 
@@ -522,7 +522,7 @@ def test_the_noise_below_dequantisation_has_another_seed():
 
     below = Bound(dtype=tf.float32, event_shape=[3])
     x = tf.constant([[1, 2, 3]])
-    dfd.Dequantized(below, levels=8).log_weights(x, 1, seed=[4, 5])
+    dfd.Dequantized(below, grey_levels=8).log_weights(x, 1, seed=[4, 5])
     value, seed = below.seen
     noise = value - tf.cast(x, tf.float32)
     assert np.abs(noise - samplers.uniform([1, 3], dtype=tf.float32, seed=seed)).min() > 1e-3

@@ -14,10 +14,10 @@ recipes = dimflows.recipes
 
 LEVELS = 17
 MODELS = {
-    "realnvp": ([4, 4, 1], {"width": 4, "num_blocks": 1, "num_couplings": 1}),
+    "realnvp": ([4, 4, 1], {"width": 4, "num_blocks": 1, "depth": 1}),
     "flow-vae": ([4, 4, 1], {"width": 4, "num_blocks": 1, "latent_dims": 3, "depth": 1}),
-    "residual-flow": ([4, 4, 1], {"width": 4, "num_blocks": 1}),
-    "maf": ([3], {"num_layers": 2, "hidden": [8]}),
+    "residual-flow": ([4, 4, 1], {"width": 4, "depth": 1}),
+    "maf": ([3], {"depth": 2, "hidden": [8]}),
 }
 
 # Runs in a process of its own: argv holds the folder, its numbers go to standard output.
@@ -40,7 +40,7 @@ print(json.dumps({name: value.numpy().tolist() for name, value in results.items(
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_model_computes_the_same_without_this_package(name, tmp_path):
     event_shape, arguments = MODELS[name]
-    model = dimflows.FlowModel(recipes.get(name)(event_shape, levels=LEVELS, **arguments), seed=0)
+    model = dimflows.FlowModel(recipes.get(name)(event_shape, grey_levels=LEVELS, **arguments), seed=0)
     x = np.random.default_rng(0).integers(0, LEVELS, [8, *event_shape]).astype(np.int32)
     model.adapt(x)
     model.compile("adam")

@@ -45,10 +45,9 @@ def flat_indices(shape, dtype="float64"):
 def factorizations():
     """One of every kind."""
     yield "channels", Factorization.channels(IMAGE, 3)
-    yield "channels_position_major", Factorization.channels(IMAGE, 3, order="position_major")
     yield "checkerboard", Factorization.checkerboard(IMAGE, 3)
     yield "random", Factorization.random(IMAGE, 3, seed=1)
-    for granularity in ("channel", "block", "pair", "row", "column"):
+    for granularity in ("channel", "block"):
         yield granularity, Factorization.from_contributions(STATISTICS, granularity=granularity)
     yield "vector_channels", Factorization.channels([11], 4)
     yield "vector_random", Factorization.random([11], 4, seed=1)
@@ -112,12 +111,11 @@ def test_the_index_arrays_are_read_only():
         CHANNELS.kept[0][0] = 1
 
 
-@pytest.mark.parametrize("order", ["channel_major", "position_major"])
-def test_channels_are_the_first_half_of_the_squeezed_channels(order):
-    factorization = Factorization.channels(IMAGE, 3, order=order)
+def test_channels_are_the_first_half_of_the_squeezed_channels():
+    factorization = Factorization.channels(IMAGE, 3)
     ids = np.arange(np.prod(IMAGE)).reshape(IMAGE)
     for kept, left in zip(factorization.kept, factorization.left):
-        ids = squeezed(ids, order)
+        ids = squeezed(ids)
         half = ids.shape[-1] // 2
         assert (kept == ids[..., :half]).all() and (left == ids[..., half:]).all()
         ids = kept
@@ -156,24 +154,6 @@ def test_block_keeps_the_two_best_of_every_block_of_every_channel(keep):
 
 def test_whole_channels_are_the_default_of_images():
     assert Factorization.from_contributions(STATISTICS) == Factorization.from_contributions(STATISTICS, granularity="channel")
-
-
-@pytest.mark.parametrize(
-    ("granularity", "kept"),
-    [
-        # Of a 2x4 image 0 to 3, 4 to 7, the statistic below.
-        ("pair", [[[0, 5], [3, 6]]]),
-        ("row", [[[4, 5], [6, 7]]]),
-        ("column", [[[0, 4], [2, 6]]]),
-    ],
-)
-def test_pairs_rows_and_columns_by_a_written_out_example(granularity, kept):
-    statistic = np.array([[5.0, 1.0, 0.0, 1.0], [3.0, 4.0, 3.0, 2.0]])[..., np.newaxis]
-    factorization = Factorization.from_contributions([statistic], granularity=granularity)
-    assert factorization.kept[0].tolist() == kept
-    reverse = Factorization.from_contributions([statistic], keep="low", granularity=granularity)
-    if granularity != "column":  # ties
-        assert reverse.kept[0].tolist() == factorization.left[0].tolist()
 
 
 def test_the_highest_half_of_a_block_is_kept_by_a_written_out_example():
@@ -283,7 +263,6 @@ def test_free_granularity_takes_any_half_of_a_vector():
         (lambda: Factorization.channels([2], 3), "one dimension is left"),
         (lambda: Factorization.channels([4], 1), "got 1 levels, needs at least 2"),
         (lambda: Factorization.channels([4, 4], 2), r"got event shape \(4, 4\), needs an image"),
-        (lambda: Factorization.channels([4], 2, order="rows"), "got order='rows'"),
         (lambda: Factorization.checkerboard([4], 2), r"got event shape \(4,\), needs an image"),
         (lambda: Factorization.from_contributions([]), "got no contributions"),
         (lambda: Factorization.from_contributions([np.zeros(4), np.zeros(5)]), r"contribution 1 has shape \(5,\)"),
@@ -430,8 +409,8 @@ def test_transport_agrees_with_the_movement_of_values(factorization):
     flow = dfb.Multiscale(levels, factorization)
     expected = multiscale_move(factorization, *moves)(y.numpy())
     assert_close(flow.inverse(y), expected)
-    assert_close(dfb.per_dimension.transport_inverse(flow, y), expected)
-    assert_close(dfb.per_dimension.transport_forward(flow, tf.constant(expected)), y)
+    assert_close(dfb.walk.transport(flow, y, "inverse"), expected)
+    assert_close(dfb.walk.transport(flow, tf.constant(expected), "forward"), y)
     chain = dfb.Chain([Scaling(1.0), flow, Scaling(np.arange(expected.size))])
     # In the frame of the data, what the last part contributes is the place of a dimension in the latent.
     places = chain.inverse_log_det_per_dim(y).numpy().ravel() - 1.0
@@ -780,8 +759,8 @@ def test_an_exit_that_moves_dimensions_is_transported():
     y, x = normal([2, 6], 1), normal([2, 6], 2)
     plain = dfb.Multiscale([tfb.Identity(), tfb.Identity()], halves, exits=[tfb.Permute(permutation), tfb.Permute([1, 2, 0])])
     move = plain.inverse(flat_indices([6])).numpy()[0].astype(int)
-    assert_close(dfb.per_dimension.transport_inverse(flow, y), y.numpy()[:, move])
-    assert_close(dfb.per_dimension.transport_forward(flow, tf.constant(y.numpy()[:, move])), y)
+    assert_close(dfb.walk.transport(flow, y, "inverse"), y.numpy()[:, move])
+    assert_close(dfb.walk.transport(flow, tf.constant(y.numpy()[:, move]), "forward"), y)
     data = fresh(flow.forward(x))
     assert_close(flow.forward_log_det_per_dim(x), -flow.inverse_log_det_per_dim(data).numpy()[:, move])
     kept = data[:, :3] * tf.exp(tf.range(3.0, dtype=tf.float64))
@@ -843,17 +822,17 @@ def test_an_exit_of_the_deepest_part_works_without_a_factorization():
         (
             lambda: dfb.Multiscale(identities(3), CHANNELS).inverse(tf.ones([1, 4, 2, 1])),
             ValueError,
-            r"multiscale: got data of shape \(1, 4, 2, 1\), needs events of shape \[4, 4, 1\]",
+            r"multiscale: got values of shape \(1, 4, 2, 1\), needs events of shape \[4, 4, 1\]",
         ),
         (
             lambda: dfb.Multiscale(identities(3), CHANNELS).likelihood_contributions(tf.ones([1, 2, 4, 1])),
             ValueError,
-            "multiscale: got data of shape",
+            "multiscale: got values of shape",
         ),
         (
             lambda: dfb.Multiscale(identities(3), CHANNELS).forward(tf.ones([1, 15])),
             ValueError,
-            r"multiscale: got latent values of shape \(1, 15\), needs 16 dimensions",
+            r"multiscale: got values of shape \(1, 15\), needs events of shape \[16\]",
         ),
     ],
 )
@@ -914,9 +893,9 @@ def test_contributions_are_carried_through_outer_bijectors_one_after_the_other()
 def test_numbers_pass_the_exit_of_the_deepest_part():
     flow = dfb.Multiscale([dfb.ActNorm(4), dfb.ActNorm(4)], exits=[None, tfb.Permute([1, 2, 3, 0])])
     numbers = tf.constant([1.0, 2.0, 3.0, 4.0])
-    moved = dfb.per_dimension.transport_inverse(flow, numbers)
+    moved = dfb.walk.transport(flow, numbers, "inverse")
     assert_close(moved, flow.inverse(numbers), 0.0)
-    assert_close(dfb.per_dimension.transport_forward(flow, moved), numbers, 0.0)
+    assert_close(dfb.walk.transport(flow, moved, "forward"), numbers, 0.0)
 
 
 def test_standard_errors_are_deviations_over_the_root_of_the_number():

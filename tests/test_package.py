@@ -57,5 +57,44 @@ def test_private_modules_are_imported_in_one_file_only():
     assert {str(path): private_imports(path) for path in others if private_imports(path)} == {}
 
 
+# What these files take from TFP's objects has a name that something of this package has as well.
+OF_TFP = {("per_dimension.py", "_bijector"), ("per_dimension.py", "_bijectors"), ("walk.py", "_is_injective")}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(path):
+    """(names with an underscore that a file defines, those that it takes from other objects than `self` or from modules)."""
+    defined, taken = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            if isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            elif not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "super")):
+                taken.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tfp_dimflows"):
+            taken.update(alias.name for alias in node.names)
+    return {name for name in defined if is_private(name)}, {name for name in taken if is_private(name)}
+
+
+def test_no_module_uses_private_names_of_another():
+    names = {path: private_names(path) for path in ROOT.rglob("*.py")}
+    everywhere = set().union(*(defined for defined, _ in names.values()))
+    assert len(everywhere) > 300
+    used = {
+        (path.name, name)
+        for path, (defined, taken) in names.items()
+        for name in (taken & everywhere) - defined
+        if (path.name, name) not in OF_TFP
+    }
+    assert used == set()
+
+
 def test_the_version_is_that_of_the_distribution():
     assert dimflows.__version__ == importlib.metadata.version("tfp-dimflows")

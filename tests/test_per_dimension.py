@@ -12,7 +12,7 @@ import tf_keras
 from registry import slow
 
 import tfp_dimflows as dimflows
-from tfp_dimflows.bijectors import base, dense, per_dimension
+from tfp_dimflows.bijectors import conditions, dense, log_dets, walk
 from tfp_dimflows.upstream import tfp_glow
 
 tfb = tfp.bijectors
@@ -20,7 +20,7 @@ tfb = tfp.bijectors
 DIRECTIONS = ("inverse", "forward")
 OPPOSITE = {"inverse": "forward", "forward": "inverse"}
 HOOK = {"inverse": dimflows.inverse_log_det_per_dim, "forward": dimflows.forward_log_det_per_dim}
-TRANSPORT = {"inverse": per_dimension.transport_inverse, "forward": per_dimension.transport_forward}
+TRANSPORT = {"inverse": lambda b, t: walk.transport(b, t, "inverse"), "forward": lambda b, t: walk.transport(b, t, "forward")}
 
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
@@ -895,7 +895,7 @@ def test_a_users_elementwise_class_needs_no_rule():
 # Conditions.
 
 
-class Conditioned(base.FlowBijector):
+class Conditioned(dimflows.bijectors.FlowBijector):
     """y = x exp(scale * condition), each dimension with its own scale."""
 
     def __init__(self, scale, name):
@@ -903,7 +903,7 @@ class Conditioned(base.FlowBijector):
         super().__init__(forward_min_event_ndims=1, parameters=dict(locals()), name=name)
 
     @property
-    def _uses_condition(self):
+    def uses_condition(self):
         return True
 
     def _forward_and_log_det_per_dim(self, x, condition):
@@ -917,7 +917,7 @@ class Conditioned(base.FlowBijector):
 
 class Unconditioned(Conditioned):
     @property
-    def _uses_condition(self):
+    def uses_condition(self):
         return False
 
 
@@ -935,7 +935,7 @@ def test_condition_reaches_every_part(direction):
         ]
     )
     condition = tf.constant(0.7, tf.float64)
-    kwargs = per_dimension.condition_kwargs(flow, condition)
+    kwargs = conditions.condition_kwargs(flow, condition)
 
     def fixed(log_scale):
         return tfb.Scale(log_scale=condition * log_scale)
@@ -956,18 +956,18 @@ def test_condition_reaches_every_part(direction):
     )
     log_det = HOOK[direction](flow, value, **kwargs)
     np.testing.assert_allclose(log_det, HOOK[direction](plain, value), rtol=1e-10, atol=1e-10)
-    other = HOOK[direction](flow, value, **per_dimension.condition_kwargs(flow, 2.0 * condition))
+    other = HOOK[direction](flow, value, **conditions.condition_kwargs(flow, 2.0 * condition))
     assert np.min(np.abs(other - log_det)) > 1e-3
 
 
 def test_condition_kwargs():
-    assert per_dimension.condition_kwargs(tfb.Chain([tfb.Exp(), Conditioned(1.0, "a")]), None) == {}
-    assert per_dimension.condition_kwargs(tfb.Chain([tfb.Exp(), Unconditioned(1.0, "a")]), 1.0) == {}
+    assert conditions.condition_kwargs(tfb.Chain([tfb.Exp(), Conditioned(1.0, "a")]), None) == {}
+    assert conditions.condition_kwargs(tfb.Chain([tfb.Exp(), Unconditioned(1.0, "a")]), 1.0) == {}
     twice = tfb.Chain([Conditioned(1.0, "a"), tfb.Invert(tfb.Invert(Conditioned(2.0, "a"), name="b"), name="a")])
-    assert per_dimension.condition_kwargs(twice, 1.0) == {"a": {"condition": 1.0}}
+    assert conditions.condition_kwargs(twice, 1.0) == {"a": {"condition": 1.0}}
     clash = tfb.Chain([Conditioned(1.0, "a"), tfb.Exp(), Unconditioned(1.0, "a")], name="outer")
     with pytest.raises(ValueError, match="outer.*'a'"):
-        per_dimension.condition_kwargs(clash, 1.0)
+        conditions.condition_kwargs(clash, 1.0)
 
 
 # Freshness and execution regimes.
@@ -1123,7 +1123,7 @@ def test_log_dets_that_broadcast_are_summed_as_if_in_full(shape, is_static):
     full = np.broadcast_to(log_det, value.shape)
     spec = None if is_static else [tf.TensorSpec([None] * array.ndim, tf.float64) for array in (log_det, value)]
     for ndims in range(4):
-        total = tf.function(lambda d, v, ndims=ndims: base.sum_event(d, v, ndims), spec)(
+        total = tf.function(lambda d, v, ndims=ndims: log_dets.sum_event(d, v, ndims), spec)(
             tf.constant(log_det), tf.constant(value)
         )
         np.testing.assert_allclose(total, full.sum(axis=tuple(range(4 - ndims, 4))), rtol=1e-12)

@@ -55,7 +55,7 @@ def tiles(pixels, rows, columns):
 
 def test_an_image_grid_has_the_images_in_rows_and_fills_up_with_black():
     images = np.random.default_rng(0).integers(0, 17, [5, 4, 6, 1])
-    ax = plot.image_grid(images, levels=17)
+    ax = plot.image_grid(images, grey_levels=17)
     grid = tiles(shown(ax), 2, 3).reshape(6, 4, 6)
     np.testing.assert_array_equal(grid[:5], np.round(images[..., 0] * 255 / 16))
     assert grid[5].max() == 0
@@ -66,14 +66,14 @@ def test_an_image_grid_has_the_images_in_rows_and_fills_up_with_black():
 def test_an_image_grid_in_colour_and_of_given_rows():
     images = np.random.default_rng(0).integers(0, 256, [3, 2, 4, 4, 3])
     (given,) = axes_of(1)
-    ax = plot.image_grid(tf.constant(images), levels=256, ax=given)
+    ax = plot.image_grid(tf.constant(images), grey_levels=256, ax=given)
     assert ax is given and pyplot.get_fignums() == []
     np.testing.assert_array_equal(tiles(shown(ax), 3, 2), images)
 
 
 def test_an_image_grid_of_two_channels_shows_the_first():
     images = np.random.default_rng(0).integers(0, 4, [1, 4, 4, 2])
-    np.testing.assert_array_equal(tiles(shown(plot.image_grid(images, levels=4)), 1, 1)[0, 0], images[0, ..., 0] * 85)
+    np.testing.assert_array_equal(tiles(shown(plot.image_grid(images, grey_levels=4)), 1, 1)[0, 0], images[0, ..., 0] * 85)
 
 
 def test_continuous_images_go_from_black_to_white():
@@ -82,7 +82,7 @@ def test_continuous_images_go_from_black_to_white():
     assert grid.ravel().tolist() == [0, 64, 255, 0, 255, 0]
     grid = tiles(shown(plot.image_grid(images, limits=[0.0, 6.0])), 1, 1)[0, 0]
     assert grid.ravel().tolist() == [0, 0, 128, 0, 255, 0]
-    grid = tiles(shown(plot.image_grid(images, levels=9)), 1, 1)[0, 0]
+    grid = tiles(shown(plot.image_grid(images, grey_levels=9)), 1, 1)[0, 0]
     assert grid.ravel().tolist() == [0, 0, 96, 0, 255, 0]
     assert shown(plot.image_grid(np.full([1, 2, 2, 1], 7.0))).max() == 0
     assert shown(plot.image_grid(np.full([1, 2, 2, 1], np.nan))).max() == 0
@@ -93,7 +93,7 @@ def test_continuous_images_go_from_black_to_white():
     [
         ([np.zeros([4, 4])], r"got images of shape \[4, 4\], needs \[N, H, W, C\] or \[rows, columns, H, W, C\]"),
         ([np.zeros([0, 4, 4, 1])], r"got images of shape \[0, 4, 4, 1\]"),
-        ([np.zeros([1, 4, 4, 1]), 1], "got levels=1, needs at least 2"),
+        ([np.zeros([1, 4, 4, 1]), 1], "got grey_levels=1, needs at least 2"),
         ([np.zeros([1, 4, 4, 1]), None, [1.0, 1.0]], r"got limits=\[1.0, 1.0\], needs .* increasing"),
         ([np.zeros([1, 4, 4, 1]), None, [1.0]], "got limits"),
         ([np.zeros([1, 4, 4, 1]), None, None, axes_of(2)], "got ax=.*, needs 1 matplotlib axes"),
@@ -128,7 +128,7 @@ def test_nothing_is_saved_of_what_is_no_image(tmp_path):
 
 def test_interpolation_has_a_walk_in_each_row():
     walks = np.random.default_rng(0).integers(0, 16, [3, 2, 4, 4, 1])  # 3 steps, 2 pairs
-    ax = plot.interpolation(walks, levels=16)
+    ax = plot.interpolation(walks, grey_levels=16)
     np.testing.assert_array_equal(tiles(shown(ax), 2, 3), walks.swapaxes(0, 1)[..., 0] * 17)
     assert ax.get_xticks().tolist() == [2.5, 8.5, 14.5]  # the middles of images of 6 pixels
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.5", "1"]
@@ -229,7 +229,7 @@ def test_a_density_has_its_dimensions_in_place():
 
 
 def test_the_density_of_a_model_and_of_a_bound():
-    flow = dimflows.recipes.glow([2], num_scales=1, depth=1, width=4)
+    flow = dimflows.recipes.glow([2], num_levels=1, depth=1, width=4)
     model = dimflows.FlowModel(flow)
     (given,) = axes_of(1)
     ax = plot.density(model, [-2.0, 2.0], resolution=3, ax=given)

@@ -1,6 +1,8 @@
 """Recipes: what they build, from plain values, reproducibly, in the reference sizes."""
 
 import json
+import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -16,8 +18,8 @@ tfd = tfp.distributions
 
 LEVELS = 17
 SMALL = {  # arguments of a small model of 8x8x1 images
-    "realnvp": {"num_scales": 2, "num_couplings": 1, "width": 4, "num_blocks": 1},
-    "glow": {"num_scales": 2, "depth": 1, "width": 4},
+    "realnvp": {"num_levels": 2, "depth": 1, "width": 4, "num_blocks": 1},
+    "glow": {"num_levels": 2, "depth": 1, "width": 4},
 }
 SMALL |= {f"lcma-{name}": options for name, options in SMALL.items()}
 SMALL["pnf"] = SMALL["realnvp"] | {"num_halvings": 1}
@@ -39,11 +41,11 @@ def multiscale(distribution):
     return distribution.bijector
 
 
-def events(event_shape, num=3, levels=None):
+def events(event_shape, num=3, grey_levels=None):
     generator = np.random.default_rng(0)
-    if levels is None:
+    if grey_levels is None:
         return generator.normal(size=[num, *event_shape]).astype(np.float32)
-    return generator.integers(0, levels, size=[num, *event_shape]).astype(np.int32)
+    return generator.integers(0, grey_levels, size=[num, *event_shape]).astype(np.int32)
 
 
 def count(distribution):
@@ -84,11 +86,11 @@ CASES = [(name, IMAGE) for name in SMALL] + [("realnvp", VECTOR), ("lcma-realnvp
 @pytest.mark.parametrize("levels", [None, LEVELS])
 @pytest.mark.parametrize(("name", "event_shape"), CASES, ids=lambda v: v if isinstance(v, str) else f"{len(v)}d")
 def test_every_recipe_samples_and_scores(name, event_shape, levels):
-    distribution = small(name, event_shape, levels=levels)
+    distribution = small(name, event_shape, grey_levels=levels)
     assert distribution.event_shape == event_shape and distribution.batch_shape == []
     samples = distribution.sample(4, seed=0)
     assert samples.shape == [4, *event_shape]
-    x = events(event_shape, levels=levels)
+    x = events(event_shape, grey_levels=levels)
     kwargs = {} if levels is None else {"seed": (0, 1)}
     log_prob = distribution.log_prob(x, **kwargs)
     assert log_prob.shape == [3] and log_prob.dtype == tf.float32
@@ -98,14 +100,14 @@ def test_every_recipe_samples_and_scores(name, event_shape, levels):
         assert distribution.distribution.event_shape == [np.prod(event_shape)]
         assert distribution.bijector.inverse_event_shape(event_shape) == [np.prod(event_shape)]
     else:
-        assert isinstance(distribution, dfd.Dequantized) and distribution.levels == levels
+        assert isinstance(distribution, dfd.Dequantized) and distribution.grey_levels == levels
         assert samples.dtype == tf.int32 and 0 <= samples.numpy().min() <= samples.numpy().max() < levels
 
 
 @pytest.mark.parametrize("name", ["realnvp", "glow"])
 def test_levels_add_only_the_preprocessing(name):
-    continuous, integer = perturb(small(name)), perturb(small(name, levels=LEVELS))
-    x = events(IMAGE, levels=LEVELS)
+    continuous, integer = perturb(small(name)), perturb(small(name, grey_levels=LEVELS))
+    x = events(IMAGE, grey_levels=LEVELS)
     y = tf.constant(x, tf.float32) + 0.3
     preprocess = integer.distribution.bijector.bijectors[0]
     by_hand = continuous.log_prob(preprocess.inverse(y)) + preprocess.inverse_log_det_jacobian(y, event_ndims=3)
@@ -120,14 +122,14 @@ def test_levels_add_only_the_preprocessing(name):
 @pytest.mark.parametrize("name", ["realnvp", "glow"])
 def test_options(name):
     options = [{"batch_norm": True}, {"alpha": 0.01}] if name == "realnvp" else [{"coupling": "additive"}]
-    for option in [*options, {"num_scales": 1}]:
-        distribution = small(name, levels=LEVELS, **option)
-        assert np.isfinite(distribution.log_prob(events(IMAGE, levels=LEVELS))).all()
+    for option in [*options, {"num_levels": 1}]:
+        distribution = small(name, grey_levels=LEVELS, **option)
+        assert np.isfinite(distribution.log_prob(events(IMAGE, grey_levels=LEVELS))).all()
 
 
 def test_additive_glow_has_a_constant_log_det():
     # Without exits and couplings that scale, only actnorms and convolutions remain.
-    flow = perturb(small("glow", num_scales=1, coupling="additive", depth=2))
+    flow = perturb(small("glow", num_levels=1, coupling="additive", depth=2))
     steps = flow.bijector.levels[0]
     log_dets = steps.inverse_log_det_jacobian(events(IMAGE), event_ndims=3)
     np.testing.assert_allclose(log_dets, np.full([3], log_dets[0]), rtol=1e-6)
@@ -151,9 +153,9 @@ def float64():
     ids=["realnvp", "vector", "glow", "pnf", "pnf-vector"],
 )
 def test_float64(float64, name, event_shape):
-    distribution = perturb(small(name, event_shape, levels=LEVELS))
+    distribution = perturb(small(name, event_shape, grey_levels=LEVELS))
     assert {v.dtype for v in distribution.trainable_variables} == {tf.float64}
-    x = events(event_shape, levels=LEVELS)
+    x = events(event_shape, grey_levels=LEVELS)
     assert distribution.log_prob(x).dtype == tf.float64
     bijector = distribution.distribution.bijector
     y = tf.constant(x, tf.float64) + 0.25
@@ -217,7 +219,7 @@ def assert_round_trip(distribution):
 )
 def test_channels_grow_as_nothing_leaves(name, channels, channels_if_nothing_leaves):
     for factorization, expected in (("conventional", channels), (None, channels_if_nothing_leaves)):
-        distribution = small(name, num_scales=3, factorization=factorization)
+        distribution = small(name, num_levels=3, factorization=factorization)
         levels = multiscale(distribution).levels
         # The networks of Glow's steps are in a loop, where only the variables are found.
         halves = [{v.shape[-1] // 2 for v in level.trainable_variables if v.name == "shift:0"} for level in levels]
@@ -230,7 +232,7 @@ def test_channels_grow_as_nothing_leaves(name, channels, channels_if_nothing_lea
 def test_the_attribution_of_glow_shares_the_same_log_det_otherwise(event_shape):
     x, shares = events(event_shape), []
     for attribution in ("polar", "lu"):
-        flow = perturb(small("glow", event_shape, num_scales=1, attribution=attribution))
+        flow = perturb(small("glow", event_shape, num_levels=1, attribution=attribution))
         shares.append(multiscale(flow).inverse_log_det_per_dim(x).numpy().reshape(len(x), -1))
     np.testing.assert_allclose(shares[0].sum(axis=-1), shares[1].sum(axis=-1), rtol=1e-4)
     assert np.abs(shares[0] - shares[1]).max() > 1e-2
@@ -238,7 +240,7 @@ def test_the_attribution_of_glow_shares_the_same_log_det_otherwise(event_shape):
 
 def test_dimensions_of_vectors_halve():
     for factorization, expected in (("conventional", [7, 4, 2]), (None, [7, 7, 7])):
-        distribution = small("realnvp", VECTOR, num_scales=3, factorization=factorization)
+        distribution = small("realnvp", VECTOR, num_levels=3, factorization=factorization)
         levels = multiscale(distribution).levels
         sizes = [keras_bridge.collect(level).layers[0] for level in levels]
         assert [layer.inputs + layer.outputs // 2 for layer in sizes] == expected
@@ -259,16 +261,16 @@ def test_lcma_follows_contributions(name):
 
 def test_lcma_of_vectors():
     given = contributions(VECTOR, factor_outs=2)
-    distribution = small("lcma-realnvp", VECTOR, num_scales=3, contributions=given, keep=["high", "low"])
+    distribution = small("lcma-realnvp", VECTOR, num_levels=3, contributions=given, keep=["high", "low"])
     expected = dfb.DimensionFactorization.from_contributions(given, keep=["high", "low"])
     assert multiscale(distribution).factorization == expected
-    assert count(distribution) == count(small("realnvp", VECTOR, num_scales=3))
+    assert count(distribution) == count(small("realnvp", VECTOR, num_levels=3))
 
 
 def test_contributions_of_the_first_phase_fit_the_third():
-    first = perturb(small("lcma-glow", num_scales=3))
+    first = perturb(small("lcma-glow", num_levels=3))
     given = dimflows.likelihood_contributions(first.bijector, [events(IMAGE)])
-    third = small("lcma-glow", num_scales=3, contributions=given)
+    third = small("lcma-glow", num_levels=3, contributions=given)
     assert multiscale(third).factorization.num_levels == 3
     assert_round_trip(third)
 
@@ -277,21 +279,21 @@ def test_contributions_of_the_first_phase_fit_the_third():
 
 
 def test_a_dense_image_model_is_that_of_flat_events():
-    image = small("realnvp", [4, 4, 1], network="dense", seed=3, levels=LEVELS)
-    vector = small("realnvp", [16], seed=3, levels=LEVELS)
+    image = small("realnvp", [4, 4, 1], network="dense", seed=3, grey_levels=LEVELS)
+    vector = small("realnvp", [16], seed=3, grey_levels=LEVELS)
     assert count(image) == count(vector)
     copy_weights(perturb(vector), image)
-    x = events([4, 4, 1], levels=LEVELS)
+    x = events([4, 4, 1], grey_levels=LEVELS)
     np.testing.assert_array_equal(image.log_prob(x, seed=(0, 1)), vector.log_prob(x.reshape([3, 16]), seed=(0, 1)))
     samples = vector.sample(2, seed=(0, 1))
     np.testing.assert_array_equal(image.sample(2, seed=(0, 1)), tf.reshape(samples, [2, 4, 4, 1]))
 
 
-def dense_parameters(dims, num_scales, num_couplings, width, blocks, condition=0):
+def dense_parameters(dims, num_levels, depth, width, blocks, condition=0):
     """MLPs, one gain of the log-scale for each coupling, and ActNorms."""
     total = 0
-    for _ in range(num_scales):
-        for i in range(num_couplings + 1):
+    for _ in range(num_levels):
+        for i in range(depth + 1):
             inputs, outputs = (dims - dims // 2, dims // 2)[:: 1 if i % 2 else -1]
             first, last = (inputs + condition + 1) * width, (width + 1) * 2 * outputs
             total += first + (blocks - 1) * (width + 1) * width + last + 1 + 2 * dims
@@ -302,7 +304,7 @@ def dense_parameters(dims, num_scales, num_couplings, width, blocks, condition=0
 @pytest.mark.parametrize("condition", [0, 5])
 @pytest.mark.parametrize("event_shape", [[4, 4, 1], [3, 5, 1], [21]], ids=str)
 def test_parameters_of_dense_models(event_shape, condition):
-    sizes = {"num_scales": 3, "num_couplings": 2, "width": 6, "num_blocks": 2}
+    sizes = {"num_levels": 3, "depth": 2, "width": 6, "num_blocks": 2}
     condition_shape = [condition] if condition else None
     distribution = recipes.realnvp(event_shape, network="dense", condition_shape=condition_shape, **sizes)
     expected = dense_parameters(np.prod(event_shape), *sizes.values(), condition)
@@ -323,14 +325,14 @@ def test_convolutions_are_the_default_of_images():
 
 
 LOG_DETS = {
-    "realnvp-dense": lambda: small("realnvp", [4, 4, 1], network="dense", num_couplings=2),
+    "realnvp-dense": lambda: small("realnvp", [4, 4, 1], network="dense", depth=2),
     "realnvp-dense-conditional": lambda: small("realnvp", [4, 4, 1], network="dense", condition_shape=[3]),
     "realnvp-vector-condition": lambda: small("realnvp", [4, 4, 1], condition_shape=[3]),
     "realnvp-image-condition": lambda: small("realnvp", [4, 4, 1], condition_shape=[4, 4, 2]),
     "glow-image-condition": lambda: small("glow", [4, 4, 1], condition_shape=[4, 4, 2]),
     "pnf-one-pixel": lambda: small("pnf", [2, 2, 2]),
     "pnf-dense": lambda: small("pnf", [4, 4, 1], network="dense"),
-    "pnf-integers": lambda: small("pnf", [4, 4, 1], levels=LEVELS).distribution,
+    "pnf-integers": lambda: small("pnf", [4, 4, 1], grey_levels=LEVELS).distribution,
     "pnf-vector": lambda: small("pnf", [12], num_halvings=2),
 }
 
@@ -363,12 +365,12 @@ def test_log_dets_are_those_of_the_jacobian(float64, case):
 
 CONDITIONAL = {
     "realnvp-vector": ("realnvp", IMAGE, [2], {}),
-    "realnvp-image": ("realnvp", IMAGE, [8, 8, 2], {"num_scales": 3}),
+    "realnvp-image": ("realnvp", IMAGE, [8, 8, 2], {"num_levels": 3}),
     "realnvp-image-random": ("realnvp", IMAGE, [8, 8, 2], {"factorization": "random"}),
     "realnvp-dense": ("realnvp", IMAGE, [2], {"network": "dense"}),
     "realnvp-of-vectors": ("realnvp", VECTOR, [2], {}),
     "glow-vector": ("glow", IMAGE, [2], {}),
-    "glow-image": ("glow", IMAGE, [8, 8, 2], {"num_scales": 3}),
+    "glow-image": ("glow", IMAGE, [8, 8, 2], {"num_levels": 3}),
     "lcma-realnvp": ("lcma-realnvp", IMAGE, [8, 8, 2], {}),
     "lcma-glow": ("lcma-glow", IMAGE, [2], {"contributions": contributions()}),
     "lcma-realnvp-of-vectors": ("lcma-realnvp", VECTOR, [2], {}),
@@ -416,12 +418,12 @@ def test_every_coupling_network_takes_the_condition(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CONDITIONAL)
 def test_conditional_flows_are_inverted(case):
-    distribution, condition = conditional(case, levels=LEVELS)
+    distribution, condition = conditional(case, grey_levels=LEVELS)
     event_shape = distribution.event_shape
     samples = distribution.sample(3, seed=0, bijector_kwargs={"condition": condition})
     assert samples.shape == [3, *event_shape]
     assert 0 <= samples.numpy().min() <= samples.numpy().max() < LEVELS
-    x = events(event_shape, levels=LEVELS)
+    x = events(event_shape, grey_levels=LEVELS)
     z = distribution.encode(x, condition=condition)
     np.testing.assert_array_equal(distribution.decode(z, condition=condition), x)
     assert np.abs(distribution.encode(x, condition=-condition) - z).max() > 1e-3
@@ -463,7 +465,7 @@ def progressive(distribution):
 
 
 def test_stages_grow_the_width_first():
-    flow = progressive(small("pnf", [8, 8, 3], num_halvings=2, levels=LEVELS))
+    flow = progressive(small("pnf", [8, 8, 3], num_halvings=2, grey_levels=LEVELS))
     assert isinstance(flow, dfb.PNF) and len(flow.stages) == 5
     assert flow.stage_shapes == [(2, 2, 3), (2, 4, 3), (4, 4, 3), (4, 8, 3), (8, 8, 3)]
     signal = progressive(small("pnf", [8], num_halvings=2))
@@ -487,12 +489,12 @@ def test_every_stage_has_sizes_of_its_own():
 @pytest.mark.parametrize(
     ("event_shape", "options", "scales"),
     [
-        ([28, 28, 1], {"num_halvings": 2, "num_scales": 3}, [1, 1, 1, 2, 2]),  # on 7x7, 7x7, 7x14, 14x14, 14x28
-        ([16, 16, 1], {"num_halvings": 1, "num_scales": 5}, [3, 3, 3]),  # on 8x8, 8x8, 8x16
-        ([16, 4, 1], {"num_halvings": 1, "num_scales": 2}, [1, 1, 2]),  # on 8x2, 8x2, 8x4
-        ([4, 4, 1], {"num_halvings": 2, "num_scales": 2}, [1, 1, 1, 1, 1]),  # on 1x1, 1x1, 1x2, 2x2, 2x4
-        ([24], {"num_halvings": 2, "num_scales": 5}, [2, 2, 3]),  # 6 -> 3 and 12 -> 6 -> 3
-        ([4, 4, 1], {"num_halvings": 1, "num_scales": 3, "network": "dense"}, [2, 2, 3]),
+        ([28, 28, 1], {"num_halvings": 2, "num_levels": 3}, [1, 1, 1, 2, 2]),  # on 7x7, 7x7, 7x14, 14x14, 14x28
+        ([16, 16, 1], {"num_halvings": 1, "num_levels": 5}, [3, 3, 3]),  # on 8x8, 8x8, 8x16
+        ([16, 4, 1], {"num_halvings": 1, "num_levels": 2}, [1, 1, 2]),  # on 8x2, 8x2, 8x4
+        ([4, 4, 1], {"num_halvings": 2, "num_levels": 2}, [1, 1, 1, 1, 1]),  # on 1x1, 1x1, 1x2, 2x2, 2x4
+        ([24], {"num_halvings": 2, "num_levels": 5}, [2, 2, 3]),  # 6 -> 3 and 12 -> 6 -> 3
+        ([4, 4, 1], {"num_halvings": 1, "num_levels": 3, "network": "dense"}, [2, 2, 3]),
     ],
     ids=["odd", "square", "narrow", "one-pixel", "vector", "dense"],
 )
@@ -534,7 +536,7 @@ def test_every_network_of_a_detail_sees_the_image_below(seen, network):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "dense"])
 def test_adaptation_normalises_what_the_networks_see(seen, network):
-    model = dimflows.FlowModel(small("pnf", network=network, levels=256))
+    model = dimflows.FlowModel(small("pnf", network=network, grey_levels=256))
     x = np.random.default_rng(0).integers(100, 200, size=[64, *IMAGE]).astype(np.uint8)
     model.adapt(x)
     seen.clear()
@@ -580,10 +582,10 @@ def test_the_density_of_details_depends_on_all_of_the_image_below(network):
 @pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
 def test_preprocessing_of_every_stage(event_shape, adaptive_range):
     """Logits of averages s in [0, n], and of half differences as a share of their range, 2 min(s, n - s) or n wide."""
-    options = {"levels": LEVELS, "alpha": 0.02, "adaptive_range": adaptive_range}
+    options = {"grey_levels": LEVELS, "alpha": 0.02, "adaptive_range": adaptive_range}
     distribution = perturb(small("pnf", event_shape, **options)).distribution
     flow = distribution.bijector
-    y = events(event_shape, levels=LEVELS).astype(np.float32) + 0.3
+    y = events(event_shape, grey_levels=LEVELS).astype(np.float32) + 0.3
     total = 0.0
     for k, stage in enumerate(flow.stages):
         value, low = (None if v is None else v.numpy().astype(np.float64) for v in flow.stage_data(y, k))
@@ -606,7 +608,7 @@ def test_preprocessing_of_every_stage(event_shape, adaptive_range):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "dense"])
 def test_extreme_images(network):
-    distribution = perturb(small("pnf", levels=256, network=network), scale=0.02)
+    distribution = perturb(small("pnf", grey_levels=256, network=network), scale=0.02)
     board = np.indices([8, 8]).sum(axis=0)[..., None] % 2
     x = np.stack([np.zeros(IMAGE), np.full(IMAGE, 255), 255 * board, 255 - 255 * board]).astype(np.uint8)
     log_prob = distribution.log_prob(np.repeat(x, 8, axis=0))
@@ -615,7 +617,7 @@ def test_extreme_images(network):
 
 
 def test_values_at_the_ends_of_the_range():
-    distribution = perturb(small("pnf", levels=256), scale=0.02).distribution
+    distribution = perturb(small("pnf", grey_levels=256), scale=0.02).distribution
     end = np.nextafter(np.float32(256), np.float32(0))
     board = (np.indices([8, 8]).sum(axis=0)[..., None] % 2).astype(np.float32)
     near = np.random.default_rng(0).uniform(0.0, 1e-3, size=[32, *IMAGE]).astype(np.float32)
@@ -626,7 +628,7 @@ def test_values_at_the_ends_of_the_range():
 @pytest.fixture(scope="module", params=[True, False], ids=["adaptive", "fixed"])
 def wild(request):
     """A model of random weights, far from those of a trained one, and whether its details keep to the range of pixels."""
-    options = {"num_halvings": 2, "num_scales": 1, "levels": LEVELS, "adaptive_range": request.param}
+    options = {"num_halvings": 2, "num_levels": 1, "grey_levels": LEVELS, "adaptive_range": request.param}
     return perturb(small("pnf", **options), scale=0.3), request.param
 
 
@@ -666,7 +668,7 @@ def test_upscaling_of_images_out_of_range(wild):
 
 @pytest.mark.parametrize("event_shape", [IMAGE, [8]], ids=["image", "vector"])
 def test_without_a_margin_no_image_leaves_the_range(event_shape):
-    flow = progressive(perturb(small("pnf", event_shape, levels=LEVELS, alpha=0.0), scale=0.3))
+    flow = progressive(perturb(small("pnf", event_shape, grey_levels=LEVELS, alpha=0.0), scale=0.3))
     images = flow.forward(3.0 * tf.random.stateless_normal([64, np.prod(event_shape)], seed=[0, 1])).numpy()
     assert -1e-4 <= images.min() < 1.0 and LEVELS - 1.0 < images.max() <= LEVELS + 1e-4
 
@@ -721,13 +723,13 @@ def test_stages_have_different_masks():
 
 
 def test_the_configuration_of_a_progressive_model():
-    original = perturb(small("pnf", [8], width=(4, 6), num_blocks=[1, 2], adaptive_range=False, levels=LEVELS), scale=0.05)
+    original = perturb(small("pnf", [8], width=(4, 6), num_blocks=[1, 2], adaptive_range=False, grey_levels=LEVELS), scale=0.05)
     config = json.loads(json.dumps(recipes.config_of(original)))
     assert config["arguments"]["width"] == [4, 6] and config["arguments"]["num_halvings"] == 1
     rebuilt = recipes.get(config["recipe"])(**config["arguments"])
     assert recipes.config_of(rebuilt) == config
     copy_weights(original, rebuilt)
-    x = events([8], levels=LEVELS)
+    x = events([8], grey_levels=LEVELS)
     np.testing.assert_array_equal(rebuilt.log_prob(x, seed=(0, 2)), original.log_prob(x, seed=(0, 2)))
 
 
@@ -740,21 +742,21 @@ def test_the_configuration_rebuilds_the_model(name, levels):
     options = {"contributions": contributions()} if name.startswith("lcma") else {}
     if name == "glow":
         options = {"factorization": dfb.DimensionFactorization.from_contributions(contributions())}
-    original = perturb(small(name, levels=levels, **options))
+    original = perturb(small(name, grey_levels=levels, **options))
     config = json.loads(json.dumps(recipes.config_of(original)))
     assert config["recipe"] == name
     rebuilt = recipes.get(config["recipe"])(**config["arguments"])
     assert recipes.config_of(rebuilt) == config
     assert count(rebuilt) == count(original)
     copy_weights(original, rebuilt)
-    x, kwargs = events(IMAGE, levels=levels), {} if levels is None else {"seed": (0, 2)}
+    x, kwargs = events(IMAGE, grey_levels=levels), {} if levels is None else {"seed": (0, 2)}
     np.testing.assert_array_equal(rebuilt.log_prob(x, **kwargs), original.log_prob(x, **kwargs))
 
 
 def test_the_configuration_holds_all_arguments():
     config = recipes.config_of(small("realnvp", width=3))
     assert config["arguments"]["width"] == 3 and config["arguments"]["seed"] == 0
-    assert {"batch_norm", "l2", "alpha", "factorization", "levels", "event_shape"} <= set(config["arguments"])
+    assert {"batch_norm", "l2", "alpha", "factorization", "grey_levels", "event_shape"} <= set(config["arguments"])
     assert recipes.config_of(tfd.Normal(0.0, 1.0)) is None
 
 
@@ -784,7 +786,7 @@ def test_seeds(name, event_shape):
 
 
 def test_layers_of_a_model_have_different_weights():
-    distribution = small("realnvp", num_couplings=2)
+    distribution = small("realnvp", depth=2)
     kernels = [v.numpy() for v in distribution.trainable_variables if "direction" in v.name]
     assert len(kernels) == len({k.tobytes() for k in kernels})
 
@@ -820,11 +822,11 @@ def resnet_parameters(inputs, outputs, width, blocks, has_mask):
     return first + blocks * block + (blocks + 1) * skip + last
 
 
-def realnvp_parameters(channels, num_scales, width, blocks):
+def realnvp_parameters(channels, num_levels, width, blocks):
     """(parameters of the published model, those of the actnorms that stand in for its batch norms between couplings)."""
     total = actnorm = 0
-    for k in range(num_scales):
-        is_last = k == num_scales - 1
+    for k in range(num_levels):
+        is_last = k == num_levels - 1
         for _ in range(3 + is_last):  # checkerboard couplings; 1 is the gain of the scale
             total += resnet_parameters(channels, 2 * channels, width, blocks, True) + 1
             actnorm += 2 * channels
@@ -838,27 +840,27 @@ def realnvp_parameters(channels, num_scales, width, blocks):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "millions"),
-    [({"num_scales": 2, "width": 64, "num_blocks": 8}, 19.61), ({"num_scales": 4, "width": 32, "num_blocks": 4}, 46.22)],
+    [({"num_levels": 2, "width": 64, "num_blocks": 8}, 19.61), ({"num_levels": 4, "width": 32, "num_blocks": 4}, 46.22)],
     ids=["cifar10", "imagenet32"],
 )
 def test_realnvp_reference_sizes(options, millions):
-    published, actnorm = realnvp_parameters(3, options["num_scales"], options["width"], options["num_blocks"])
+    published, actnorm = realnvp_parameters(3, options["num_levels"], options["width"], options["num_blocks"])
     assert round(published / 1e6, 2) == millions
     assert count(recipes.realnvp([32, 32, 3], batch_norm=True, **options)) == published + actnorm
 
 
-def glow_parameters(channels, num_scales, depth, width):
+def glow_parameters(channels, num_levels, depth, width):
     """(parameters of the published model, those of its top prior's kernel that only ever meet zeros and are not ours)."""
 
     def zero_convolution(inputs, outputs):  # with edge channel, bias and log-scales
         return 9 * (inputs + 1) * outputs + 2 * outputs
 
     total = 0
-    for k in range(num_scales):
+    for k in range(num_levels):
         squeezed = 4 * channels
         network = 9 * (squeezed // 2 + 1) * width + 2 * width + width**2 + 2 * width + zero_convolution(width, squeezed)
         total += depth * (2 * squeezed + squeezed**2 + network)
-        if k < num_scales - 1:
+        if k < num_levels - 1:
             total += zero_convolution(squeezed // 2, squeezed)
         channels = 2 * channels
     # The published top prior convolves zeros of twice as many channels as the latent has, ours of as many.
@@ -867,9 +869,9 @@ def glow_parameters(channels, num_scales, depth, width):
 
 @pytest.mark.slow
 def test_glow_reference_size():
-    published, inert = glow_parameters(3, num_scales=3, depth=32, width=512)
+    published, inert = glow_parameters(3, num_levels=3, depth=32, width=512)
     assert round(published / 1e6, 2) == 44.60
-    assert count(recipes.glow([32, 32, 3], num_scales=3, depth=32, width=512)) == published - inert
+    assert count(recipes.glow([32, 32, 3], num_levels=3, depth=32, width=512)) == published - inert
 
 
 # Errors.
@@ -885,29 +887,29 @@ FACTORIZATION = dfb.DimensionFactorization.checkerboard([8, 8, 1], 2)
         ("realnvp", [8, 0, 1], {}, r"realnvp: got event shape \[8, 0, 1\]"),
         ("glow", [8, 8], {}, r"glow: got event shape \[8, 8\], needs"),
         ("realnvp", [7, 8, 1], {}, "7 x 8.*not divisible"),
-        ("realnvp", [8, 8, 1], {"num_scales": 5}, "not divisible"),
-        ("realnvp", [8, 8, 1], {"num_scales": 5, "factorization": None}, "not divisible by 2"),
-        ("glow", [8, 8, 1], {"num_scales": 4}, "not divisible"),
-        ("glow", [6, 8, 1], {"num_scales": 2}, "3 x 4.*not divisible"),
-        ("realnvp", [3], {"num_scales": 3}, "nothing to condition on|too few"),
-        ("realnvp", [1], {"num_scales": 1}, "nothing to condition on"),
-        ("realnvp", [8, 8, 1], {"depth": 3}, "realnvp: .*'depth'.*arguments are event_shape, .*width"),
+        ("realnvp", [8, 8, 1], {"num_levels": 5}, "not divisible"),
+        ("realnvp", [8, 8, 1], {"num_levels": 5, "factorization": None}, "not divisible by 2"),
+        ("glow", [8, 8, 1], {"num_levels": 4}, "not divisible"),
+        ("glow", [6, 8, 1], {"num_levels": 2}, "3 x 4.*not divisible"),
+        ("realnvp", [3], {"num_levels": 3}, "nothing to condition on|too few"),
+        ("realnvp", [1], {"num_levels": 1}, "nothing to condition on"),
+        ("realnvp", [8, 8, 1], {"blocks": 3}, "realnvp: .*'blocks'.*arguments are event_shape, .*width"),
         ("lcma-glow", [8, 8, 1], {"factorization": "random"}, "lcma-glow: .*'factorization'.*keep, granularity"),
         ("realnvp", [8, 8, 1], {"width": 0}, "realnvp: got width=0, needs a positive integer"),
         ("realnvp", [8, 8, 1], {"width": "wide"}, "realnvp: got width='wide', needs a positive integer"),
-        ("realnvp", [8, 8, 1], {"num_couplings": 0}, "num_couplings=0"),
-        ("realnvp", [8, 8, 1], {"num_scales": 0}, "num_scales=0"),
+        ("realnvp", [8, 8, 1], {"depth": 0}, "depth=0"),
+        ("realnvp", [8, 8, 1], {"num_levels": 0}, "num_levels=0"),
         ("realnvp", [8, 8, 1], {"num_blocks": -1}, "num_blocks=-1"),
         ("glow", [8, 8, 1], {"depth": 0}, "glow: got depth=0, needs a positive integer"),
-        ("glow", [8, 8, 1], {"num_scales": 0}, "num_scales=0"),
+        ("glow", [8, 8, 1], {"num_levels": 0}, "num_levels=0"),
         ("glow", [8, 8, 1], {"coupling": "spline"}, "glow: got coupling='spline', needs one of"),
-        ("realnvp", [8, 8, 1], {"levels": 1}, "levels=1"),
-        ("realnvp", [8, 8, 1], {"levels": 16, "alpha": 0.5}, "alpha=0.5"),
+        ("realnvp", [8, 8, 1], {"grey_levels": 1}, "grey_levels=1"),
+        ("realnvp", [8, 8, 1], {"grey_levels": 16, "alpha": 0.5}, "alpha=0.5"),
         ("realnvp", [8, 8, 1], {"factorization": "halves"}, "factorization: got 'halves', needs conventional"),
         ("realnvp", [8], {"factorization": "checkerboard"}, r"needs an image"),
         ("realnvp", [4, 4, 1], {"factorization": FACTORIZATION}, r"shape \[8, 8, 1\].*needs \[4, 4, 1\]"),
-        ("glow", [8, 8, 1], {"num_scales": 3, "factorization": FACTORIZATION}, r"2 levels, needs \[8, 8, 1\] and 3"),
-        ("lcma-realnvp", [8, 8, 1], {"num_scales": 1}, "num_scales=1"),
+        ("glow", [8, 8, 1], {"num_levels": 3, "factorization": FACTORIZATION}, r"2 levels, needs \[8, 8, 1\] and 3"),
+        ("lcma-realnvp", [8, 8, 1], {"num_levels": 1}, "num_levels=1"),
         ("lcma-realnvp", [8, 8, 1], {"granularity": "free"}, "granularity='free'"),
         ("lcma-realnvp", [8, 8, 1], {"keep": ["high", "low"]}, "keep="),
         ("lcma-realnvp", [4, 4, 1], {"contributions": contributions()}, r"\[8, 8, 1\].*needs \[4, 4, 1\]"),
@@ -915,7 +917,7 @@ FACTORIZATION = dfb.DimensionFactorization.checkerboard([8, 8, 1], 2)
         ("lcma-glow", [8, 8, 1], {"contributions": contributions() * np.nan}, "not finite"),
         ("realnvp", [8], {"network": "conv"}, "realnvp: got network='conv', needs dense or None for vectors"),
         ("realnvp", [8, 8, 1], {"network": "resnet"}, "realnvp: got network='resnet', needs conv, dense or None"),
-        ("realnvp", [8, 8, 1], {"network": "dense", "num_scales": 8}, "too few|nothing to condition on"),
+        ("realnvp", [8, 8, 1], {"network": "dense", "num_levels": 8}, "too few|nothing to condition on"),
         ("realnvp", [8, 8, 1], {"network": "dense", "factorization": "checkerboard"}, "needs an image"),
         ("lcma-realnvp", [8, 8, 1], {"network": "dense"}, "lcma-realnvp: .*'network'"),
         ("lcma-realnvp", [7], {"network": None}, "lcma-realnvp: .*'network'"),
@@ -936,16 +938,16 @@ FACTORIZATION = dfb.DimensionFactorization.checkerboard([8, 8, 1], 2)
         ("pnf", [4], {}, "num_halvings"),
         ("pnf", [4, 4, 1], {"network": "dense"}, "num_halvings"),
         ("pnf", [8, 8, 1], {"num_halvings": 0}, "pnf: got num_halvings=0, needs a positive integer"),
-        ("pnf", [8, 8, 1], {"num_scales": 0}, "pnf: got num_scales=0, needs a positive integer"),
-        ("pnf", [8, 8, 1], {"num_couplings": 0}, "num_couplings=0, needs a positive integer"),
+        ("pnf", [8, 8, 1], {"num_levels": 0}, "pnf: got num_levels=0, needs a positive integer"),
+        ("pnf", [8, 8, 1], {"depth": 0}, "depth=0, needs a positive integer"),
         ("pnf", [8, 8, 1], {"width": [4, 4, 4, 4, 0]}, "width=0, needs a positive integer"),
         ("pnf", [8, 8, 1], {"width": [4, 4]}, "pnf: got 2 values of width, needs one, or one for each of the 5 stages"),
         ("pnf", [8, 8, 1], {"num_blocks": [1] * 6}, "pnf: got 6 values of num_blocks.* 5 stages"),
         ("pnf", [8], {"num_blocks": []}, "pnf: got 0 values of num_blocks.* 3 stages"),
         ("pnf", [8], {"network": "conv"}, "pnf: got network='conv', needs dense or None for vectors"),
         ("pnf", [8, 8, 1], {"network": "mlp"}, "pnf: got network='mlp', needs conv, dense or None"),
-        ("pnf", [8, 8, 1], {"levels": 1}, "levels=1"),
-        ("pnf", [8, 8, 1], {"levels": 16, "alpha": -0.1}, "alpha=-0.1"),
+        ("pnf", [8, 8, 1], {"grey_levels": 1}, "grey_levels=1"),
+        ("pnf", [8, 8, 1], {"grey_levels": 16, "alpha": -0.1}, "alpha=-0.1"),
         ("pnf", [8, 8, 1], {"factorization": "halves"}, "factorization: got 'halves', needs conventional"),
         ("pnf", [8], {"factorization": "checkerboard"}, "needs an image"),
         ("pnf", [8, 8, 1], {"factorization": FACTORIZATION}, "factorization"),
@@ -961,3 +963,133 @@ def test_errors(name, event_shape, options, message):
 def test_an_unknown_recipe():
     with pytest.raises(ValueError, match=f"got 'unheard-of', needs one of {', '.join(recipes.names())}"):
         recipes.get("unheard-of")
+
+
+# Old names of arguments.
+
+
+@pytest.mark.parametrize(
+    ("name", "event_shape", "old", "new"),
+    [
+        (
+            "realnvp",
+            [4, 4, 1],
+            {"num_scales": 1, "num_couplings": 2, "levels": 4},
+            {"num_levels": 1, "depth": 2, "grey_levels": 4},
+        ),
+        ("lcma-realnvp", [4], {"num_couplings": 1, "num_scales": 2}, {"depth": 1, "num_levels": 2}),
+        ("nice", [4], {"num_couplings": 2}, {"depth": 2}),
+        ("maf", [3], {"num_layers": 2}, {"depth": 2}),
+        ("wavenet-flow", [4], {"num_layers": 1, "depth": 2}, {"depth": 1, "num_blocks": 2}),
+        ("residual-flow", [2], {"num_blocks": 1, "num_scales": 1}, {"depth": 1, "num_levels": 1}),
+        ("vae-flow", [4, 4, 1], {"num_flows": 1, "width": 4}, {"depth": 1, "width": 4}),
+        ("flowpp", [4, 4, 1], {"noise_couplings": 0, "layout": ["1 column"]}, {"noise_depth": 0, "layout": ["1 column"]}),
+    ],
+)
+def test_old_names_of_arguments_still_work(name, event_shape, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{name}: .* is now .*; the next version will not take the old name"):
+        before = recipes.get(name)(event_shape, **old)
+    assert recipes.config_of(before) == recipes.config_of(recipes.get(name)(event_shape, **new))
+
+
+def test_warnings_of_recipes_are_shown_where_they_are_called():
+    with pytest.warns(DeprecationWarning) as caught:
+        recipes.nice([4], num_couplings=2)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_the_depth_of_wavenet_flow_is_the_old_one_beside_num_layers_only():
+    with pytest.warns(DeprecationWarning, match="wavenet-flow: levels is now grey_levels;"):
+        config = recipes.config_of(recipes.get("wavenet-flow")([4], depth=1, levels=4))
+    assert (config["arguments"]["depth"], config["arguments"]["num_blocks"]) == (1, None)
+
+
+def test_the_new_names_of_arguments_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        config = recipes.config_of(recipes.get("wavenet-flow")([4], depth=1, num_blocks=2))
+    assert (config["arguments"]["depth"], config["arguments"]["num_blocks"]) == (1, 2)
+
+
+def test_saved_models_with_old_names_load_without_a_warning(tmp_path):
+    model = dimflows.FlowModel(recipes.realnvp([4], depth=1, width=4, num_levels=1))
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as new, zipfile.ZipFile(tmp_path / "old.keras", "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            if name == "config.json":
+                content = content.replace(b'"depth"', b'"num_couplings"').replace(b'"num_levels"', b'"num_scales"')
+                assert b"num_couplings" in content and b"num_scales" in content
+            old.writestr(name, content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        loaded = dimflows.load(str(tmp_path / "old.keras"))
+    x = tf.ones([2, 4])
+    np.testing.assert_array_equal(loaded.log_prob(x), model.log_prob(x))
+
+
+OTHERS = {
+    "Dequantized": (
+        lambda **k: dfd.Dequantized(tfd.Sample(tfd.Normal(0.0, 1.0), [2]), **k).grey_levels,
+        "levels",
+        "grey_levels",
+        8,
+    ),
+    "LogitPreprocess": (lambda **k: dfb.LogitPreprocess(**k).parameters["grey_levels"], "levels", "grey_levels", 8),
+    "AffineCoupling": (
+        lambda **k: dfb.AffineCoupling(tf.identity, dfb.masks.Channel(event_ndims=1), **k).parameters["scale"],
+        "log_scale",
+        "scale",
+        "exp",
+    ),
+    "info": (lambda **k: dimflows.data.info("digits", **k).grey_levels, "levels", "grey_levels", 17),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_old_names_of_other_arguments(name):
+    make, old, new, value = OTHERS[name]
+    with pytest.warns(DeprecationWarning, match=f"{name}: {old} is now {new}") as caught:
+        assert make(**{old: value}) == value
+    assert [warning.filename for warning in caught] == [__file__]  # where it is shown by default
+    assert make(**{new: value}) == value
+    if name != "Dequantized":
+        with pytest.raises(TypeError, match=f"{name}: got {old} and {new}, the old and the new name of the same"):
+            make(**{old: value, new: value})
+
+
+# Runs.
+
+
+def test_the_configuration_of_a_run_of_before_has_the_present_names(tmp_path):
+    data = {"name": "digits", "batch_size": 64, "test_split": "test", "image_size": None}
+    old = {"recipe": "realnvp", "levels": 17, "arguments": {"seed": 0, "num_scales": 2}, "data": data | {"levels": None}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        config = dimflows.training.read_config(tmp_path)
+    assert config == {
+        "recipe": "realnvp",
+        "grey_levels": 17,
+        "arguments": {"seed": 0, "num_levels": 2},
+        "data": data | {"grey_levels": None},
+    }
+
+
+def test_what_the_data_decide_is_no_argument_by_its_old_name_either():
+    sizes = {"recipe": "glow", "event_shape": [8, 8, 1], "grey_levels": 17, "epochs": 1}
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ValueError, match=r"\['grey_levels'\], which the data"),
+    ):
+        dimflows.training.RunConfig(arguments={"levels": 8}, **sizes)
+
+
+def test_phases_are_in_the_configuration_of_lcma_recipes_only():
+    sizes = {"event_shape": [8, 8, 1], "grey_levels": 17, "epochs": 3}
+    plain = dimflows.training.RunConfig(recipe="glow", **sizes).to_json()
+    assert not {"pretrain_epochs", "online_steps", "baseline"} & plain.keys()
+    phases = dimflows.training.RunConfig(recipe="lcma-glow", **sizes).to_json()
+    assert (phases["pretrain_epochs"], phases["baseline"]) == (2, True) and "online_steps" not in phases
+    online = dimflows.training.RunConfig(recipe="lcma-glow", online_steps=4, **sizes).to_json()
+    assert online["online_steps"] == 4 and "pretrain_epochs" not in online

@@ -409,7 +409,7 @@ def test_probes_without_a_seed_of_their_own_are_refused(seeded):
     def compute(y):
         if not seeded:
             return chain.inverse(y)
-        with dfb.base.probes_from([0, 1]):
+        with dfb.probes.probes_from([0, 1]):
             return chain.inverse(y)
 
     with pytest.raises(ValueError, match="got memory='recompute' and invertible_residual"):

@@ -11,7 +11,7 @@ from registry import ConditionalContraction, Contraction, assert_close, fresh, n
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import recipes
-from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors import probes
 from tfp_dimflows.networks.lipschitz import _Spectral
 
 dfb, networks = dimflows.bijectors, dimflows.networks
@@ -178,9 +178,9 @@ def test_saving_memory_changes_no_gradient(mode, conditional):
     net = ConditionalContraction((D,), (D,), (2,), 3) if conditional else Contraction((D,), (D,), 2)
     kwargs = {"condition": normal([3, 2], 8)} if conditional else {}
 
-    def gradients(memory_saving):
+    def gradients(memory):
         roulette = residual.RussianRoulette(num_exact_evaluation=3, seed=(1, 2))
-        block = dfb.InvertibleResidual(net, roulette, memory_saving=memory_saving)
+        block = dfb.InvertibleResidual(net, roulette, memory=memory)
 
         def compute(y, kwargs):
             with tf.GradientTape() as tape:
@@ -191,7 +191,7 @@ def test_saving_memory_changes_no_gradient(mode, conditional):
 
         return (compute if mode == "eager" else tf.function(compute, jit_compile=mode == "xla"))(fresh(Y), kwargs)
 
-    (plain, expected), (saving, actual) = gradients(False), gradients(True)
+    (plain, expected), (saving, actual) = gradients("keep"), gradients("recompute")
     assert_close(saving, plain)
     for a, b in zip(tf.nest.flatten(actual), tf.nest.flatten(expected), strict=True):
         assert_close(a, b)
@@ -199,7 +199,7 @@ def test_saving_memory_changes_no_gradient(mode, conditional):
 
 
 def test_saving_memory_with_a_branch_without_variables():
-    block = dfb.InvertibleResidual(lambda y: 0.5 * tf.sin(y), residual.RussianRoulette(seed=(1, 2)), memory_saving=True)
+    block = dfb.InvertibleResidual(lambda y: 0.5 * tf.sin(y), residual.RussianRoulette(seed=(1, 2)), memory="recompute")
     plain = dfb.InvertibleResidual(lambda y: 0.5 * tf.sin(y), residual.RussianRoulette(seed=(1, 2)))
     gradients = []
     for b in (block, plain):
@@ -321,18 +321,18 @@ def test_exact_log_det_at_the_bound_and_where_a_block_is_invertible_without_it()
 
 
 @pytest.mark.parametrize(
-    ("make", "memory_saving"),
+    ("make", "memory"),
     [
-        (residual.ExactLogDet, False),
-        (residual.PowerSeries, False),
-        (residual.RussianRoulette, False),
-        (residual.RussianRoulette, True),
+        (residual.ExactLogDet, "keep"),
+        (residual.PowerSeries, "keep"),
+        (residual.RussianRoulette, "keep"),
+        (residual.RussianRoulette, "recompute"),
     ],
 )
-def test_validate_args_checks_the_products_with_the_jacobian(make, memory_saving):
+def test_validate_args_checks_the_products_with_the_jacobian(make, memory):
     """A spectrally normalised layer whose weights were forced beyond its bound, until it converges again."""
     layer = networks.SpectralDense(D, D, coeff=0.9, seed=1, dtype="float64")
-    block = dfb.InvertibleResidual(layer, make(), memory_saving=memory_saving, validate_args=True, name="forced")
+    block = dfb.InvertibleResidual(layer, make(), memory=memory, validate_args=True, name="forced")
     layer.kernel.assign(100.0 * layer.kernel[::-1, ::-1])
     for function in (block.inverse, tf.function(block.inverse)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="forced: a product with the Jacobian of the branch is longer"):
@@ -370,8 +370,8 @@ def test_values_that_are_reached_are_given_under_xla():
             r"InvertibleResidual: got event_ndims=2",
         ),
         (
-            lambda: dfb.InvertibleResidual(tf.tanh, residual.ExactLogDet(), memory_saving=True),
-            r"InvertibleResidual: got memory_saving with ExactLogDet, needs a RussianRoulette",
+            lambda: dfb.InvertibleResidual(tf.tanh, residual.ExactLogDet(), memory="recompute"),
+            r"InvertibleResidual: got memory='recompute' with ExactLogDet, needs a RussianRoulette",
         ),
         (lambda: residual.PowerSeries(num_probes=0), r"PowerSeries: got num_probes=0, needs a positive integer"),
         (lambda: residual.RussianRoulette(num_probes=0), r"RussianRoulette: got num_probes=0"),
@@ -499,7 +499,7 @@ def test_layers_are_their_configuration(name):
 # Recipes.
 
 
-SMALL = {"width": 4, "num_blocks": 1}
+SMALL = {"width": 4, "depth": 1}
 BOTH = pytest.mark.parametrize("name", ["iresnet", "residual-flow"])
 
 
@@ -552,8 +552,8 @@ def test_lcma_follows_contributions(name):
     assert third.bijector.factorization == expected
     x = normal([2, 4, 4, 1], 2, "float32")
     assert_close(third.bijector.forward(fresh(third.bijector.inverse(x))), x, 1e-4)
-    with pytest.raises(ValueError, match="lcma: got num_scales=1, needs at least 2"):
-        recipes.get(f"lcma-{name}")([4, 4, 1], num_scales=1)
+    with pytest.raises(ValueError, match="lcma: got num_levels=1, needs at least 2"):
+        recipes.get(f"lcma-{name}")([4, 4, 1], num_levels=1)
 
 
 @pytest.mark.slow
@@ -572,7 +572,7 @@ def test_standard_errors_of_stochastic_contributions():
 @pytest.fixture(scope="module")
 def trained():
     digits = dimflows.data.load("digits", "train[:256]", batch_size=64)
-    model = dimflows.FlowModel(recipes.residual_flow([8, 8, 1], levels=17, **SMALL), seed=0)
+    model = dimflows.FlowModel(recipes.residual_flow([8, 8, 1], grey_levels=17, **SMALL), seed=0)
     model.adapt(digits)
     model.compile(keras.optimizers.Adam(5e-3, global_clipnorm=1.0))
     return model, digits, model.fit(digits, epochs=3, validation_data=digits.take(1), verbose=0).history
@@ -612,10 +612,10 @@ def test_singular_vectors_are_saved(trained, tmp_path):
 
 
 def test_every_log_det_within_one_context_has_a_seed_of_its_own():
-    with base.probes_from([1, 2]):
-        seeds = [tuple(np.asarray(base.probe_seed())) for _ in range(4)]
-    with base.probes_from([1, 2]):
-        assert [tuple(np.asarray(base.probe_seed())) for _ in range(4)] == seeds
+    with probes.probes_from([1, 2]):
+        seeds = [tuple(np.asarray(probes.probe_seed())) for _ in range(4)]
+    with probes.probes_from([1, 2]):
+        assert [tuple(np.asarray(probes.probe_seed())) for _ in range(4)] == seeds
     assert len(set(seeds)) == 4
 
 

@@ -339,7 +339,7 @@ def test_copies_start_anew():
     for a, b, c in zip(first, second, made, strict=True):
         np.testing.assert_array_equal(b, c)
         assert np.abs(a - b).max() > 0.01
-    scan = dimflows.recipes.glow([4, 4, 1], num_scales=1, depth=2, width=2).bijector.levels[0].bijectors[1]
+    scan = dimflows.recipes.glow([4, 4, 1], num_levels=1, depth=2, width=2).bijector.levels[0].bijectors[1]
     for a, b in zip(scan.trainable_variables, scan.copy().trainable_variables, strict=True):
         np.testing.assert_array_equal(a, b)
 

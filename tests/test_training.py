@@ -72,7 +72,7 @@ def tfp_realnvp():
 
 def variables_in_functions():
     weight, bias = tf.Variable([[0.1, 0.1]]), tf.Variable([0.0, 0.0])
-    coupling = dfb.AffineCoupling(lambda x: x @ weight + bias, FIRST, log_scale="exp")
+    coupling = dfb.AffineCoupling(lambda x: x @ weight + bias, FIRST, scale="exp")
     return transformed(dfb.Chain([coupling, tfb.Shift(tf.Variable([0.0, 0.0]))]))
 
 
@@ -93,7 +93,7 @@ def pairs(num=256, seed=0):
     return np.stack([2.0 + 0.5 * e[:, 0], -1.0 + e[:, 0] ** 2 + 0.3 * e[:, 1]], axis=1)
 
 
-def blobs(num, shape=(8, 8, 1), levels=LEVELS, seed=0):
+def blobs(num, shape=(8, 8, 1), grey_levels=LEVELS, seed=0):
     """Integer images of one bright blob each."""
     generator = np.random.default_rng(seed)
     height, width, channels = shape
@@ -102,11 +102,11 @@ def blobs(num, shape=(8, 8, 1), levels=LEVELS, seed=0):
     columns = np.linspace(0, 1, width)[None, None, :, None]
     distance = (rows - centre[..., 0]) ** 2 + (columns - centre[..., 1]) ** 2
     values = np.exp(-10.0 * distance) + generator.normal(0.0, 0.05, [num, height, width, channels])
-    return np.clip(np.round(values * (levels - 1)), 0, levels - 1).astype(np.uint8)
+    return np.clip(np.round(values * (grey_levels - 1)), 0, grey_levels - 1).astype(np.uint8)
 
 
 def image_recipe(**options):
-    options = {"num_scales": 2, "num_couplings": 1, "width": 4, "num_blocks": 1, "levels": LEVELS} | options
+    options = {"num_levels": 2, "depth": 1, "width": 4, "num_blocks": 1, "grey_levels": LEVELS} | options
     return dimflows.recipes.realnvp([8, 8, 1], **options)
 
 
@@ -367,7 +367,7 @@ def test_adapt_normalises_the_output_of_every_actnorm(kind):
         model = dimflows.FlowModel(keras_networks())
     else:
         x = blobs(32, (4, 4, 2)).astype(np.float32)
-        model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 2], num_scales=1, depth=2, width=4))
+        model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 2], num_levels=1, depth=2, width=4))
     model.adapt(batches(x, 8), steps=len(x) // 8)
     if kind == "vectors":
         parts = model.distribution.bijector.bijectors
@@ -693,7 +693,7 @@ def test_weights_of_another_factorization_are_refused_and_change_nothing(image_m
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
-@pytest.mark.parametrize("options", [{"width": 6}, {"num_couplings": 2}, {"num_scales": 1}])
+@pytest.mark.parametrize("options", [{"width": 6}, {"depth": 2}, {"num_levels": 1}])
 def test_weights_of_another_architecture_are_refused(image_model, tmp_path, options):
     path = tmp_path / "model.weights.h5"
     image_model.save_weights(path)
@@ -776,7 +776,7 @@ def trained_colour_model():
     photos = load_sample_images().images
     corners = zip(generator.integers(2, size=96), generator.integers(390, size=96), generator.integers(600, size=96))
     patches = np.stack([photos[i][top : top + 32, left : left + 32] for i, top, left in corners])
-    recipe = dimflows.recipes.realnvp([32, 32, 3], num_scales=2, num_couplings=2, width=4, num_blocks=1, levels=256)
+    recipe = dimflows.recipes.realnvp([32, 32, 3], num_levels=2, depth=2, width=4, num_blocks=1, grey_levels=256)
     model = dimflows.FlowModel(recipe, seed=0)
     model.adapt(patches)
     model.compile(keras.optimizers.Adam(5e-3))
@@ -808,12 +808,12 @@ def bfloat16_policy():
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["realnvp", "glow"])
 def test_mixed_precision(bfloat16_policy, recipe):
-    options = {"num_blocks": 1, "num_couplings": 1} if recipe == "realnvp" else {"depth": 1}
-    distribution = dimflows.recipes.get(recipe)([4, 4, 2], width=4, levels=256, **options)
+    options = {"num_blocks": 1, "depth": 1} if recipe == "realnvp" else {"depth": 1}
+    distribution = dimflows.recipes.get(recipe)([4, 4, 2], width=4, grey_levels=256, **options)
     networks = keras_bridge.collect(distribution).layers
     assert networks and all(network.compute_dtype == "bfloat16" for network in networks)
     model = dimflows.FlowModel(distribution, seed=0)
-    x = blobs(32, (4, 4, 2), levels=256)
+    x = blobs(32, (4, 4, 2), grey_levels=256)
     model.adapt(x)
     model.compile(keras.optimizers.Adam(1e-3))
     history = model.fit(x, batch_size=16, epochs=2, verbose=0).history
@@ -826,7 +826,7 @@ def test_mixed_precision(bfloat16_policy, recipe):
 
 @pytest.mark.slow
 def test_batch_normalisation_runs_in_training_mode_under_fit():
-    model = dimflows.FlowModel(image_recipe(num_scales=1, batch_norm=True), seed=0)
+    model = dimflows.FlowModel(image_recipe(num_levels=1, batch_norm=True), seed=0)
     model.compile(keras.optimizers.Adam(1e-3))
     moving = [v for v in model.non_trainable_variables if "moving" in v.name]
     before = values(moving)

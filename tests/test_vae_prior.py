@@ -82,7 +82,7 @@ def test_a_flow_as_exact_posterior():
     scale = np.linalg.cholesky(np.linalg.inv(PRECISION))
 
     class Posterior(dfb.FlowBijector):
-        _uses_condition = True
+        uses_condition = True
 
         def __init__(self):
             super().__init__(forward_min_event_ndims=1, parameters={}, name="posterior")
@@ -312,7 +312,9 @@ def digits():
 
 @pytest.fixture(scope="module")
 def trained(digits):
-    model = dimflows.FlowModel(dimflows.recipes.flow_vae([8, 8, 1], latent_dims=4, width=4, num_blocks=1, levels=17), seed=0)
+    model = dimflows.FlowModel(
+        dimflows.recipes.flow_vae([8, 8, 1], latent_dims=4, width=4, num_blocks=1, grey_levels=17), seed=0
+    )
     model.adapt(digits)
     model.compile(keras.optimizers.Adam(2e-3))
     history = model.fit(digits, epochs=4, verbose=0)
@@ -448,7 +450,7 @@ def test_recipe(options):
     assert latents.shape == x.shape
     assert_close(flow.bijector.forward(fresh(latents)), x, 1e-4)
     assert flow.sample(2, seed=(0, 1)).shape == [2, 8, 8, 2]
-    images = dimflows.recipes.flow_vae([8, 8, 2], levels=17, **build)
+    images = dimflows.recipes.flow_vae([8, 8, 2], grey_levels=17, **build)
     assert np.isfinite(images.log_prob(np.zeros([2, 8, 8, 2], "int32"), num_samples=4)).all()
 
 
@@ -475,11 +477,11 @@ def test_recipe_refuses(change, message):
 
 
 def test_latent_values_in_the_layout_of_the_event():
-    flow = dimflows.recipes.glow([8, 8, 1], num_scales=2, depth=1, width=4, factorization="random").bijector
+    flow = dimflows.recipes.glow([8, 8, 1], num_levels=2, depth=1, width=4, factorization="random").bijector
     latent = np.float32(np.arange(64))
     image = flow.event_layout().inverse(latent)
     assert image.shape == [8, 8, 1]
-    np.testing.assert_array_equal(image, dfb.per_dimension.transport_forward(flow, tf.constant(latent)))
+    np.testing.assert_array_equal(image, dfb.walk.transport(flow, tf.constant(latent), "forward"))
     np.testing.assert_array_equal(flow.event_layout().forward(fresh(image)), latent)
 
 

@@ -11,13 +11,13 @@ dfb, dfd, recipes = dimflows.bijectors, dimflows.distributions, dimflows.recipes
 
 LEVELS = 17
 SMALL = {
-    "flowpp": {"width": 4, "num_components": 2, "layout": ["1 column", "squeeze", "1 channel"], "noise_couplings": 1},
+    "flowpp": {"width": 4, "num_components": 2, "layout": ["1 column", "squeeze", "1 channel"], "noise_depth": 1},
     "vflow": {
         "width": 4,
         "num_components": 2,
         "layout": ["1 column", "1 channel"],
-        "noise_couplings": 1,
-        "posterior_couplings": 1,
+        "noise_depth": 1,
+        "posterior_depth": 1,
     },
     "vflow-glow": {"num_extra": 1, "depth": 1, "width": 4},
 }
@@ -38,7 +38,7 @@ def images(num=6):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "total"), [("flowpp", 31_443_440), ("vflow", 39_700_096)])
 def test_the_reference_sizes_of_cifar10(name, total):
-    distribution = recipes.get(name)([32, 32, 3], config="cifar10", levels=256)
+    distribution = recipes.get(name)([32, 32, 3], config="cifar10", grey_levels=256)
     assert count(distribution) == total
     parts = {"flowpp": (3_466_976,), "vflow": (3_466_976, 4_491_872, 31_741_248)}[name]
     assert count(distribution.noise) == parts[0]
@@ -57,7 +57,7 @@ def test_the_reference_sizes_of_cifar10(name, total):
     ],
 )
 def test_the_sizes_of_the_smaller_models_of_cifar10(name, options, total):
-    assert count(recipes.get(name)([32, 32, 3], levels=256, **options)) == total
+    assert count(recipes.get(name)([32, 32, 3], grey_levels=256, **options)) == total
 
 
 @pytest.mark.slow
@@ -66,9 +66,10 @@ def test_the_sizes_of_the_smaller_models_of_cifar10(name, options, total):
 def test_where_the_imagenet_configurations_have_attention(name, config, layers):
     """Narrow networks of one block on 16x16 images: the rest is the configuration's."""
     options = {"width": 4, "num_components": 1, "num_blocks": 1, "noise_blocks": 1, "context_blocks": 1}
-    options |= {"noise_couplings": 1} | ({"posterior_blocks": 1, "posterior_couplings": 1} if name == "vflow" else {})
+    options |= {"noise_depth": 1} | ({"posterior_blocks": 1, "posterior_depth": 1} if name == "vflow" else {})
     with_it, without = (
-        recipes.get(name)([16, 16, 1], config=config, levels=256, attention=attention, **options) for attention in (True, False)
+        recipes.get(name)([16, 16, 1], config=config, grey_levels=256, attention=attention, **options)
+        for attention in (True, False)
     )
     assert (count(with_it.noise) > count(without.noise)) == (layers == "noise and flow")
     flows = [d.distribution.distribution for d in (with_it, without)]
@@ -83,7 +84,7 @@ def test_where_the_imagenet_configurations_have_attention(name, config, layers):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models_train_sample_and_score_integer_images(name):
-    model = dimflows.FlowModel(small(name, levels=LEVELS), seed=0)
+    model = dimflows.FlowModel(small(name, grey_levels=LEVELS), seed=0)
     x = images()
     model.adapt(x)
     model.compile("adam")
@@ -103,7 +104,7 @@ def test_small_models_train_sample_and_score_integer_images(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_saving_keeps_the_model(name, tmp_path):
-    model = dimflows.FlowModel(small(name, levels=LEVELS), seed=0)
+    model = dimflows.FlowModel(small(name, grey_levels=LEVELS), seed=0)
     model.save(tmp_path / "model.keras")
     loaded = dimflows.load(str(tmp_path / "model.keras"))
     np.testing.assert_allclose(loaded.log_prob(images(), seed=4), model.log_prob(images(), seed=4), rtol=1e-6)
@@ -131,20 +132,20 @@ def test_samples_of_a_vflow_have_gradients():
 
 def test_networks_without_blocks():
     blocks = {"noise_blocks": 0, "context_blocks": 0, "posterior_blocks": 0}
-    without, with_them = (small("vflow", levels=LEVELS, **options) for options in (blocks, {}))
+    without, with_them = (small("vflow", grey_levels=LEVELS, **options) for options in (blocks, {}))
     assert 0 < count(without.noise) < count(with_them.noise)
     assert np.isfinite(without.log_prob(images(2), seed=0)).all()
 
 
 def test_equal_seeds_give_equal_weights():
-    one, same, other = (small("vflow", levels=LEVELS, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (small("vflow", grey_levels=LEVELS, seed=seed) for seed in (1, 1, 2))
     for a, b in zip(one.trainable_variables, same.trainable_variables):
         np.testing.assert_array_equal(a, b)
     assert any((a.numpy() != b.numpy()).any() for a, b in zip(one.trainable_variables, other.trainable_variables))
 
 
 def test_uniform_dequantisation_and_standard_normal_extras():
-    plain = small("vflow", levels=LEVELS, noise_couplings=0, posterior_couplings=0)
+    plain = small("vflow", grey_levels=LEVELS, noise_depth=0, posterior_depth=0)
     assert plain.noise is None
     assert plain.distribution.distribution.distribution.bijector.posterior is None
 
@@ -164,7 +165,7 @@ def test_vectors(num_extra):
 def test_glow_of_vectors_counts_as_by_hand():
     # A step of 2 dimensions: actnorm 4, matrix 4, the scale's gain 1, network 1 -> 50 -> 50 -> 2.
     step = 4 + 4 + 1 + (50 + 50) + (50 * 50 + 50) + (50 * 2 + 2)
-    assert count(recipes.glow([2], num_scales=1, depth=3, width=50)) == 3 * step
+    assert count(recipes.glow([2], num_levels=1, depth=3, width=50)) == 3 * step
 
 
 @pytest.mark.parametrize(
@@ -173,8 +174,8 @@ def test_glow_of_vectors_counts_as_by_hand():
         ("flowpp", {"config": "huge"}, "flowpp: got config='huge', needs one of small, cifar10, imagenet32, imagenet64"),
         ("flowpp", {"layout": ["2 rows"]}, "got '2 rows' in a layout, needs 'squeeze', 'N column' or 'N channel'"),
         ("flowpp", {"width": 0}, "flowpp: got width=0, needs a positive integer"),
-        ("flowpp", {"noise_couplings": -1}, "flowpp: got noise_couplings=-1, needs a nonnegative integer"),
-        ("vflow", {"posterior_couplings": -1}, "vflow: got posterior_couplings=-1, needs a nonnegative integer"),
+        ("flowpp", {"noise_depth": -1}, "flowpp: got noise_depth=-1, needs a nonnegative integer"),
+        ("vflow", {"posterior_depth": -1}, "vflow: got posterior_depth=-1, needs a nonnegative integer"),
         ("vflow", {"posterior_blocks": -1}, "vflow: got posterior_blocks=-1, needs a nonnegative integer"),
         ("vflow", {"context_blocks": -1}, "vflow: got context_blocks=-1, needs a nonnegative integer"),
         ("vflow", {"num_extra": 0}, "vflow: got num_extra=0, needs a positive integer"),

@@ -1,6 +1,7 @@
 """The `dimflows` command."""
 
 import argparse
+import dataclasses
 import inspect
 import json
 import math
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from tfp_dimflows import data, plot, recipes, training
 from tfp_dimflows.bijectors import PNF
-from tfp_dimflows.distributions import VAEPrior
+from tfp_dimflows.distributions import VAEPrior, structure_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,25 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="digits, photo_patches, a TFDS dataset, or a folder such as ./photos",
     )
-    command.add_argument("--epochs", type=_positive, required=True)
     command.add_argument("--batch-size", type=_positive, default=64)
     command.add_argument("--out", required=True, metavar="DIR", help="the run directory")
+    for field in _options():
+        kind = {} if "action" in field.metadata else {"type": _positive}
+        needs = {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
+        command.add_argument("--" + field.name.replace("_", "-"), **kind | needs | dict(field.metadata))
     command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the recipe")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--learning-rate", type=float, default=1e-3)
-    command.add_argument("--steps-per-epoch", type=_positive, help="default: the whole training split")
     command.add_argument("--image-size", type=_positive, help="resize images to this height and width")
-    command.add_argument("--levels", type=_positive, help="number of grey levels; default: the dataset's")
+    command.add_argument("--grey-levels", "--levels", type=_positive, help="number of grey levels; default: the dataset's")
     command.add_argument("--flips", action="store_true", help="random horizontal flips in training")
     command.add_argument("--test-split", default="test", help="split of the test metrics")
-    command.add_argument("--pretrain-epochs", type=_positive, help="lcma recipes: epochs of phase 1; default: half of --epochs")
-    command.add_argument(
-        "--online-steps",
-        type=_positive,
-        metavar="N",
-        help="lcma recipes: no phase 1; a factor-out is decided after every N steps of the training",
-    )
-    command.add_argument("--no-baseline", action="store_true", help="lcma recipes: do not train the conventional one beside")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     command.add_argument(
         "--strategy",
@@ -78,13 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(command)
 
     command = commands.add_parser("sample", help="a PNG grid of samples")
-    command.set_defaults(command=_sample)
+    command.set_defaults(command=_picture, images=_samples, steps=8)
     command.add_argument("run", metavar="RUN")
     command.add_argument("--num", type=_positive, default=64)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--out", metavar="PNG", help="default: RUN/KIND-SEED.png")
     command.add_argument(
         "--kind",
+        dest="name",
         choices=["samples", "means", "walks"],
         default="samples",
         help="flow-vae: means of the decoder, or walks between encoded test images, instead of samples",
@@ -92,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(command)
 
     command = commands.add_parser("interpolate", help="a PNG grid of walks between pairs of images in latent space")
-    command.set_defaults(command=_interpolate)
+    command.set_defaults(command=_picture, images=_walks, name="interpolation")
     command.add_argument("run", metavar="RUN")
     command.add_argument("--num", type=_positive, default=8, help="number of pairs")
     command.add_argument("--steps", type=_positive, default=8)
@@ -101,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_dir(command)
 
     command = commands.add_parser("upscale", help="a PNG grid: low resolution, each stage of a progressive flow, original")
-    command.set_defaults(command=_upscale)
+    command.set_defaults(command=_picture, images=_upscaled, name="upscale")
     command.add_argument("run", metavar="RUN", help="a run of the recipe pnf")
     command.add_argument("--data", metavar="NAME", help="where the images come from; default: the run's dataset")
     command.add_argument("--num", type=_positive, default=8, help="number of images")
@@ -113,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("recipes", help="the recipes and their arguments")
     command.set_defaults(command=_recipes)
     return parser
+
+
+def _options() -> list[dataclasses.Field]:
+    """The fields of a run's configuration that are options of the command line."""
+    return [field for field in dataclasses.fields(training.RunConfig) if "help" in field.metadata]
 
 
 def _add_data_dir(command: argparse.ArgumentParser) -> None:
@@ -145,7 +144,7 @@ def _strategy(arguments: argparse.Namespace) -> tuple[tf.distribute.Strategy, st
 
 
 def _train_into(out: str, arguments: argparse.Namespace) -> None:
-    options = {"image_size": arguments.image_size, "levels": arguments.levels}
+    options = {"image_size": arguments.image_size, "grey_levels": arguments.grey_levels}
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
     batch_size = arguments.batch_size
     train_data = data.load(
@@ -162,26 +161,21 @@ def _train_into(out: str, arguments: argparse.Namespace) -> None:
     num_images = info.splits["train"]
     if batch_size > num_images:
         raise ValueError(f"train: {arguments.data} has {num_images} training images, less than one batch of {batch_size}")
+    steps = arguments.steps_per_epoch or num_images // batch_size
     training.train(
         arguments.recipe,
         out,
         train_data,
         test_data,
         event_shape=info.event_shape,
-        levels=info.levels,
-        epochs=arguments.epochs,
-        steps_per_epoch=arguments.steps_per_epoch or num_images // batch_size,
-        pretrain_epochs=arguments.pretrain_epochs,
-        online_steps=arguments.online_steps,
-        baseline=not arguments.no_baseline,
+        grey_levels=info.grey_levels,
         arguments=_settings(arguments.set),
-        learning_rate=arguments.learning_rate,
-        seed=arguments.seed,
         resume=arguments.resume,
         notes={
             "data": {"name": info.name, "test_split": arguments.test_split, "batch_size": batch_size, **options},
             "flips": arguments.flips,
         },
+        **{field.name: getattr(arguments, field.name) for field in _options()} | {"steps_per_epoch": steps},
     )
 
 
@@ -214,7 +208,7 @@ def _run_data(
     options = dict(config["data"])
     trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
     if name not in (None, trained_name):
-        options |= {"image_size": tuple(config["event_shape"][:2]), "levels": config["levels"]}
+        options |= {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"]}
     return data.load(
         name or trained_name,
         split or test_split,
@@ -238,47 +232,38 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(json.dumps({"nll": nll, "bits_per_dim": bits, "num_events": count, "num_samples": arguments.num_samples}))
 
 
-def _sample(arguments: argparse.Namespace) -> None:
+def _picture(arguments: argparse.Namespace) -> None:
+    """Writes a grid of what `arguments.images` returns."""
     config = training.read_config(arguments.run)
-    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"{arguments.kind}-{arguments.seed}.png")
-    model = training.load_run(arguments.run)
-    prior = model.distribution
-    while not isinstance(prior, VAEPrior) and hasattr(prior, "distribution"):
-        prior = prior.distribution
-    if arguments.kind != "samples" and not isinstance(prior, VAEPrior):
+    path = pathlib.Path(arguments.out or pathlib.Path(arguments.run) / f"{arguments.name}-{arguments.seed}.png")
+    if path.exists():
+        raise ValueError(f"{path} already exists; name another file with --out")
+    plot.save_grid(path, arguments.images(arguments, training.load_run(arguments.run), config), config["grey_levels"])
+    print(path)
+
+
+def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> tf.Tensor | np.ndarray:
+    prior = structure_of(model.distribution).noise
+    if arguments.name != "samples" and not isinstance(prior, VAEPrior):
         raise ValueError(
-            f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.kind} need a VAE (flow-vae, vae-flow)"
+            f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.name} need a VAE (flow-vae, vae-flow)"
         )
-    if arguments.kind == "walks":
-        grid = _walks(arguments, model, steps=8)
-    elif arguments.kind == "means":
-        latents = tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed])
-        grid = model.decode(latents)
-    else:
-        grid = model.sample(arguments.num, seed=arguments.seed)
-    plot.save_grid(path, grid, config["levels"])
-    print(path)
+    if arguments.name == "walks":
+        return _walks(arguments, model, config)
+    if arguments.name == "means":
+        return model.decode(tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed]))
+    return model.sample(arguments.num, seed=arguments.seed)
 
 
-def _interpolate(arguments: argparse.Namespace) -> None:
-    config = training.read_config(arguments.run)
-    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"interpolation-{arguments.seed}.png")
-    walks = _walks(arguments, training.load_run(arguments.run), arguments.steps)
-    plot.save_grid(path, walks, config["levels"])
-    print(path)
-
-
-def _walks(arguments: argparse.Namespace, model: training.FlowModel, steps: int) -> np.ndarray:
+def _walks(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> np.ndarray:
     """Walks between pairs of test images, one per row."""
     images = _some_images(_run_data(arguments), 2 * arguments.num, arguments.seed)
     pairs = len(images) // 2
-    return model.interpolate(images[:pairs], images[pairs : 2 * pairs], steps).numpy().swapaxes(0, 1)
+    return model.interpolate(images[:pairs], images[pairs : 2 * pairs], arguments.steps).numpy().swapaxes(0, 1)
 
 
-def _upscale(arguments: argparse.Namespace) -> None:
-    config = training.read_config(arguments.run)
-    path = _new_file(arguments.out or pathlib.Path(arguments.run) / f"upscale-{arguments.seed}.png")
-    model = training.load_run(arguments.run)
+def _upscaled(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> np.ndarray:
+    """Low resolution, each stage, original, one image per row."""
     flow = model.bijector
     if not isinstance(flow, PNF):
         raise ValueError(f"upscale: {arguments.run} is a run of {config['recipe']}, needs one of a progressive flow (pnf)")
@@ -288,9 +273,7 @@ def _upscale(arguments: argparse.Namespace) -> None:
     low_resolution = flow.encode(model.distribution.dequantize(images, seed=[0, arguments.seed]))
     upscaled = flow.upscale(low_resolution, arguments.temperature, seed=[1, arguments.seed])
     columns = [flow.encode(upscaled, stage) for stage in range(len(flow.stages))] + [images]
-    grid = np.stack([_enlarged(c, model.event_shape) for c in columns], axis=1)
-    plot.save_grid(path, np.floor(grid), config["levels"])
-    print(path)
+    return np.floor(np.stack([_enlarged(c, model.event_shape) for c in columns], axis=1))
 
 
 def _some_images(batches: tf.data.Dataset, num: int, seed: int) -> tf.Tensor:
@@ -303,16 +286,10 @@ def _enlarged(images: tf.Tensor, event_shape: tf.TensorShape) -> np.ndarray:
     return np.repeat(np.repeat(images, height, axis=1), width, axis=2)
 
 
-def _new_file(path: str | pathlib.Path) -> str | pathlib.Path:
-    if pathlib.Path(path).exists():
-        raise ValueError(f"{path} already exists; name another file with --out")
-    return path
-
-
 def _recipes(arguments: argparse.Namespace) -> None:
     for name in recipes.names():
         recipe = recipes.get(name)
         print(f"{name}: {str(recipe.__doc__).strip().splitlines()[0]}")
         for parameter in inspect.signature(recipe).parameters.values():
-            if parameter.name not in ("event_shape", "levels"):
+            if parameter.name not in ("event_shape", "grey_levels"):
                 print(f"    {parameter.name}={parameter.default!r}")

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import DimensionFactorization
+from tfp_dimflows.renamed import renamed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,8 +29,9 @@ __all__ = ["contributions", "density", "image_grid", "interpolation", "kept_dime
 _PANEL = 3.2  # inches
 
 
+@renamed(levels="grey_levels")
 def image_grid(
-    images: ArrayLike, levels: int | None = None, *, limits: Sequence[float] | None = None, ax: "Axes | None" = None
+    images: ArrayLike, grey_levels: int | None = None, *, limits: Sequence[float] | None = None, ax: "Axes | None" = None
 ) -> "Axes":
     """Images in rows and columns, with a black frame of one pixel around each.
 
@@ -38,8 +40,9 @@ def image_grid(
     Args:
       images: `[N, H, W, C]`, laid out with about as many rows as columns and filled up with black, or
         `[rows, columns, H, W, C]`. Of other channel numbers than 1 and 3 the first channel is shown.
-      levels: number of grey levels of integer images.
-      limits: the values of black and white; None: 0 and `levels - 1`, without `levels` the lowest and the highest finite value.
+      grey_levels: number of grey levels of integer images.
+      limits: the values of black and white; None: 0 and `grey_levels - 1`, without these the lowest and the highest finite
+        value.
       ax: matplotlib axes; None: those of a new figure.
 
     Returns:
@@ -51,26 +54,27 @@ def image_grid(
 
     #### Example
 
-    >>> ax = dimflows.plot.image_grid(np.arange(5 * 8 * 8).reshape([5, 8, 8, 1]) % 17, levels=17)
+    >>> ax = dimflows.plot.image_grid(np.arange(5 * 8 * 8).reshape([5, 8, 8, 1]) % 17, grey_levels=17)
     >>> ax.images[0].get_array().shape  # 2 rows and 3 columns
     (20, 30)
     """
-    pixels = grid_pixels(images, levels, limits, "plot.image_grid")
+    pixels = grid_pixels(images, grey_levels, limits, "plot.image_grid")
     (ax,) = _axes("image_grid", ax, 1, [6.0, 6.0 * pixels.shape[0] / pixels.shape[1]])
     _show(ax, pixels)
     ax.set_axis_off()
     return ax
 
 
+@renamed(levels="grey_levels")
 def interpolation(
-    walks: ArrayLike, levels: int | None = None, *, limits: Sequence[float] | None = None, ax: "Axes | None" = None
+    walks: ArrayLike, grey_levels: int | None = None, *, limits: Sequence[float] | None = None, ax: "Axes | None" = None
 ) -> "Axes":
     """Walks between pairs of images, one in each row, as `FlowModel.interpolate` returns them.
 
     Args:
       walks: `[num_steps, H, W, C]`, or `[num_steps, pairs, H, W, C]`. The axis below tells the place of a step on the way,
         from 0 to 1.
-      levels: as in `image_grid`.
+      grey_levels: as in `image_grid`.
       limits: as in `image_grid`.
       ax: matplotlib axes; None: those of a new figure.
 
@@ -83,7 +87,7 @@ def interpolation(
 
     #### Example
 
-    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=1, depth=1, width=4))
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_levels=1, depth=1, width=4))
     >>> start, end = tf.random.stateless_normal([2, 3, 4, 4, 1], seed=[0, 0])
     >>> ax = dimflows.plot.interpolation(model.interpolate(start, end, num_steps=5))
     >>> [label.get_text() for label in ax.get_xticklabels()]
@@ -94,7 +98,7 @@ def interpolation(
         needs = "[num_steps, H, W, C] or [num_steps, pairs, H, W, C]"
         raise ValueError(f"plot.interpolation: got walks of shape {list(walks.shape)}, needs {needs}")
     rows = walks[np.newaxis] if walks.ndim == 4 else walks.swapaxes(0, 1)
-    pixels = grid_pixels(rows, levels, limits, "plot.interpolation")
+    pixels = grid_pixels(rows, grey_levels, limits, "plot.interpolation")
     num_steps, width = len(walks), pixels.shape[1]
     (ax,) = _axes("interpolation", ax, 1, [8.0, 0.6 + 8.0 * pixels.shape[0] / width])
     _show(ax, pixels)
@@ -259,7 +263,7 @@ def learning_curves(run: str | os.PathLike, metric: str | None = None, *, ax: "A
 
     #### Example
 
-    >>> model = dimflows.FlowModel(dimflows.recipes.glow([2], num_scales=1, depth=1, width=4))
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([2], num_levels=1, depth=1, width=4))
     >>> model.compile()
     >>> history = model.fit(tf.zeros([8, 2]), epochs=2, verbose=0, callbacks=[keras.callbacks.CSVLogger("history.csv")])
     >>> ax = dimflows.plot.learning_curves(".")
@@ -305,7 +309,7 @@ def require_matplotlib() -> None:
 
 
 def grid_pixels(
-    images: ArrayLike, levels: int | None = None, limits: Sequence[float] | None = None, name: str = "plot.grid_pixels"
+    images: ArrayLike, grey_levels: int | None = None, limits: Sequence[float] | None = None, name: str = "plot.grid_pixels"
 ) -> np.ndarray:
     """The picture of `image_grid` as bytes `[height, width, 1 or 3]`, a pixel for each of the images'."""
     images = np.asarray(images)
@@ -315,7 +319,7 @@ def grid_pixels(
     if images.shape[-1] not in (1, 3):
         images = images[..., :1]
     images = images.astype(np.float64)
-    low, high = _limits(images, levels, limits, name)
+    low, high = _limits(images, grey_levels, limits, name)
     # A barely trained flow can overflow on its way to the data.
     brightness = np.nan_to_num((images - low) / (high - low), nan=0.0, posinf=1.0, neginf=0.0)
     pixels = np.round(255.0 * np.clip(brightness, 0.0, 1.0)).astype(np.uint8)
@@ -328,9 +332,9 @@ def grid_pixels(
     return padded.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
 
 
-def save_grid(path: str | os.PathLike, images: ArrayLike, levels: int | None = None) -> None:
+def save_grid(path: str | os.PathLike, images: ArrayLike, grey_levels: int | None = None) -> None:
     """Writes the picture of `image_grid` as a PNG; arguments as there."""
-    save_pixels(path, enlarged(grid_pixels(images, levels, name="plot.save_grid")))
+    save_pixels(path, enlarged(grid_pixels(images, grey_levels, name="plot.save_grid")))
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
@@ -406,16 +410,16 @@ def _plane(values: np.ndarray) -> np.ndarray:
     return values.mean(axis=-1) if values.ndim == 3 else values[np.newaxis]
 
 
-def _limits(values: np.ndarray, levels: int | None, limits: Sequence[float] | None, name: str) -> tuple[float, float]:
-    if levels is not None and levels < 2:
-        raise ValueError(f"{name}: got levels={levels}, needs at least 2")
+def _limits(values: np.ndarray, grey_levels: int | None, limits: Sequence[float] | None, name: str) -> tuple[float, float]:
+    if grey_levels is not None and grey_levels < 2:
+        raise ValueError(f"{name}: got grey_levels={grey_levels}, needs at least 2")
     if limits is not None:
         ends = np.asarray(limits, dtype=np.float64)
         if ends.shape != (2,) or not ends[0] < ends[1]:
             raise ValueError(f"{name}: got limits={ends.tolist()}, needs the values of black and white, increasing")
         return ends[0], ends[1]
-    if levels is not None:
-        return 0.0, levels - 1.0
+    if grey_levels is not None:
+        return 0.0, grey_levels - 1.0
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     return low, high if low < high else low + 1.0

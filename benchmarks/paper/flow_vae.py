@@ -16,8 +16,8 @@ from tfp_dimflows import plot
 EPOCHS, STEPS_PER_EPOCH, BATCH, SEED = 2, 468, 128, 0
 TEST_IMAGES, IMPORTANCE_SAMPLES = 500, 100
 DIMS = 28 * 28
-FLOW = {"num_scales": 2, "width": 16, "num_blocks": 1}
-MODELS = {"realnvp": ("realnvp", FLOW | {"num_couplings": 2})}
+FLOW = {"num_levels": 2, "width": 16, "num_blocks": 1}
+MODELS = {"realnvp": ("realnvp", FLOW | {"depth": 2})}
 for share in (2, 4, 8, 16):
     latent = {"latent_dims": DIMS // share}
     MODELS[f"flow-vae-{DIMS // share}"] = ("flow-vae", FLOW | latent | {"depth": 2})
@@ -32,7 +32,7 @@ def train(name):
         "mnist",
         batch_size=BATCH,
         event_shape=[28, 28, 1],
-        levels=256,
+        grey_levels=256,
         epochs=EPOCHS,
         steps_per_epoch=STEPS_PER_EPOCH,
         arguments=arguments,

@@ -15,10 +15,10 @@ from benchmarks.paper import harness
 
 IMAGE_SIZE, EPOCHS, STEPS_PER_EPOCH, BATCH = 16, 2, 300, 64
 FAMILIES = {
-    "realnvp": {"num_scales": 2, "num_couplings": 2, "width": 16, "num_blocks": 1},
-    "glow": {"num_scales": 2, "depth": 4, "width": 32},
-    "iresnet": {"num_scales": 2, "num_blocks": 3, "width": 32},
-    "residual-flow": {"num_scales": 2, "num_blocks": 3, "width": 32},
+    "realnvp": {"num_levels": 2, "depth": 2, "width": 16, "num_blocks": 1},
+    "glow": {"num_levels": 2, "depth": 4, "width": 32},
+    "iresnet": {"num_levels": 2, "depth": 3, "width": 32},
+    "residual-flow": {"num_levels": 2, "depth": 3, "width": 32},
 }
 KINDS = ("lcma_block", "lcma_channel", "lcma_channel_low_stays")
 PAPER_GAIN = {"realnvp": 0.06, "glow": 0.04, "iresnet": 0.05, "residual-flow": 0.03}
@@ -36,7 +36,7 @@ def train(family, seed):
             batch_size=BATCH,
             load={"image_size": IMAGE_SIZE},
             event_shape=[IMAGE_SIZE, IMAGE_SIZE, 3],
-            levels=256,
+            grey_levels=256,
             epochs=EPOCHS,
             steps_per_epoch=STEPS_PER_EPOCH,
             pretrain_epochs=EPOCHS,

@@ -29,11 +29,11 @@ SNAPSHOTS = (75, 150, 300, 600, 1200, 2400)
 ATTRIBUTIONS = ("svd_sorted", "lu", "uniform")  # besides "polar", the default
 RUNS = pathlib.Path("runs/paper_lcma_splits")
 
-IMAGES = {"num_scales": 3, "num_couplings": 2, "width": 8, "num_blocks": 1}
-UNEVEN = {"num_scales": 4, "num_couplings": 1, "width": 8, "num_blocks": 1}  # one coupling: it transforms one half only
-VECTORS = {"num_scales": 4, "num_couplings": 1, "width": 128, "num_blocks": 2}
-TABLE = {"num_scales": 3, "num_couplings": 1, "width": 32, "num_blocks": 2}
-GLOW = {"num_scales": 3, "depth": 2, "width": 32}
+IMAGES = {"num_levels": 3, "depth": 2, "width": 8, "num_blocks": 1}
+UNEVEN = {"num_levels": 4, "depth": 1, "width": 8, "num_blocks": 1}  # one coupling: it transforms one half only
+VECTORS = {"num_levels": 4, "depth": 1, "width": 128, "num_blocks": 2}
+TABLE = {"num_levels": 3, "depth": 1, "width": 32, "num_blocks": 2}
+GLOW = {"num_levels": 3, "depth": 2, "width": 32}
 
 
 class Study(NamedTuple):
@@ -171,21 +171,36 @@ def squeezed(grid):
 
 
 def by_statistics(statistics, keep, granularity):
-    """`dfb.DimensionFactorization.from_contributions`, or its counterpart for "colours"."""
-    if granularity != "colours":
+    """`dfb.DimensionFactorization.from_contributions`, or its counterpart for other granularities."""
+    if granularity in ("block", "channel", "free"):
         return dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
     shape = np.shape(statistics[0])
     keeps = [keep] * len(statistics) if isinstance(keep, str) else keep
     kept, left, grid = [], [], np.arange(np.prod(shape)).reshape(shape)
     for statistic, half in zip(statistics, keeps):
-        channels = squeezed(grid)
-        ranked = np.argsort(statistic.ravel()[channels].mean(axis=(0, 1)))
-        low, high = (np.sort(part) for part in np.split(ranked, 2))
-        stay, leave = (high, low) if half == "high" else (low, high)
-        kept.append(channels[..., stay])
-        left.append(channels[..., leave])
-        grid = kept[-1]
+        if granularity == "colours":
+            channels = squeezed(grid)
+            ranked = np.argsort(statistic.ravel()[channels].mean(axis=(0, 1)))
+            low, high = (np.sort(part) for part in np.split(ranked, 2))
+            stay, leave = (high, low) if half == "high" else (low, high)
+            grid, leaves = channels[..., stay], channels[..., leave]
+        else:
+            grid, leaves = by_rivals(grid, statistic.ravel()[grid] * (1 if half == "high" else -1), granularity)
+        kept.append(grid)
+        left.append(leaves)
     return dfb.DimensionFactorization(shape, kept, left)
+
+
+def by_rivals(grid, scores, granularity):
+    """What stays and what leaves: of every two horizontal neighbours one, or of every two rows (columns) one, by averages."""
+    height, width, channels = grid.shape
+    blocks, scores = (a.reshape(height // 2, 2, width // 2, 2, channels).swapaxes(1, 2) for a in (grid, scores))
+    if granularity != "pair":
+        scores = scores.mean(axis=(1, 3) if granularity == "row" else (0, 2), keepdims=True)
+    rivals = 2 if granularity == "row" else 3
+    order = np.broadcast_to(np.argsort(-scores, axis=rivals, kind="stable"), blocks.shape)
+    ranked = np.moveaxis(np.take_along_axis(blocks, order, axis=rivals), rivals, 0)
+    return tuple(half.reshape(height // 2, width // 2, 2 * channels) for half in ranked)
 
 
 def with_halves(flow):
@@ -203,7 +218,7 @@ def with_halves(flow):
         levels[k] = dfb.Chain(parts)
         grid = kept
     chain = dfb.Chain([preprocessing, dfb.Multiscale(levels, split)])
-    return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), levels=flow.levels)
+    return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), grey_levels=flow.grey_levels)
 
 
 def _greedy(candidates, covariance):
@@ -240,7 +255,7 @@ def of_actnorm(model):
 def attributed(model, study, event_shape, levels, seed, attribution):
     """A Glow from which nothing leaves, with another attribution of the log-dets of its convolutions."""
     flow = dimflows.recipes.glow(
-        event_shape, levels=levels, factorization=None, seed=seed, attribution=attribution, **study.flow
+        event_shape, grey_levels=levels, factorization=None, seed=seed, attribution=attribution, **study.flow
     )
     other = dimflows.FlowModel(flow, seed=seed)
     other.set_weights(model.get_weights())
@@ -294,7 +309,7 @@ def with_exits(flow, seed):
         exits.append(dfb.ConditionalTransform(network, dfb.transformers.Affine("tanh"), event_ndims=3))
     multiscale = dfb.Multiscale(multiscale.levels, multiscale.factorization, exits)
     chain = dfb.Chain([preprocessing, multiscale])
-    return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), levels=flow.levels)
+    return type(flow)(tfd.TransformedDistribution(flow.distribution.distribution, chain), grey_levels=flow.grey_levels)
 
 
 def train(study, events, levels, name, found, seed):
@@ -314,7 +329,7 @@ def fit(study, events, levels, split, seed, callbacks=(), has_halves=False):
     train, test = events
     keras.utils.set_random_seed(seed)
     build = dimflows.recipes.get(study.recipe)
-    flow = build(train.shape[1:], levels=levels, factorization=split, seed=seed, **study.flow)
+    flow = build(train.shape[1:], grey_levels=levels, factorization=split, seed=seed, **study.flow)
     flow = with_halves(flow) if has_halves else flow
     flow = with_exits(flow, seed) if study.exits and split is not None else flow
     model = dimflows.FlowModel(flow, seed=seed)

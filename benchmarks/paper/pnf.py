@@ -10,7 +10,7 @@ from benchmarks import machine
 from benchmarks.paper import harness
 
 SEEDS, EPOCHS, BATCH, IMAGE_SIZE = (0,), 20, 128, 32
-COMMON = {"network": "dense", "num_scales": 1, "num_couplings": 5, "num_blocks": 2}
+COMMON = {"network": "dense", "num_levels": 1, "depth": 5, "num_blocks": 2}
 MODELS = {
     "realnvp": ("realnvp", {"width": 512}),
     "pnf_fixed_range": ("pnf", {"width": 271, "adaptive_range": False}),
@@ -29,7 +29,7 @@ def train(name, seed):
         batch_size=BATCH,
         load={"image_size": IMAGE_SIZE},
         event_shape=[IMAGE_SIZE, IMAGE_SIZE, 1],
-        levels=256,
+        grey_levels=256,
         epochs=EPOCHS,
         steps_per_epoch=60_000 // BATCH,
         arguments=COMMON | arguments,

@@ -11,7 +11,7 @@ from benchmarks import machine
 from benchmarks.paper import harness
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, CROP, LEARNING_RATE = 5, 300, 64, (12, 12, 8, 8), 1e-3
-COMMON = {"width": 24, "num_components": 4, "noise_couplings": 2, "noise_blocks": 1, "context_blocks": 1}
+COMMON = {"width": 24, "num_components": 4, "noise_depth": 2, "noise_blocks": 1, "context_blocks": 1}
 MODELS = {
     "flowpp-3-channel": ("flowpp", {"num_blocks": 5, "layout": ["2 column", "squeeze", "2 channel", "2 column"]}),
     "vflow-4-channel": (
@@ -20,7 +20,7 @@ MODELS = {
             "num_extra": 1,
             "num_blocks": 4,
             "layout": ["2 column", "2 channel", "squeeze", "2 channel"],
-            "posterior_couplings": 2,
+            "posterior_depth": 2,
             "posterior_blocks": 2,
         },
     ),
@@ -30,7 +30,7 @@ MODELS = {
             "num_extra": 3,
             "num_blocks": 3,
             "layout": ["2 column", "1 channel", "squeeze", "1 column", "2 channel"],
-            "posterior_couplings": 2,
+            "posterior_depth": 2,
             "posterior_blocks": 1,
         },
     ),
@@ -48,7 +48,7 @@ def train(name, seed):
         batch_size=BATCH,
         load={"crop": CROP},
         event_shape=[*CROP[2:], 3],
-        levels=256,
+        grey_levels=256,
         epochs=EPOCHS,
         steps_per_epoch=STEPS_PER_EPOCH,
         arguments=COMMON | arguments,

@@ -55,7 +55,7 @@ def checkerboard(num, seed):
 def build(model, seed):
     """The distribution of a model."""
     if model.dims == 2:
-        return dimflows.recipes.glow([2], num_scales=1, depth=model.steps, width=WIDTH, seed=seed)
+        return dimflows.recipes.glow([2], num_levels=1, depth=model.steps, width=WIDTH, seed=seed)
     extra, steps = model.dims - 2, model.steps - 1
     flow = dimflows.recipes.vflow_glow([2], num_extra=extra, depth=steps, posterior_depth=1, width=WIDTH, seed=seed)
     return flow.copy(num_samples=model.samples)

@@ -13,7 +13,7 @@ import tfp_dimflows as dimflows
 from benchmarks import machine
 
 SHAPE, BATCH, STEPS = [32, 32, 3], 32, 30
-ARGUMENTS = {"num_scales": 3, "num_couplings": 3, "width": 32, "num_blocks": 1, "levels": 256}
+ARGUMENTS = {"num_levels": 3, "depth": 3, "width": 32, "num_blocks": 1, "grey_levels": 256}
 
 
 def model(factorization):
@@ -25,7 +25,7 @@ def model(factorization):
 def main():
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, [BATCH, *SHAPE]).astype("uint8")
-    contributions = generator.normal(size=[ARGUMENTS["num_scales"] - 1, *SHAPE])
+    contributions = generator.normal(size=[ARGUMENTS["num_levels"] - 1, *SHAPE])
     from_contributions = dimflows.bijectors.DimensionFactorization.from_contributions
     models = {
         "conventional": model("conventional"),

@@ -34,14 +34,14 @@ def ours(task, sizes):
     import tfp_dimflows as dimflows
 
     if task.startswith("glow"):
-        shape = {"num_scales": sizes["levels"], "depth": sizes["depth"], "width": sizes["width"]}
+        shape = {"num_levels": sizes["levels"], "depth": sizes["depth"], "width": sizes["width"]}
         return dimflows.recipes.glow(sizes["shape"], **shape)
-    if task == "realnvp":  # a level has num_couplings + 1 couplings
-        shape = {"num_scales": 1, "num_couplings": sizes["depth"] - 1, "width": 128, "num_blocks": len(sizes["hidden"])}
+    if task == "realnvp":  # a level has depth + 1 couplings
+        shape = {"num_levels": 1, "depth": sizes["depth"] - 1, "width": 128, "num_blocks": len(sizes["hidden"])}
         return dimflows.recipes.realnvp(sizes["shape"], **shape)
     if task == "mixture":
         return mixture_couplings(sizes)
-    return dimflows.recipes.maf(sizes["shape"], num_layers=sizes["depth"], hidden=sizes["hidden"])
+    return dimflows.recipes.maf(sizes["shape"], depth=sizes["depth"], hidden=sizes["hidden"])
 
 
 def mixture_couplings(sizes):

@@ -20,7 +20,7 @@ MODES = ("keep", "recompute")
 
 
 def training_step(depth, memory):
-    return steps.training_step(dimflows.recipes.glow(IMAGE, num_scales=1, depth=depth, width=WIDTH, memory=memory), IMAGE)
+    return steps.training_step(dimflows.recipes.glow(IMAGE, num_levels=1, depth=depth, width=WIDTH, memory=memory), IMAGE)
 
 
 def measure_memory(depth, memory):

@@ -1,4 +1,4 @@
-"""Peak memory of a training step of residual blocks, with and without `memory_saving`, over depth.
+"""Peak memory of a training step of residual blocks, with `memory="keep"` and `"recompute"`, over depth.
 
 Run as `python -m benchmarks.speed.residual_memory` from the repository's root. Each measurement has a process of its own.
 """
@@ -21,7 +21,7 @@ tfd = tfp.distributions
 DEPTHS, IMAGE, WIDTH, BATCH, STEPS = (2, 4, 8, 16), [16, 16, 3], 64, 128, 3
 
 
-def measure(depth, memory_saving):
+def measure(depth, memory):
     """MiB that the process grows by, and seconds, of the steps."""
     dfb = dimflows.bijectors
     blocks = [
@@ -29,7 +29,7 @@ def measure(depth, memory_saving):
             dimflows.networks.lipschitz_conv(IMAGE, WIDTH, seed=k),
             dfb.residual.RussianRoulette(num_exact_evaluation=2),
             event_ndims=3,
-            memory_saving=memory_saving,
+            memory=memory,
         )
         for k in range(depth)
     ]
@@ -47,17 +47,17 @@ def measure(depth, memory_saving):
 
 def main():
     if len(sys.argv) == 3:
-        print(json.dumps(measure(int(sys.argv[1]), sys.argv[2] == "True")))
+        print(json.dumps(measure(int(sys.argv[1]), sys.argv[2])))
         return
     rows = []
     for depth in DEPTHS:
         row = {"depth": depth}
-        for saving in (False, True):
-            command = [sys.executable, "-m", "benchmarks.speed.residual_memory", str(depth), str(saving)]
+        for memory in ("keep", "recompute"):
+            command = [sys.executable, "-m", "benchmarks.speed.residual_memory", str(depth), memory]
             result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-            row |= {f"{'saving' if saving else 'plain'}_{key}": round(value, 2) for key, value in result.items()}
-        row["memory_ratio"] = round(row["saving_mib"] / row["plain_mib"], 3)
-        row["time_ratio"] = round(row["saving_seconds_per_step"] / row["plain_seconds_per_step"], 3)
+            row |= {f"{memory}_{key}": round(value, 2) for key, value in result.items()}
+        row["memory_ratio"] = round(row["recompute_mib"] / row["keep_mib"], 3)
+        row["time_ratio"] = round(row["recompute_seconds_per_step"] / row["keep_seconds_per_step"], 3)
         rows.append(row)
     setting = {"image": IMAGE, "width": WIDTH, "batch_size": BATCH}
     machine.write("residual_memory", {"setting": setting, "rows": rows})

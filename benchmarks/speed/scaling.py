@@ -24,7 +24,7 @@ CHANGES = (
     *({"size": size} for size in (16, 64)),
     {"factorization": None},
 )
-FLOW = {"num_scales": 3, "width": 64}
+FLOW = {"num_levels": 3, "width": 64}
 ROUNDS, STEPS, BATCHES = 9, 3, 500
 
 

@@ -1,10 +1,9 @@
 """Bijectors: the mathematics. Networks come in as callables."""
 
-from tfp_dimflows.bijectors import continuous, masks, residual, transformers
+from tfp_dimflows.bijectors import continuous, masks, residual, transformers, walk
 from tfp_dimflows.bijectors.actnorm import ActNorm
-from tfp_dimflows.bijectors.augmented import VFlow
 from tfp_dimflows.bijectors.autoregressive import Autoregressive
-from tfp_dimflows.bijectors.base import FlowBijector
+from tfp_dimflows.bijectors.base import Composite, FlowBijector
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.continuous import ffjord
 from tfp_dimflows.bijectors.coupling import (
@@ -24,15 +23,16 @@ from tfp_dimflows.bijectors.lcma import LCMA
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.bijectors.multiscale import Multiscale
 from tfp_dimflows.bijectors.planar import Planar
+from tfp_dimflows.bijectors.pnf import PNF
 from tfp_dimflows.bijectors.prelu import PReLU
 from tfp_dimflows.bijectors.preprocess import LogitPreprocess
-from tfp_dimflows.bijectors.progressive import PNF
 from tfp_dimflows.bijectors.radial import Radial
 from tfp_dimflows.bijectors.reorder import Squeeze
 from tfp_dimflows.bijectors.residual import InvertibleResidual
 from tfp_dimflows.bijectors.scan import Scan
 from tfp_dimflows.bijectors.sylvester import Sylvester
 from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
+from tfp_dimflows.bijectors.vflow import VFlow
 
 __all__ = [
     "ActNorm",
@@ -41,6 +41,7 @@ __all__ = [
     "Autoregressive",
     "Blockwise",
     "Chain",
+    "Composite",
     "ConditionalTransform",
     "Coupling",
     "DimensionFactorization",
@@ -71,4 +72,5 @@ __all__ = [
     "masks",
     "residual",
     "transformers",
+    "walk",
 ]

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.keras_bridge import adapting
 
 
@@ -26,7 +27,6 @@ class ActNorm(base.FlowBijector):
       channels: size of the last axis; or the shape `[H, W, C]` of events with a b and s for every entry.
       log_scale_factor: f.
       dtype: dtype of the variables.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     References: Kingma, Dhariwal, "Glow", 2018.
@@ -40,25 +40,14 @@ class ActNorm(base.FlowBijector):
     """
 
     def __init__(
-        self,
-        channels: int | Sequence[int],
-        log_scale_factor: float = 1.0,
-        dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
-        name: str = "actnorm",
+        self, channels: int | Sequence[int], log_scale_factor: float = 1.0, dtype: tf.DType = tf.float32, name: str = "actnorm"
     ):
         parameters = dict(locals())
         shape = [channels] if isinstance(channels, (int, np.integer)) else list(channels)
         self._shift = tf.Variable(tf.zeros(shape, dtype), name="shift")
         self._raw_log_scale = tf.Variable(tf.zeros(shape, dtype), name="log_scale")
         self._factor = log_scale_factor
-        super().__init__(
-            forward_min_event_ndims=len(shape),
-            is_constant_jacobian=True,
-            validate_args=validate_args,
-            parameters=parameters,
-            name=name,
-        )
+        super().__init__(forward_min_event_ndims=len(shape), is_constant_jacobian=True, parameters=parameters, name=name)
 
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         self._check(y)
@@ -77,7 +66,7 @@ class ActNorm(base.FlowBijector):
         return x * tf.cast(tf.exp(-log_scale), x.dtype) - tf.cast(shift, x.dtype), -log_scale
 
     def _parameters_as(self, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-        dtype = base.log_det_dtype(dtype)
+        dtype = log_det_dtype(dtype)
         return tf.cast(self._shift, dtype), self._factor * tf.cast(self._raw_log_scale, dtype)
 
     def _assign(self, shift: tf.Tensor, log_scale: tf.Tensor) -> None:
@@ -91,7 +80,7 @@ class ActNorm(base.FlowBijector):
             raise ValueError(f"{self.name}: got {got} channels, has parameters for {has}")
 
     def _moments(self, value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        value = tf.cast(value, base.log_det_dtype(value.dtype))
+        value = tf.cast(value, log_det_dtype(value.dtype))
         shape = self._shift.shape
         # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
         some = tf.reshape(value, [-1, *shape])[0]

@@ -6,7 +6,8 @@ from typing import Any
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 
-from tfp_dimflows.bijectors import base, implicit, per_dimension, transformers
+from tfp_dimflows.bijectors import base, implicit, transformers
+from tfp_dimflows.bijectors.walk import value_and_log_det_per_dim
 from tfp_dimflows.keras_bridge import Network
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import record
@@ -33,7 +34,6 @@ class Autoregressive(base.FlowBijector):
         those of one entry next to each other.
       transformer: a `dfb.Transformer`.
       event_ndims: 1 for vectors, 3 for images.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -56,25 +56,25 @@ class Autoregressive(base.FlowBijector):
         network: Callable[..., tf.Tensor],
         transformer: transformers.TransformerLike,
         event_ndims: int = 1,
-        validate_args: bool = False,
         name: str = "autoregressive",
     ):
         parameters = dict(locals())
         self._network = Network(network)
         self._transformer = transformer
         self._event_ndims = base.event_ndims_static(event_ndims, "Autoregressive")
-        super().__init__(forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name)
+        super().__init__(forward_min_event_ndims=event_ndims, parameters=parameters, name=name)
 
     @property
-    def _uses_condition(self) -> bool:
+    def uses_condition(self) -> bool:
+        """Whether the network takes a condition."""
         return self._network.accepts_condition
 
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._keep_shape(*per_dimension.inverse_and_log_det_per_dim(self._bijector(y, condition), y), y)
+        return self._keep_shape(*value_and_log_det_per_dim(self._bijector(y, condition), y, "inverse", {}), y)
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         bijector = self._bijector(self._solve(x, condition), condition)
-        return self._keep_shape(*per_dimension.forward_and_log_det_per_dim(bijector, x), x)
+        return self._keep_shape(*value_and_log_det_per_dim(bijector, x, "forward", {}), x)
 
     def _bijector(self, y: tf.Tensor, condition: Any) -> tfb.Bijector:
         """T given the y before each dimension."""
@@ -87,7 +87,7 @@ class Autoregressive(base.FlowBijector):
         def function(y: tf.Tensor) -> tf.Tensor:
             # Until its predecessors are right, a dimension may overflow, and infinity times a mask's 0 would reach them.
             bijector = self._bijector(tf.where(tf.math.is_finite(y), y, 0.0), condition)
-            return per_dimension.forward_and_log_det_per_dim(bijector, x)[0]
+            return value_and_log_det_per_dim(bijector, x, "forward", {})[0]
 
         with record.stop_recording():
             y = tf.stop_gradient(self._repeat(function, x))

@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 
-from tfp_dimflows.bijectors import base, per_dimension, recompute
+from tfp_dimflows.bijectors import base, recompute
+from tfp_dimflows.bijectors.conditions import condition_kwargs, uses_condition
+from tfp_dimflows.bijectors.walk import Walk, along
+from tfp_dimflows.upstream import TFPChain
 
 
 class _Routed(NamedTuple):
@@ -16,7 +19,7 @@ class _Routed(NamedTuple):
     by_name: dict
 
 
-class Chain(base.FlowBijector):
+class Chain(base.Composite):
     """Composition of bijectors like TFP's, `forward(x) = b_0(b_1(... b_n(x)))`, with `condition=` broadcast to all parts.
 
     Parts may be bijectors of this package, of TFP, or a user's own. `condition` reaches every part that can use it, also inside
@@ -40,7 +43,6 @@ class Chain(base.FlowBijector):
     Args:
       bijectors: sequence of bijectors; the last is applied first in `forward`.
       memory: `"keep"` or `"recompute"` what the gradients need.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -56,20 +58,17 @@ class Chain(base.FlowBijector):
     array([ 0.   , -0.693], dtype=float32)
     """
 
-    def __init__(
-        self, bijectors: Sequence[tfb.Bijector], memory: str = "keep", validate_args: bool = False, name: str = "chain"
-    ):
+    def __init__(self, bijectors: Sequence[tfb.Bijector], memory: str = "keep", name: str = "chain"):
         parameters = dict(locals())
         self._memory = recompute.checked_memory(memory, "Chain")
         # TFP's Chain knows how shapes, dtypes and event ranks propagate; only these are asked of it.
-        self._shapes = tfb.Chain(list(bijectors), validate_args=validate_args)
+        self._shapes = tfb.Chain(list(bijectors))
         self._bijectors = list(bijectors)
         super().__init__(
             forward_min_event_ndims=self._shapes.forward_min_event_ndims,
             inverse_min_event_ndims=self._shapes.inverse_min_event_ndims,
             dtype=self._shapes.dtype,
             is_constant_jacobian=self._shapes.is_constant_jacobian,
-            validate_args=validate_args,
             parameters=parameters,
             name=name,
         )
@@ -80,8 +79,9 @@ class Chain(base.FlowBijector):
         return list(self._bijectors)
 
     @property
-    def _uses_condition(self) -> bool:
-        return any(per_dimension.condition_kwargs(b, True) for b in self._bijectors)
+    def uses_condition(self) -> bool:
+        """Whether some part can use a condition."""
+        return any(uses_condition(b) for b in self._bijectors)
 
     @property
     def _is_permutation(self) -> bool:
@@ -99,65 +99,40 @@ class Chain(base.FlowBijector):
         return _Routed(condition, kwargs)
 
     def _parts(self, routed: _Routed, direction: str) -> list[tuple[tfb.Bijector, dict[str, Any]]]:
+        """The parts in the order in which a direction applies them, each with its keyword arguments."""
         order = self._bijectors if direction == "inverse" else self._bijectors[::-1]
-        return [(b, per_dimension.condition_kwargs(b, routed.condition) | routed.by_name.get(b.name, {})) for b in order]
+        return [(b, condition_kwargs(b, routed.condition) | routed.by_name.get(b.name, {})) for b in order]
 
-    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return per_dimension.chain_pass(self._parts(self._route(condition, {}), "forward"), x, "forward")
+    def _walk_forward(self, x: Walk, condition: Any) -> Walk:
+        return along(self._parts(self._route(condition, {}), "forward"), x, "forward")
 
-    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return per_dimension.chain_pass(self._parts(self._route(condition, {}), "inverse"), y, "inverse")
+    def _walk_inverse(self, y: Walk, condition: Any) -> Walk:
+        return along(self._parts(self._route(condition, {}), "inverse"), y, "inverse")
 
-    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._total(x, self._route(condition, {}), event_ndims, "forward")
-
-    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._total(y, self._route(condition, {}), event_ndims, "inverse")
-
-    def _all_parts(self, routed: _Routed, direction: str) -> list[tuple[tfb.Bijector, dict[str, Any]]]:
-        """As `_parts`, with those of chains in their place."""
+    def all_parts(self, condition: Any, direction: str) -> list[tuple[tfb.Bijector, dict[str, Any]]]:
+        """The parts in the order in which a direction applies them, those of chains in their place, with keyword arguments."""
         parts = []
-        for bijector, kwargs in self._parts(routed, direction):
+        for bijector, kwargs in self._parts(self._route(condition, {}), direction):
             if isinstance(bijector, Chain):
-                parts += bijector._all_parts(bijector._route(kwargs.pop("condition", None), kwargs), direction)
+                parts += bijector.all_parts(bijector._route(kwargs.pop("condition", None), kwargs), direction)
             else:
                 parts.append((bijector, kwargs))
         return parts
 
-    def _total(self, value: tf.Tensor, routed: _Routed, event_ndims: int, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
-        recomputes = self._memory == "recompute" and not tf.executing_eagerly()
-        if recomputes and self._all_parts(routed, direction):
-            return recompute.value_and_log_det(self.name, self._all_parts, value, routed, event_ndims, direction)
-        fused = getattr(per_dimension, f"{direction}_and_log_det")
-        log_dets = []
-        for bijector, kwargs in self._parts(routed, direction):
-            value, log_det = fused(bijector, value, event_ndims, **kwargs)
-            log_dets.append(log_det)
-            event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
-        if not log_dets:
-            log_dets = [base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)]
-        return value, sum(log_dets)
-
-    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
-        return per_dimension.transport_forward(self._shapes, per_dim)
-
-    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
-        return per_dimension.transport_inverse(self._shapes, per_dim)
-
-    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
-        return self._shapes.forward_event_shape(shape)
-
-    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
-        return self._shapes.inverse_event_shape(shape)
-
-    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
-        return self._shapes.forward_event_shape_tensor(shape)
-
-    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
-        return self._shapes.inverse_event_shape_tensor(shape)
+    def _summed(self, value: tf.Tensor, condition: Any, event_ndims: int, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
+        if self._memory == "recompute" and not tf.executing_eagerly() and self.all_parts(condition, direction):
+            return recompute.value_and_log_det(self.name, self.all_parts, value, condition, event_ndims, direction)
+        return super()._summed(value, condition, event_ndims, direction)
 
     def _forward_dtype(self, dtype: Any, **kwargs: Any) -> Any:
         return self._shapes.forward_dtype(dtype)
 
     def _inverse_dtype(self, dtype: Any, **kwargs: Any) -> Any:
         return self._shapes.inverse_dtype(dtype)
+
+
+def flattened(bijector: tfb.Bijector) -> list[tfb.Bijector]:
+    """The parts of nested chains, this package's and TFP's, from the data to the latent values; another bijector itself."""
+    if isinstance(bijector, (Chain, TFPChain)):
+        return [part for nested in bijector.bijectors for part in flattened(nested)]
+    return [bijector]

@@ -10,6 +10,7 @@ from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.probes import probe_seed
 
 TRACES = ("hutchinson", "exact")
 
@@ -62,7 +63,7 @@ def ffjord(
         return tf.cast(field(y, times, event_ndims=event_ndims), y.dtype)
 
     def hutchinson(ode_fn: Callable, shape: tf.TensorShape, dtype: tf.DType) -> Callable:
-        options = {"sample_fn": tfp.random.rademacher, "seed": base.probe_seed()}
+        options = {"sample_fn": tfp.random.rademacher, "seed": probe_seed()}
         return tfb.ffjord.trace_jacobian_hutchinson(ode_fn, shape, dtype, **options)
 
     augment = hutchinson if trace == "hutchinson" else tfb.ffjord.trace_jacobian_exact

@@ -6,8 +6,12 @@ from typing import Any
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 
-from tfp_dimflows.bijectors import base, masks, per_dimension, recompute, transformers
+from tfp_dimflows.bijectors import base, masks, recompute, transformers
+from tfp_dimflows.bijectors.conditions import uses_condition
+from tfp_dimflows.bijectors.log_dets import fill, sum_event
+from tfp_dimflows.bijectors.walk import Parts, Walk, opposite, value_and_log_det, value_and_log_det_per_dim
 from tfp_dimflows.keras_bridge import Network, variables_of
+from tfp_dimflows.renamed import renamed
 from tfp_dimflows.upstream import prefer_static as ps
 
 
@@ -28,7 +32,6 @@ class Coupling(base.FlowBijector):
       network: callable `(x, condition) -> parameters`: a Keras 3 layer or model, a tf_keras layer, a `tf.Module`, a function.
       mask: one of `dfb.masks`.
       transformer: a `dfb.Transformer`.
-      validate_args: as in `tfb.Bijector`.
       parameters: the arguments of a subclass's constructor.
       name: the name of the operations.
 
@@ -53,7 +56,6 @@ class Coupling(base.FlowBijector):
         network: Callable[..., tf.Tensor],
         mask: masks.Mask,
         transformer: transformers.TransformerLike,
-        validate_args: bool = False,
         parameters: dict | None = None,
         name: str = "coupling",
     ):
@@ -61,9 +63,7 @@ class Coupling(base.FlowBijector):
         self._network = Network(network)
         self._mask = mask
         self._transformer = transformer
-        super().__init__(
-            forward_min_event_ndims=mask.event_ndims, validate_args=validate_args, parameters=parameters, name=name
-        )
+        super().__init__(forward_min_event_ndims=mask.event_ndims, parameters=parameters, name=name)
 
     @property
     def mask(self) -> masks.Mask:
@@ -71,7 +71,8 @@ class Coupling(base.FlowBijector):
         return self._mask
 
     @property
-    def _uses_condition(self) -> bool:
+    def uses_condition(self) -> bool:
+        """Whether the network takes a condition."""
         return self._network.accepts_condition
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -108,9 +109,9 @@ class Coupling(base.FlowBijector):
 
     def _apply(self, bijector: tfb.Bijector, transformed: tf.Tensor, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
         shape = transformed.shape
-        transformed, log_det = getattr(per_dimension, f"{direction}_and_log_det_per_dim")(bijector, transformed)
+        transformed, log_det = value_and_log_det_per_dim(bijector, transformed, direction, {})
         transformed.set_shape(shape)  # TFP's spline loses it
-        return transformed, base._fill(log_det, transformed)
+        return transformed, fill(log_det, transformed)
 
     def _per_dim(self, conditioning: tf.Tensor, transformed: tf.Tensor, log_det: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         zeros = tf.zeros(ps.shape(conditioning), log_det.dtype)
@@ -120,7 +121,7 @@ class Coupling(base.FlowBijector):
         self, conditioning: tf.Tensor, transformed: tf.Tensor, log_det: tf.Tensor, event_ndims: int
     ) -> tuple[tf.Tensor, tf.Tensor]:
         log_det = tf.squeeze(self._mask.select(tf.expand_dims(log_det, axis=-1)), axis=-1)
-        return self._mask.join(conditioning, transformed), base.sum_event(log_det, transformed, event_ndims)
+        return self._mask.join(conditioning, transformed), sum_event(log_det, transformed, event_ndims)
 
     def _again(
         self, result: tf.Tensor, event_ndims: int, direction: str, condition: Any, tape: tf.GradientTape
@@ -130,19 +131,19 @@ class Coupling(base.FlowBijector):
         tape.watch(conditioning)
         bijector = self._elementwise(conditioning, transformed, condition)
         with tape.stop_recording():
-            transformed, _ = self._apply(bijector, transformed, per_dimension._opposite(direction))
+            transformed, _ = self._apply(bijector, transformed, opposite(direction))
         tape.watch(transformed)
         again = self._summed(conditioning, *self._apply(bijector, transformed, direction), event_ndims)
         return recompute.Again([conditioning, transformed], lambda parts: self._mask.join(*parts), *again)
 
 
 @recompute.again.register
-def _(
+def _again(
     bijector: Coupling, result: tf.Tensor, event_ndims: int, direction: str, kwargs: dict[str, Any], tape: tf.GradientTape
 ) -> recompute.Again:
     if not bijector._is_plain(direction):
         return recompute.again.dispatch(object)(bijector, result, event_ndims, direction, kwargs, tape)
-    return bijector._again(result, event_ndims, direction, bijector._route(kwargs.get("condition"), {}), tape)
+    return bijector._again(result, event_ndims, direction, kwargs.get("condition"), tape)
 
 
 class AffineCoupling(Coupling):
@@ -154,32 +155,31 @@ class AffineCoupling(Coupling):
     Args:
       network: as in `Coupling`.
       mask: one of `dfb.masks`.
-      log_scale: how s is bounded: `"tanh"` (s = g tanh(raw), g trainable), `"sigmoid"` (exp(s) = sigmoid(raw + 2)) or
+      scale: how s is bounded: `"tanh"` (s = g tanh(raw), g trainable), `"sigmoid"` (exp(s) = sigmoid(raw + 2)) or
         `"exp"` (s = raw).
       initial_gain: initial g.
       dtype: dtype of g.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     #### Example
 
-    >>> coupling = dfb.AffineCoupling(lambda x: tf.repeat(x, 2, axis=-1), dfb.masks.Channel(event_ndims=1), log_scale="exp")
+    >>> coupling = dfb.AffineCoupling(lambda x: tf.repeat(x, 2, axis=-1), dfb.masks.Channel(event_ndims=1), scale="exp")
     >>> coupling.inverse_log_det_per_dim([0.5, 3.0]).numpy()
     array([0. , 0.5], dtype=float32)
     """
 
+    @renamed(log_scale="scale")
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
         mask: masks.Mask,
-        log_scale: str = "tanh",
+        scale: str = "tanh",
         initial_gain: float = 1.0,
         dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
         name: str = "affine_coupling",
     ):
         parameters = dict(locals())
-        super().__init__(network, mask, transformers.Affine(log_scale, initial_gain, dtype), validate_args, parameters, name)
+        super().__init__(network, mask, transformers.Affine(scale, initial_gain, dtype), parameters, name)
 
 
 class AdditiveCoupling(Coupling):
@@ -188,7 +188,6 @@ class AdditiveCoupling(Coupling):
     Args:
       network: as in `Coupling`; returns t, `channels` numbers.
       mask: one of `dfb.masks`.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     #### Example
@@ -197,11 +196,9 @@ class AdditiveCoupling(Coupling):
     array([1., 3.], dtype=float32)
     """
 
-    def __init__(
-        self, network: Callable[..., tf.Tensor], mask: masks.Mask, validate_args: bool = False, name: str = "additive_coupling"
-    ):
+    def __init__(self, network: Callable[..., tf.Tensor], mask: masks.Mask, name: str = "additive_coupling"):
         parameters = dict(locals())
-        super().__init__(network, mask, transformers.Additive(), validate_args, parameters, name)
+        super().__init__(network, mask, transformers.Additive(), parameters, name)
 
 
 class MixtureLogisticCoupling(Coupling):
@@ -215,7 +212,6 @@ class MixtureLogisticCoupling(Coupling):
       mask: one of `dfb.masks`.
       num_components: number K of logistics; 32 in Flow++ for CIFAR-10.
       smooth: bounded slopes at the price of a density that integrates to less than 1; see `dfb.MixtureLogisticCDF`.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     References: Ho, Chen, Srinivas, Duan, Abbeel, "Flow++", 2019.
@@ -234,11 +230,10 @@ class MixtureLogisticCoupling(Coupling):
         mask: masks.Mask,
         num_components: int = 32,
         smooth: bool = False,
-        validate_args: bool = False,
         name: str = "mixture_logistic_coupling",
     ):
         parameters = dict(locals())
-        super().__init__(network, mask, transformers.MixtureLogistic(num_components, smooth), validate_args, parameters, name)
+        super().__init__(network, mask, transformers.MixtureLogistic(num_components, smooth), parameters, name)
 
 
 class SplineCoupling(Coupling):
@@ -252,7 +247,6 @@ class SplineCoupling(Coupling):
       mask: one of `dfb.masks`.
       num_bins: number of bins.
       bound: the spline works on [-bound, bound], outside it is the identity.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     References: Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019.
@@ -270,11 +264,10 @@ class SplineCoupling(Coupling):
         mask: masks.Mask,
         num_bins: int = 8,
         bound: float = 5.0,
-        validate_args: bool = False,
         name: str = "spline_coupling",
     ):
         parameters = dict(locals())
-        super().__init__(network, mask, transformers.Spline(num_bins, bound), validate_args, parameters, name)
+        super().__init__(network, mask, transformers.Spline(num_bins, bound), parameters, name)
 
 
 class ConditionalTransform(base.FlowBijector):
@@ -288,10 +281,9 @@ class ConditionalTransform(base.FlowBijector):
 
     Args:
       network: callable `condition -> parameters`, `params_per_dim` numbers for every entry of the event, or as many as T takes.
-      transformer: a `dfb.Transformer`; or a function from the network's output to a bijector, whose parameters have the
-        condition's batch axes, such as `functools.partial(dfb.Planar, dims)`.
+      transformer: a `dfb.Transformer`; or a function from the network's output to a bijector that leaves dimensions in their
+        places and whose parameters have the condition's batch axes, such as `functools.partial(dfb.Planar, dims)`.
       event_ndims: event axes of the value and of the condition: 1 or 3.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     #### Example
@@ -306,14 +298,13 @@ class ConditionalTransform(base.FlowBijector):
     TensorShape([5, 2])
     """
 
-    _uses_condition = True
+    uses_condition = True
 
     def __init__(
         self,
         network: Callable[..., tf.Tensor],
         transformer: transformers.Transformer | Callable[[tf.Tensor], tfb.Bijector],
         event_ndims: int = 3,
-        validate_args: bool = False,
         name: str = "conditional_transform",
     ):
         parameters = dict(locals())
@@ -321,19 +312,19 @@ class ConditionalTransform(base.FlowBijector):
         self._transformer = transformer
         self._variables = variables_of(transformer)
         self._event_ndims = base.event_ndims_static(event_ndims, "ConditionalTransform")
-        super().__init__(forward_min_event_ndims=event_ndims, validate_args=validate_args, parameters=parameters, name=name)
+        super().__init__(forward_min_event_ndims=event_ndims, parameters=parameters, name=name)
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return per_dimension.forward_and_log_det_per_dim(self._bijector(x, condition), x)
+        return value_and_log_det_per_dim(self._bijector(x, condition), x, "forward", {})
 
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return per_dimension.inverse_and_log_det_per_dim(self._bijector(y, condition), y)
+        return value_and_log_det_per_dim(self._bijector(y, condition), y, "inverse", {})
 
     def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return per_dimension.forward_and_log_det(self._bijector(x, condition), x, event_ndims)
+        return value_and_log_det(self._bijector(x, condition), x, "forward", event_ndims, {})
 
     def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return per_dimension.inverse_and_log_det(self._bijector(y, condition), y, event_ndims)
+        return value_and_log_det(self._bijector(y, condition), y, "inverse", event_ndims, {})
 
     def _bijector(self, value: tf.Tensor, condition: Any) -> tfb.Bijector:
         if condition is None:
@@ -344,7 +335,7 @@ class ConditionalTransform(base.FlowBijector):
         return self._transformer(params)
 
 
-class Blockwise(base.FlowBijector):
+class Blockwise(base.Composite):
     """Each of the two parts of a mask through a bijector of its own.
 
         forward:  y_a = first.forward(x_a),   y_b = second.forward(x_b);   the inverse and the log-dets alike
@@ -353,7 +344,6 @@ class Blockwise(base.FlowBijector):
       mask: one of `dfb.masks` whose parts hold only their own dimensions: not `Checkerboard`.
       first: bijector of the part that a coupling with this mask conditions on.
       second: bijector of the part that it transforms.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -365,57 +355,23 @@ class Blockwise(base.FlowBijector):
     array([2., 2.], dtype=float32)
     """
 
-    def __init__(
-        self, mask: masks.Mask, first: tfb.Bijector, second: tfb.Bijector, validate_args: bool = False, name: str = "blockwise"
-    ):
+    def __init__(self, mask: masks.Mask, first: tfb.Bijector, second: tfb.Bijector, name: str = "blockwise"):
         parameters = dict(locals())
         if isinstance(mask, masks.Checkerboard):
             raise ValueError("Blockwise: got a Checkerboard, whose parts hold zeros for each other's dimensions")
-        self._mask, self._first, self._second = mask, first, second
-        super().__init__(
-            forward_min_event_ndims=mask.event_ndims, validate_args=validate_args, parameters=parameters, name=name
-        )
+        self._first, self._second = first, second
+        self._parts = Parts(mask.split, mask.join)
+        super().__init__(forward_min_event_ndims=mask.event_ndims, parameters=parameters, name=name)
 
     @property
-    def _uses_condition(self) -> bool:
-        return any(per_dimension.condition_kwargs(part, True) for part in (self._first, self._second))
+    def uses_condition(self) -> bool:
+        """Whether one of the two can use a condition."""
+        return uses_condition(self._first) or uses_condition(self._second)
 
-    def _each(self, value: tf.Tensor, condition: Any, fused: Callable, *event_ndims: int) -> list[tuple]:
-        parts = zip((self._first, self._second), self._mask.split(value))
-        return [
-            (part, *fused(bijector, part, *event_ndims, **per_dimension.condition_kwargs(bijector, condition)))
-            for bijector, part in parts
-        ]
+    def _walk_forward(self, x: Walk, condition: Any) -> Walk:
+        first, second = x.split(self._parts)
+        return first.forward(self._first, condition).join(second.forward(self._second, condition), by=self._parts)
 
-    def _per_dim(self, value: tf.Tensor, condition: Any, fused: Callable) -> tuple[tf.Tensor, tf.Tensor]:
-        results = self._each(value, condition, fused)
-        log_dets = (base._fill(log_det, part) for part, _, log_det in results)
-        return self._mask.join(*(result for _, result, _ in results)), self._mask.join(*log_dets)
-
-    def _summed(self, value: tf.Tensor, condition: Any, fused: Callable, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        (_, first, first_log_det), (_, second, second_log_det) = self._each(value, condition, fused, event_ndims)
-        return self._mask.join(first, second), first_log_det + second_log_det
-
-    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._per_dim(x, condition, per_dimension.forward_and_log_det_per_dim)
-
-    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._per_dim(y, condition, per_dimension.inverse_and_log_det_per_dim)
-
-    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._summed(x, condition, per_dimension.forward_and_log_det, event_ndims)
-
-    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._summed(y, condition, per_dimension.inverse_and_log_det, event_ndims)
-
-    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
-        first, second = self._mask.split(per_dim)
-        return self._mask.join(
-            per_dimension.transport_forward(self._first, first), per_dimension.transport_forward(self._second, second)
-        )
-
-    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
-        first, second = self._mask.split(per_dim)
-        return self._mask.join(
-            per_dimension.transport_inverse(self._first, first), per_dimension.transport_inverse(self._second, second)
-        )
+    def _walk_inverse(self, y: Walk, condition: Any) -> Walk:
+        first, second = y.split(self._parts)
+        return first.inverse(self._first, condition).join(second.inverse(self._second, condition), by=self._parts)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 
 
 def polar(matrix: tf.Tensor) -> tf.Tensor:
@@ -32,7 +32,7 @@ def polar(matrix: tf.Tensor) -> tf.Tensor:
     >>> dfb.dense.polar(tf.constant([[0.0, 2.0], [1.0, 0.0]])).numpy().round(3)
     array([0.   , 0.693], dtype=float32)
     """
-    return tf.cast(_polar(tf.cast(matrix, tf.float64)), base.log_det_dtype(matrix.dtype))
+    return tf.cast(_polar(tf.cast(matrix, tf.float64)), log_det_dtype(matrix.dtype))
 
 
 @tf.custom_gradient

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 _TL, _TR, _BL, _BR = range(4)
 
 # Of images, and of vectors; the first is the default.
-IMAGE_GRANULARITIES = ("channel", "block", "pair", "row", "column")
+IMAGE_GRANULARITIES = ("channel", "block")
 VECTOR_GRANULARITIES = ("free",)
 
 
@@ -59,23 +59,19 @@ class DimensionFactorization:
         return len(self.kept) + 1
 
     @classmethod
-    def channels(cls, event_shape: Sequence[int], num_levels: int, order: str = "channel_major") -> "DimensionFactorization":
+    def channels(cls, event_shape: Sequence[int], num_levels: int) -> "DimensionFactorization":
         """The first half of the channels of the squeezed grid stays (Glow, i-ResNet); of a vector, the first half.
 
         Args:
           event_shape: `[H, W, C]` or `[D]`.
           num_levels: number of levels.
-          order: channel order of the squeeze, as in `dfb.Squeeze`.
         """
-        if order not in ("channel_major", "position_major"):
-            raise ValueError(f"DimensionFactorization.channels: got order={order!r}, needs channel_major or position_major")
 
         def split(grid: np.ndarray) -> tuple[np.ndarray, ...]:
             if grid.ndim == 1:
                 return _halves(grid)
             blocks = _blocks(grid)
-            squeezed = blocks if order == "channel_major" else np.swapaxes(blocks, -1, -2)
-            return _halves(squeezed.reshape(*blocks.shape[:2], -1))
+            return _halves(blocks.reshape(*blocks.shape[:2], -1))
 
         return cls._build(event_shape, num_levels, split)
 
@@ -121,15 +117,13 @@ class DimensionFactorization:
 
             * `"channel"` (default): of the four positions in a 2x2 block two stay, the same in every block, by their
               averages: a lattice, which convolutions can use,
-            * `"block"` (the paper's): two of the four entries of every block stay, whichever they are there,
-            * `"pair"`: of every two horizontal neighbours one stays,
-            * `"row"`: of every two rows one stays, by its average; `"column"`: of every two columns;
+            * `"block"` (the paper's): two of the four entries of every block stay, whichever they are there;
 
             of vectors `"free"`: any half.
 
         Returns:
-          The factorization. The kept channels of `"channel"` and `"block"` are ordered by rank: the highest entry of every
-          channel's block, then the second; those of the others by position. Ties go by position; where a whole statistic is
+          The factorization. The kept channels are ordered by rank: the highest entry of every channel's block, then the
+          second. Ties go by position; where a whole statistic is
           constant (an additive flow contributes 0 everywhere) the split is the static checkerboard, or the first half of a
           vector.
 
@@ -338,20 +332,6 @@ def _split_by_rank(grid: np.ndarray, statistic: np.ndarray, keep: str, granulari
     blocks, scores = _blocks(grid), _blocks(scores)
     if granularity == "channel":
         scores = np.broadcast_to(scores.mean(axis=(0, 1)), scores.shape)
-    if granularity in ("block", "channel"):
-        ranked = np.take_along_axis(blocks, np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
-    else:
-        ranked = _ranked_pairs(blocks, scores, granularity)
+    ranked = np.take_along_axis(blocks, np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
     ranked = np.swapaxes(ranked, -1, -2)  # ranks outermost: [rank 1 of all channels, rank 2 of all channels, ...]
     return _halves(ranked.reshape(*ranked.shape[:2], -1))
-
-
-def _ranked_pairs(blocks: np.ndarray, scores: np.ndarray, granularity: str) -> np.ndarray:
-    """`[H/2, W/2, C, 4]`: of both pairs of rivals in a block the one that stays, then those that leave."""
-    rivals = [[_TL, _BL], [_TR, _BR]] if granularity == "row" else [[_TL, _TR], [_BL, _BR]]
-    blocks, scores = blocks[..., rivals], scores[..., rivals]
-    if granularity != "pair":
-        along = 1 if granularity == "row" else 0
-        scores = np.broadcast_to(scores.mean(axis=(along, -2), keepdims=True), scores.shape)
-    ranked = np.take_along_axis(blocks, np.argsort(-scores, axis=-1, kind="stable"), axis=-1)
-    return np.swapaxes(ranked, -1, -2).reshape(*blocks.shape[:-2], 4)

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.upstream import prefer_static as ps
 
 
@@ -24,7 +25,6 @@ class HaarSplit(base.FlowBijector):
       axis: the axis of the pairs, negative, counted from the end: -3 is the height and -2 the width of images
         `[..., H, W, C]`, -1 the only axis of signals `[..., D]`.
       orthonormal: whether the transform is the orthonormal one.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -42,19 +42,13 @@ class HaarSplit(base.FlowBijector):
     array([-0.3466, -0.3466], dtype=float32)
     """
 
-    def __init__(self, axis: int, orthonormal: bool = False, validate_args: bool = False, name: str = "haar_split"):
+    def __init__(self, axis: int, orthonormal: bool = False, name: str = "haar_split"):
         parameters = dict(locals())
         if not isinstance(axis, int) or axis >= 0:
             raise ValueError(f"HaarSplit: got axis={axis!r}, needs a negative integer, counted from the end")
         self._axis = axis
         self._orthonormal = orthonormal
-        super().__init__(
-            forward_min_event_ndims=-axis,
-            is_constant_jacobian=True,
-            validate_args=validate_args,
-            parameters=parameters,
-            name=name,
-        )
+        super().__init__(forward_min_event_ndims=-axis, is_constant_jacobian=True, parameters=parameters, name=name)
 
     @property
     def axis(self) -> int:
@@ -99,7 +93,7 @@ class HaarSplit(base.FlowBijector):
         return self.merge(*self._halves(x)), -self._constant(x)
 
     def _constant(self, value: tf.Tensor) -> tf.Tensor:
-        return tf.constant(self.log_det_per_dim, base.log_det_dtype(value.dtype))
+        return tf.constant(self.log_det_per_dim, log_det_dtype(value.dtype))
 
     def _halves(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.split(x, [self._num_pairs(x)] * 2, axis=self._axis)

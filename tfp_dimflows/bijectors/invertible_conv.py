@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base, dense
+from tfp_dimflows.bijectors.log_dets import log_det_dtype, sum_event
 
 ATTRIBUTIONS = ("polar", "svd_sorted", "lu", "uniform")
 
@@ -36,7 +37,6 @@ class InvertibleConv1x1(base.FlowBijector):
       attribution: one of the four conventions.
       seed: integer seed of the initial orthogonal matrix.
       dtype: dtype of the variables.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -58,7 +58,6 @@ class InvertibleConv1x1(base.FlowBijector):
         attribution: str = "polar",
         seed: int = 0,
         dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
         name: str = "invertible_conv1x1",
     ):
         parameters = dict(locals())
@@ -74,13 +73,7 @@ class InvertibleConv1x1(base.FlowBijector):
         # C * C numbers: below the diagonal those of L, above it those of U, on it log_s.
         np.fill_diagonal(packed, np.log(np.abs(np.diag(packed))))
         self._packed = tf.Variable(packed, dtype=dtype, name="lower_log_scale_upper")
-        super().__init__(
-            forward_min_event_ndims=1,
-            is_constant_jacobian=True,
-            validate_args=validate_args,
-            parameters=parameters,
-            name=name,
-        )
+        super().__init__(forward_min_event_ndims=1, is_constant_jacobian=True, parameters=parameters, name=name)
 
     def _factors(self, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """P, L and U (with its diagonal) of W = P L U."""
@@ -112,11 +105,11 @@ class InvertibleConv1x1(base.FlowBijector):
         return self._apply(self._inverse_matrix, x), -self._total(x, event_ndims)
 
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        dtype = base.log_det_dtype(y.dtype)
+        dtype = log_det_dtype(y.dtype)
         return self._apply(self._matrix, y), self._attribute(self._matrix(dtype), 1.0)
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        dtype = base.log_det_dtype(x.dtype)
+        dtype = log_det_dtype(x.dtype)
         return self._apply(self._inverse_matrix, x), self._attribute(self._inverse_matrix(dtype), -1.0)
 
     def _apply(self, matrix: Callable[[tf.DType], tf.Tensor], value: tf.Tensor) -> tf.Tensor:
@@ -127,8 +120,8 @@ class InvertibleConv1x1(base.FlowBijector):
         return result
 
     def _total(self, value: tf.Tensor, event_ndims: int) -> tf.Tensor:
-        log_scale = self._log_scale(base.log_det_dtype(value.dtype))
-        return base.sum_event(tf.reduce_mean(log_scale), value, event_ndims)
+        log_scale = self._log_scale(log_det_dtype(value.dtype))
+        return sum_event(tf.reduce_mean(log_scale), value, event_ndims)
 
     def _attribute(self, jacobian: tf.Tensor, direction_sign: float) -> tf.Tensor:
         log_scale = direction_sign * self._log_scale(jacobian.dtype)

@@ -1,5 +1,6 @@
 """LCMA: the likelihood-contribution based multi-scale architecture."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
@@ -9,11 +10,11 @@ import tensorflow as tf
 from numpy.typing import ArrayLike
 from tensorflow_probability import bijectors as tfb
 
-from tfp_dimflows.bijectors import per_dimension
-from tfp_dimflows.bijectors.base import probes_from
-from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.bijectors.chain import Chain, flattened
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.multiscale import Multiscale
+from tfp_dimflows.bijectors.probes import probes_from
+from tfp_dimflows.bijectors.walk import transport
 
 
 class LCMA(Multiscale):
@@ -30,9 +31,8 @@ class LCMA(Multiscale):
       levels: as in `Multiscale`.
       contributions: one array of the event's shape per factor-out.
       keep: `"high"` (LCMA), `"low"`, or a list of them.
-      granularity: `"channel"`, `"block"`, `"free"` and others, as in `DimensionFactorization.from_contributions`.
+      granularity: `"channel"`, `"block"` or `"free"`, as in `DimensionFactorization.from_contributions`.
       exits: as in `Multiscale`.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -54,12 +54,11 @@ class LCMA(Multiscale):
         keep: str | Sequence[str] = "high",
         granularity: str | None = None,
         exits: Sequence[tfb.Bijector | None] | None = None,
-        validate_args: bool = False,
         name: str = "lcma",
     ):
         parameters = dict(locals())
         factorization = DimensionFactorization.from_contributions(contributions, keep, granularity)
-        super().__init__(levels, factorization, exits=exits, validate_args=validate_args, parameters=parameters, name=name)
+        super().__init__(levels, factorization, exits=exits, parameters=parameters, name=name)
 
 
 @overload
@@ -70,10 +69,6 @@ def likelihood_contributions(
 def likelihood_contributions(
     bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, *, standard_errors: Literal[True]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]: ...
-@overload
-def likelihood_contributions(
-    bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: bool = False
-) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]: ...
 def likelihood_contributions(
     bijector: tfb.Bijector, dataset: Iterable[Any], seed: int = 0, standard_errors: bool = False
 ) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
@@ -106,7 +101,11 @@ def likelihood_contributions(
     >>> [c.tolist() for c in dimflows.likelihood_contributions(flow, [tf.zeros([5, 2])])]
     [[1.0, 2.0]]
     """
-    outer, multiscale = _locate(bijector)
+    parts = flattened(bijector)
+    outer = list(itertools.takewhile(lambda part: not isinstance(part, Multiscale), parts))
+    if len(outer) == len(parts):
+        raise ValueError(f"likelihood_contributions: got {bijector.name}, needs a Multiscale or a chain with one in it")
+    multiscale = parts[len(outer)]
     if len(multiscale.levels) < 2:
         raise ValueError(f"likelihood_contributions: {multiscale.name} has one level, so nothing is factored out")
 
@@ -117,7 +116,7 @@ def likelihood_contributions(
             contributions = [tf.cast(c, tf.float64) for c in multiscale.likelihood_contributions(y)]
         sums = [tf.reduce_sum(power, axis=0) for c in contributions for power in (c, c**2)]
         for b in reversed(outer):
-            sums = [per_dimension.transport_forward(b, s) for s in sums]
+            sums = [transport(b, s, "forward") for s in sums]
         return sums
 
     totals, count = np.zeros([]), 0
@@ -134,23 +133,3 @@ def likelihood_contributions(
     if not standard_errors:
         return list(means)
     return list(means), list(np.sqrt(np.maximum(squares - means**2, 0.0) / count))
-
-
-def _locate(bijector: tfb.Bijector) -> tuple[list[tfb.Bijector], Multiscale]:
-    """The bijectors between the data and the `Multiscale`, outermost first, and the `Multiscale`."""
-    found = _search(bijector)
-    if found is None:
-        raise ValueError(f"likelihood_contributions: got {bijector.name}, needs a Multiscale or a chain with one in it")
-    return found
-
-
-def _search(bijector: tfb.Bijector) -> tuple[list[tfb.Bijector], Multiscale] | None:
-    if isinstance(bijector, Multiscale):
-        return [], bijector
-    outer: list[tfb.Bijector] = []
-    for part in getattr(bijector, "bijectors", ()):
-        found = _search(part)
-        if found is not None:
-            return outer + found[0], found[1]
-        outer.append(part)
-    return None

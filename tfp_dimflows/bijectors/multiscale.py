@@ -1,6 +1,7 @@
 """`Multiscale`: a flow that dimensions leave level by level."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,17 @@ from numpy.typing import ArrayLike
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows.bijectors import base, per_dimension, reorder
+from tfp_dimflows.bijectors import base
 from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.bijectors.conditions import uses_condition
+from tfp_dimflows.bijectors.factor_out import FactorOut, NoFactorOut, OnlineFactorOut, flat_latents
 from tfp_dimflows.bijectors.factorization import DimensionFactorization, OnlineFactorization
+from tfp_dimflows.bijectors.log_dets import log_det_dtype, sum_event
+from tfp_dimflows.bijectors.walk import AnyWalk, Parts, PerDimension, Summed, Transported, Walk, transport
 from tfp_dimflows.upstream import prefer_static as ps
 
 
-class Multiscale(base.FlowBijector):
+class Multiscale(base.Composite):
     """Multi-scale flow between a flat latent vector `[D]` and an event, an image `[H, W, C]` or a vector `[D]`.
 
     From data to latent, level k transforms the dimensions still in the flow; then those that `factorization` names leave, and
@@ -36,7 +41,6 @@ class Multiscale(base.FlowBijector):
         with those that stay as `condition` (Glow's learned split prior). One more may be given for the deepest part, with zeros
         of its shape as the condition. Bijectors, or None for no exit.
       event_shape: the event's shape; needed for images if `factorization` is None.
-      validate_args: as in `tfb.Bijector`.
       parameters: the arguments of a subclass's constructor.
       name: the name of the operations.
 
@@ -60,7 +64,6 @@ class Multiscale(base.FlowBijector):
         factorization: DimensionFactorization | OnlineFactorization | None = None,
         exits: Sequence[tfb.Bijector | None] | None = None,
         event_shape: Sequence[int] | None = None,
-        validate_args: bool = False,
         parameters: dict | None = None,
         name: str = "multiscale",
     ):
@@ -73,13 +76,14 @@ class Multiscale(base.FlowBijector):
         self._event_shape = _static_event_shape(self._levels, self._factorization, event_shape)
         self._exits = _checked_exits(exits, len(self._levels), self._factorization)
         self._deepest_shape: tuple[int, ...] | None = None
-        self._part_shapes: tuple[tuple[int, ...], ...] | None = None
+        self._part_shapes: Sequence[tuple[int, ...]] | None = None
+        self._splits = self._no_dependency([NoFactorOut()] * (len(self._levels) - 1))
         if self._event_shape is not None:
             self._lay_out(self._event_shape)
+            self._shapes = tfb.Reshape(self._event_shape, [math.prod(self._event_shape)])
         super().__init__(
             forward_min_event_ndims=1,
             inverse_min_event_ndims=1 if self._event_shape is None else len(self._event_shape),
-            validate_args=validate_args,
             parameters=parameters,
             name=name,
         )
@@ -89,13 +93,13 @@ class Multiscale(base.FlowBijector):
         grids, order = self._follow(self._factorization, event_shape)
         self._deepest_shape = tuple(grids[-1].shape)
         if self._online is None:
-            splits = [_Split(*parts) for parts in self._partitions(grids, self._factorization)]
+            splits = [FactorOut(*parts) for parts in self._partitions(grids, self._factorization)] or self._splits
             # Saved with the weights, so that weights trained with another factorization are noticed.
             self._dimension_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="dimension_order")
             self._latent_order = self._no_dependency(order)
         else:
             self._num_decided = tf.Variable(0, dtype=tf.int32, trainable=False, name="num_decided")
-            splits = [_OnlineSplit(*parts) for parts in self._partitions(grids, self._factorization)]
+            splits = [OnlineFactorOut(*parts) for parts in self._partitions(grids, self._factorization)]
             self._split_orders = [split.order for split in splits]
             self._latent_order = tf.Variable(order, dtype=tf.int32, trainable=False, name="latent_order")
         self._splits = self._no_dependency(splits)
@@ -118,12 +122,12 @@ class Multiscale(base.FlowBijector):
                 moved = moved.reshape(grid)
             ids = moved
             grids.append(ids)
-            if factorization is not None and k < len(self._levels) - 1:
-                parts.append(_transport_ids(self._exits[k], factorization.left[k]))
-                ids = factorization.kept[k]
+            if k < len(self._levels) - 1:
+                parts.append(_transport_ids(self._exits[k], ids[..., :0] if factorization is None else factorization.left[k]))
+                ids = ids if factorization is None else factorization.kept[k]
         parts.append(_transport_ids(self._exits[-1], ids))
         parts.reverse()
-        self._part_shapes = tuple(part.shape for part in parts)
+        self._part_shapes = self._no_dependency([part.shape for part in parts])
         return grids, np.concatenate([part.ravel() for part in parts])
 
     def _partitions(
@@ -145,7 +149,7 @@ class Multiscale(base.FlowBijector):
         """The present state of a factorization that is decided in training."""
         kept, left, ids = [], [], np.arange(np.prod(online.event_shape)).reshape(online.event_shape)
         for level, split in zip(self._levels, self._splits):
-            stay, leave = split.parts(_transport_ids(level, ids))
+            stay, leave = split.divide(_transport_ids(level, ids))
             kept.append(stay)
             left.append(leave)
             ids = stay
@@ -198,7 +202,9 @@ class Multiscale(base.FlowBijector):
 
     def split_latent(self, x: tf.Tensor) -> list[tf.Tensor]:
         """Splits flat latent values `[..., D]` into the parts that left at each level, the deepest first."""
-        return tf.split(x, self._part_sizes(x), axis=-1)
+        if self._part_shapes is None:
+            return [x]
+        return tf.split(x, [size for shape in self._part_shapes if (size := math.prod(shape))], axis=-1)
 
     def join_latent(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
         """Joins the parts of `split_latent` to flat latent values `[..., D]`."""
@@ -221,10 +227,24 @@ class Multiscale(base.FlowBijector):
         The k-th sums what levels 0 to k contribute to a dimension (fewer if it left before), in the data's frame; exits do not
         count.
         """
-        y = self._checked_event(tf.convert_to_tensor(y))
-        _, steps = self._walk_inverse(y, self._route(condition, {}), len(self._levels) - 1)
-        steps = [(log_det, kept, None if left is None else tf.zeros_like(left)) for log_det, kept, left in steps]
-        return [self._carry_to_data([*steps[:k], (log_det, None, None)]) for k, (log_det, _, _) in enumerate(steps)]
+        h = PerDimension(tf.convert_to_tensor(y))
+        self._check_event(h.shape, self._event_shape)
+        condition = self._route(condition, {})
+        gone: list[Walk] = []
+        cumulative = []
+        for level, split in zip(self._levels, self._splits):
+            h = h.inverse(level, condition)
+            cumulative.append(self._to_data(Transported(h.numbers), gone))
+            h, left = h.split(split.parts)
+            gone.append(Transported(left.numbers))
+        return cumulative
+
+    def _to_data(self, h: Walk, gone: list[Walk]) -> tf.Tensor:
+        """Numbers of the dimensions after a level, and of those that left before it, in the frame of the data."""
+        h = h.forward(self._levels[len(gone)])
+        for level, split, left in reversed(list(zip(self._levels, self._splits, gone))):
+            h = h.join(left, by=split.parts).forward(level)
+        return h.numbers
 
     def level_log_prob(self, y: tf.Tensor, condition: Any = None, noise: tfd.Distribution | None = None) -> tf.Tensor:
         """Log-density of events as one term for each level; their sum is the log-density of `noise` after this flow.
@@ -251,204 +271,66 @@ class Multiscale(base.FlowBijector):
         >>> flow.level_log_prob(tf.ones([4])).numpy().round(3)
         array([-4.86 , -2.088], dtype=float32)
         """
-        y = self._checked_event(base.to_tensor(y, self.forward_dtype()))
-        parts, log_dets = self._walk_levels(y, self._route(condition, {}), self.inverse_min_event_ndims)
-        x = self.join_latent([part for part in parts[::-1] if part is not None])
-        by_part = iter(self.split_latent(_log_prob_per_dim(noise, x, self.name))[::-1])
-        terms = [d if part is None else d + tf.reduce_sum(next(by_part), axis=-1) for part, d in zip(parts, log_dets)]
-        return tf.stack(terms, axis=-1)
+        y = base.to_tensor(y, self.forward_dtype())
+        self._check_event(y.shape, self._event_shape)
+        parts = self._walk_levels(Summed(y, self.inverse_min_event_ndims), self._route(condition, {}))
+        x = self._latent.join(*(part.value for part in parts[::-1]))
+        of_parts = self._latent.split(_log_prob_per_dim(noise, x, self.name))[::-1]
+        return tf.stack([part.log_det + sum_event(p, p, part.event_ndims) for part, p in zip(parts, of_parts)], axis=-1)
 
     @property
-    def _uses_condition(self) -> bool:
-        return any(per_dimension.condition_kwargs(level, True) for level in self._levels)
+    def uses_condition(self) -> bool:
+        """Whether some level can use a condition."""
+        return any(uses_condition(level) for level in self._levels)
 
     # Data to latent.
 
-    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        parts, log_dets = self._walk_levels(self._checked_event(y), condition, event_ndims)
-        return self.join_latent([part for part in parts[::-1] if part is not None]), sum(log_dets)
+    def _walk_inverse(self, y: Walk, condition: Any) -> Walk:
+        self._check_event(y.shape, self._event_shape)
+        *others, deepest = self._walk_levels(y, condition)
+        return deepest.join(*others[::-1], by=self._latent)
 
-    def _walk_levels(self, h: tf.Tensor, condition: Any, event_ndims: int) -> tuple[list, list]:
-        """For each level, the flat latent values of what leaves after it (or None), and its summed log-det with its exit's."""
-        parts, log_dets = [], []
-        for k, level in enumerate(self._levels):
-            kwargs = per_dimension.condition_kwargs(level, condition)
-            h, log_det = per_dimension.inverse_and_log_det(level, h, event_ndims, **kwargs)
-            h, left, given = self._release(k, h)
-            if left is not None and self._exits[k] is not None:
-                left, exit_log_det = self._exit(per_dimension.inverse_and_log_det, k, given, left, event_ndims)
-                log_det = log_det + exit_log_det
-            parts.append(None if left is None else self._to_vector(left))
-            log_dets.append(log_det)
-        return parts, log_dets
-
-    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        x, steps = self._walk_inverse(self._checked_event(y), condition, len(self._levels))
-        return x, self._carry_to_data(steps)
-
-    def _walk_inverse(self, h: tf.Tensor, condition: Any, num_levels: int) -> tuple[tf.Tensor, list[tuple]]:
-        """Latent values, and per level: its log-det, the kept tensor, and the log-det of what left."""
-        parts, steps = [], []
-        for k, level in enumerate(self._levels[:num_levels]):
-            argument = h
-            kwargs = per_dimension.condition_kwargs(level, condition)
-            h, log_det = per_dimension.inverse_and_log_det_per_dim(level, h, **kwargs)
-            log_det, left_log_det = base._fill(log_det, argument), None
-            h, left, given = self._release(k, h)
-            if left is not None:
-                left_log_det = tf.zeros_like(left, log_det.dtype)
-                if self._exits[k] is not None:
-                    argument = left
-                    left, left_log_det = self._exit(per_dimension.inverse_and_log_det_per_dim, k, given, left)
-                    left_log_det = base._fill(left_log_det, argument)
-                parts.append(self._to_vector(left))
-            steps.append((log_det, h, left_log_det))
-        return self.join_latent(parts[::-1]) if parts else None, steps
-
-    def _carry_to_data(self, steps: list[tuple]) -> tf.Tensor:
-        """Sums the log-dets of `_walk_inverse` in the frame of the data."""
-        total = None
-        for k, (log_det, kept, left_log_det) in reversed(list(enumerate(steps))):
-            if left_log_det is not None and kept is None:
-                total = left_log_det
-            elif left_log_det is not None:
-                total = tf.zeros_like(kept, log_det.dtype) if total is None else total
-                total = self._splits[k].join(total, left_log_det)
-            total = log_det if total is None else log_det + per_dimension.transport_forward(self._levels[k], total)
-        return total
+    def _walk_levels(self, h: AnyWalk, condition: Any) -> list[AnyWalk]:
+        """The latent values of what leaves after each level, the finest first."""
+        parts = []
+        for level, split, out in zip(self._levels, self._splits, self._exits):
+            h, left = h.inverse(level, condition).split(split.parts)
+            parts.append(left if out is None else left.inverse(out, h.value))
+        h, out = h.inverse(self._levels[-1], condition), self._exits[-1]
+        return [*parts, h if out is None else h.inverse(out, _zeros(h.value))]
 
     # Latent to data.
 
-    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        parts, h, log_dets = self.split_latent(self._checked_latent(x)), None, []
-        event_ndims = event_ndims - 1 + self.inverse_min_event_ndims
-        for k in reversed(range(len(self._levels))):
-            left, given = self._recall(k, h, parts)
-            if left is not None and self._exits[k] is not None:
-                left, log_det = self._exit(per_dimension.forward_and_log_det, k, given, left, event_ndims)
-                log_dets.append(log_det)
-            h = self._rejoin(k, h, left)
-            kwargs = per_dimension.condition_kwargs(self._levels[k], condition)
-            h, log_det = per_dimension.forward_and_log_det(self._levels[k], h, event_ndims, **kwargs)
-            log_dets.append(log_det)
-        return h, sum(log_dets)
+    def _walk_forward(self, x: Walk, condition: Any) -> Walk:
+        self._check_event(x.shape, self._event_shape and [math.prod(self._event_shape)])
+        h, *parts = x.split(self._latent)
+        if self._exits[-1] is not None:
+            h = h.forward(self._exits[-1], _zeros(h.value, self._deepest_shape))
+        h = h.forward(self._levels[-1], condition)
+        for level, split, out, left in zip(self._levels[-2::-1], self._splits[::-1], self._exits[-2::-1], parts):
+            left = left if out is None else left.forward(out, h.value)
+            h = h.join(left, by=split.parts).forward(level, condition)
+        return h
 
-    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        parts, h, steps = self.split_latent(self._checked_latent(x)), None, []
-        for k in reversed(range(len(self._levels))):
-            left, given = self._recall(k, h, parts)
-            exit_log_det = None
-            if left is not None and self._exits[k] is not None:
-                argument = left
-                left, exit_log_det = self._exit(per_dimension.forward_and_log_det_per_dim, k, given, left)
-                exit_log_det = base._fill(exit_log_det, argument)
-            h = argument = self._rejoin(k, h, left)
-            kwargs = per_dimension.condition_kwargs(self._levels[k], condition)
-            h, log_det = per_dimension.forward_and_log_det_per_dim(self._levels[k], h, **kwargs)
-            steps.append((k, base._fill(log_det, argument), exit_log_det))
-        return h, self._carry_to_latent(steps[::-1])
+    @property
+    def _latent(self) -> Parts:
+        """Flat latent values from those of each part in its own shape, the deepest first."""
+        if self._part_shapes is None:
+            return Parts(lambda x: [x, *(x[..., :0] for _ in self._splits)], lambda deepest, *_: deepest)
+        return flat_latents(self._part_shapes)
 
-    def _carry_to_latent(self, steps: list[tuple]) -> tf.Tensor:
-        total, parts = None, []
-        for k, log_det, exit_log_det in steps:
-            if total is not None:
-                log_det = log_det + per_dimension.transport_inverse(self._levels[k], total)
-            total, left, _ = self._release(k, log_det)
-            if left is not None:
-                if exit_log_det is not None:
-                    left = per_dimension.transport_inverse(self._exits[k], left) + exit_log_det
-                parts.append(self._to_vector(left))
-        return self.join_latent(parts[::-1])
 
-    # What leaves, and what comes back.
-
-    def _exit(self, fused: Callable, k: int, given: Any, left: tf.Tensor, *event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return fused(self._exits[k], left, *event_ndims, **per_dimension.condition_kwargs(self._exits[k], given))
-
-    def _release(self, k: int, h: tf.Tensor) -> tuple:
-        """(what stays or None, what leaves or None, what the exit of the leaving part is given)."""
-        if k == len(self._levels) - 1:
-            return None, h, tf.zeros_like(h)
-        if self._factorization is None:
-            return h, None, None
-        kept, left = self._splits[k].split(h)
-        return kept, left, kept
-
-    def _recall(self, k: int, h: Any, parts: list[tf.Tensor]) -> tuple:
-        """(what left at level k in its own shape or None, what its exit was given)."""
-        if h is not None and self._factorization is None:
-            return None, None
-        index = len(self._levels) - 1 - k
-        part = parts[index] if self._part_shapes is None else self._to_grid(parts[index], self._part_shapes[index])
-        return part, tf.zeros_like(self._to_grid(parts[0], self._deepest_shape)) if h is None else h
-
-    def _rejoin(self, k: int, h: Any, left: Any) -> tf.Tensor:
-        if h is None:
-            return left
-        return h if left is None else self._splits[k].join(h, left)
-
-    def _to_vector(self, h: tf.Tensor) -> tf.Tensor:
-        if self.inverse_min_event_ndims == 1:
-            return h
-        return tf.reshape(h, ps.concat([ps.shape(h)[:-3], [np.prod(h.shape[-3:])]], axis=0))
-
-    def _to_grid(self, part: tf.Tensor, shape: tuple[int, ...] | None) -> tf.Tensor:
-        if self.inverse_min_event_ndims == 1:
-            return part
-        return tf.reshape(part, ps.concat([ps.shape(part)[:-1], shape], axis=0))
-
-    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
-        if self._event_shape is None:
-            for part in self._undivided():
-                per_dim = per_dimension.transport_inverse(part, per_dim)
-            return per_dim
-        return tf.gather(self._to_vector(per_dim), self._latent_order, axis=-1)
-
-    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
-        if self._event_shape is None:
-            for part in reversed(self._undivided()):
-                per_dim = per_dimension.transport_forward(part, per_dim)
-            return per_dim
-        return self._to_grid(tf.gather(per_dim, reorder.inverse_permutation(self._latent_order), axis=-1), self._event_shape)
-
-    def _undivided(self) -> list[tfb.Bijector]:
-        """All parts of a model that nothing leaves, from data to latent."""
-        return self._levels if self._exits[-1] is None else [*self._levels, self._exits[-1]]
-
-    # Shapes.
-
-    def _part_sizes(self, x: tf.Tensor) -> list[int]:
-        return [x.shape[-1]] if self._part_shapes is None else [int(np.prod(shape)) for shape in self._part_shapes]
-
-    def _checked_event(self, y: tf.Tensor) -> tf.Tensor:
-        if self._event_shape is not None and tuple(y.shape[-len(self._event_shape) :]) != self._event_shape:
-            raise ValueError(f"{self.name}: got data of shape {y.shape}, needs events of shape {list(self._event_shape)}")
-        return y
-
-    def _checked_latent(self, x: tf.Tensor) -> tf.Tensor:
-        if self._event_shape is not None and x.shape[-1] != np.prod(self._event_shape):
-            raise ValueError(
-                f"{self.name}: got latent values of shape {x.shape}, needs {np.prod(self._event_shape)} dimensions"
-            )
-        return x
-
-    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
-        return tf.TensorShape(shape if self._event_shape is None else self._event_shape)
-
-    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
-        return tf.TensorShape(shape if self._event_shape is None else [np.prod(self._event_shape)])
-
-    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
-        return shape if self._event_shape is None else tf.constant(self._event_shape, tf.int32)
-
-    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
-        return shape if self._event_shape is None else tf.constant([np.prod(self._event_shape)], tf.int32)
+def _zeros(value: tf.Tensor | None, event_shape: tuple[int, ...] | None = None) -> tf.Tensor | None:
+    """What the deepest exit is given: zeros of the shape of its value, or of another event shape."""
+    if value is None or event_shape is None:
+        return None if value is None else tf.zeros_like(value)
+    return tf.zeros(ps.concat([ps.shape(value)[: -len(event_shape)], event_shape], axis=0), value.dtype)
 
 
 def _log_prob_per_dim(noise: tfd.Distribution | None, x: tf.Tensor, name: str) -> tf.Tensor:
     """The log-density of every dimension of flat latent values."""
     if noise is None:
-        dtype = base.log_det_dtype(x.dtype)
+        dtype = log_det_dtype(x.dtype)
         return tfd.Normal(tf.zeros([], dtype), tf.ones([], dtype)).log_prob(tf.cast(x, dtype))
     is_known = isinstance(noise, (tfd.Sample, tfd.Independent)) and noise.distribution.event_shape.rank == 0
     if not (is_known and noise.event_shape == x.shape[-1:]):
@@ -463,79 +345,7 @@ def _transport_ids(bijector: tfb.Bijector | None, ids: np.ndarray) -> np.ndarray
     if bijector is None:
         return ids
     with tf.init_scope():
-        return per_dimension.transport_inverse(bijector, tf.constant(ids, tf.int64)).numpy()
-
-
-class _Split:
-    """A factor-out as a constant permutation of a level's output, by the cheapest means: a slice, a gather of channels, or one
-    of all dimensions.
-    """
-
-    def __init__(self, ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray):
-        self._shape, self._kept_shape, self._left_shape = ids.shape, kept_ids.shape, left_ids.shape
-        self.order = _positions(ids, kept_ids, left_ids)
-        self._by_channel = len(self._shape) == 1 or self._same_channels_everywhere()
-        self._in_order = np.array_equal(self.order, np.arange(len(self.order)))
-
-    def _same_channels_everywhere(self) -> bool:
-        """Whether the split takes the same channels at every pixel; if so, the order becomes that of the channels."""
-        if not self._shape[:-1] == self._kept_shape[:-1] == self._left_shape[:-1]:
-            return False
-        kept, left = np.split(self.order, [np.prod(self._kept_shape)])
-        channels = np.concatenate([kept.reshape(self._kept_shape), left.reshape(self._left_shape)], axis=-1)
-        channels = channels - np.arange(np.prod(self._shape)).reshape(self._shape)[..., :1]
-        if (channels != channels[:1, :1]).any():
-            return False
-        self.order = channels[0, 0]
-        return True
-
-    def split(self, h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """(kept, left)."""
-        if self._by_channel:
-            h = h if self._in_order else reorder.permute_last(h, self.order)
-            return h[..., : self._kept_shape[-1]], h[..., self._kept_shape[-1] :]
-        batch = ps.shape(h)[: -len(self._shape)]
-        flat = reorder.permute_last(tf.reshape(h, ps.concat([batch, [-1]], axis=0)), self.order)
-        size = int(np.prod(self._kept_shape))
-        kept = tf.reshape(flat[..., :size], ps.concat([batch, self._kept_shape], axis=0))
-        return kept, tf.reshape(flat[..., size:], ps.concat([batch, self._left_shape], axis=0))
-
-    def join(self, kept: tf.Tensor, left: tf.Tensor) -> tf.Tensor:
-        """What `split` took apart."""
-        if self._by_channel:
-            h = tf.concat([kept, left], axis=-1)
-            return h if self._in_order else reorder.permute_last(h, reorder.inverse_permutation(self.order))
-        batch = ps.shape(kept)[: -len(self._shape)]
-        flat = [tf.reshape(part, ps.concat([batch, [-1]], axis=0)) for part in (kept, left)]
-        flat = reorder.permute_last(tf.concat(flat, axis=-1), reorder.inverse_permutation(self.order))
-        return tf.reshape(flat, ps.concat([batch, self._shape], axis=0))
-
-
-class _OnlineSplit(_Split):
-    """A factor-out whose permutation is a variable."""
-
-    order: tf.Variable
-
-    def __init__(self, ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray):
-        self._shape, self._kept_shape, self._left_shape = ids.shape, kept_ids.shape, left_ids.shape
-        order = _positions(ids, kept_ids, left_ids)
-        self.order = tf.Variable(order, dtype=tf.int32, trainable=False, name="split_order")
-        self._by_channel, self._in_order = len(self._shape) == 1, False
-
-    def assign(self, ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray) -> None:
-        """Makes it another split of the same shapes."""
-        self.order.assign(_positions(ids, kept_ids, left_ids))
-
-    def parts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What stays and what leaves of the flat indices."""
-        kept, left = np.split(ids.ravel()[self.order.numpy()], [np.prod(self._kept_shape)])
-        return kept.reshape(self._kept_shape), left.reshape(self._left_shape)
-
-
-def _positions(ids: np.ndarray, kept_ids: np.ndarray, left_ids: np.ndarray) -> np.ndarray:
-    """Where in the flat grid of `ids` those that stay are, then those that leave."""
-    position = {index: place for place, index in enumerate(ids.ravel().tolist())}
-    return np.array([position[index] for part in (kept_ids, left_ids) for index in part.ravel().tolist()])
+        return transport(bijector, tf.constant(ids, tf.int64), "inverse").numpy()
 
 
 def _static_event_shape(

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.upstream import dtype_util, parameter_properties, tensor_util
 from tfp_dimflows.upstream import prefer_static as ps
 
@@ -26,7 +27,6 @@ class Parametric(base.FlowBijector):
       initial: function of a NumPy random generator that returns initial values of trainable parameters.
       seed: integer seed of `initial`.
       dtype: dtype of trainable parameters.
-      validate_args: as in `tfb.Bijector`.
       parameters: the constructor's arguments.
       name: the name of the operations.
     """
@@ -38,7 +38,6 @@ class Parametric(base.FlowBijector):
         initial: Callable[[np.random.Generator], Sequence[Any]],
         seed: int | None,
         dtype: tf.DType,
-        validate_args: bool,
         parameters: dict,
         name: str,
     ):
@@ -53,7 +52,7 @@ class Parametric(base.FlowBijector):
         size = sum(math.prod(shape) for shape in self._parts)
         if self._params.shape[-1:] != [size]:
             raise ValueError(f"{name}: got params of shape {self._params.shape}, {dims} dimensions need a last axis of {size}")
-        super().__init__(forward_min_event_ndims=1, validate_args=validate_args, parameters=parameters, name=name)
+        super().__init__(forward_min_event_ndims=1, parameters=parameters, name=name)
 
     @classmethod
     def _parameter_properties(cls, dtype: tf.DType, num_classes: int | None = None) -> dict[str, Any]:
@@ -63,7 +62,7 @@ class Parametric(base.FlowBijector):
         """The value and the parameters, in the precision of log-dets."""
         if value.shape[-1] != self._dims:
             raise ValueError(f"{self.name}: got events of shape {value.shape[-1:]}, needs {self._dims} dimensions")
-        dtype = base.log_det_dtype(value.dtype)
+        dtype = log_det_dtype(value.dtype)
         params = tf.cast(tf.convert_to_tensor(self._params), dtype)
         parts = tf.split(params, [math.prod(shape) for shape in self._parts], axis=-1)
         batch = ps.shape(params)[:-1]

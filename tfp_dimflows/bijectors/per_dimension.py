@@ -1,14 +1,5 @@
 """The log-det of every dimension for any bijector: TFP's own by rules, ours by their primitives.
 
-Every bijector is asked through four functions, each dispatched on its class:
-
-* `inverse_and_log_det_per_dim(bijector, y)` and `forward_and_log_det_per_dim(bijector, x)`: value and per-dimension
-  log-det in one pass, the log-det in the frame of the argument;
-* `transport_forward(bijector, t)` and `transport_inverse(bijector, t)`: carry one number per dimension from the frame
-  of the bijector's input to that of its output and back, without changing the numbers.
-
-A composite adds up what its parts contribute: each part's log-dets are carried back into the frame of the argument.
-
 The contribution of dimension i is the i-th diagonal entry of log J, with J the Jacobian of the direction in question:
 
 * element-wise and triangular bijectors: log |J_ii|, exactly;
@@ -21,7 +12,6 @@ A bijector that embeds its argument in a larger space, or maps one matrix to ano
 decomposition: asking for it raises a `NotImplementedError`.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -30,6 +20,17 @@ import tensorflow_probability as tfp
 from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base, dense
+from tfp_dimflows.bijectors.log_dets import fill, log_det_dtype, zeros
+from tfp_dimflows.bijectors.walk import (
+    PerDimension,
+    Transported,
+    along,
+    fresh,
+    opposite,
+    refuse,
+    transport,
+    value_and_log_det_per_dim,
+)
 from tfp_dimflows.upstream import (
     TFPBlockwise,
     TFPChain,
@@ -37,7 +38,6 @@ from tfp_dimflows.upstream import (
     TFPInvert,
     TFPJointMap,
     nest,
-    nest_util,
     tfp_glow,
 )
 
@@ -63,8 +63,8 @@ def inverse_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs: Any) -> An
     """
     if isinstance(bijector, base.FlowBijector):
         return bijector.inverse_log_det_per_dim(y, **kwargs)
-    y = _to_tensors(y, bijector.forward_dtype(**kwargs))
-    return base._fill(inverse_and_log_det_per_dim(bijector, y, **kwargs)[1], y)
+    y = base.to_tensor(y, bijector.forward_dtype(**kwargs))
+    return fill(value_and_log_det_per_dim(bijector, y, "inverse", kwargs)[1], y)
 
 
 def forward_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs: Any) -> Any:
@@ -88,8 +88,8 @@ def forward_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs: Any) -> An
     """
     if isinstance(bijector, base.FlowBijector):
         return bijector.forward_log_det_per_dim(x, **kwargs)
-    x = _to_tensors(x, bijector.inverse_dtype(**kwargs))
-    return base._fill(forward_and_log_det_per_dim(bijector, x, **kwargs)[1], x)
+    x = base.to_tensor(x, bijector.inverse_dtype(**kwargs))
+    return fill(value_and_log_det_per_dim(bijector, x, "forward", kwargs)[1], x)
 
 
 def register_log_det_per_dim(cls: type) -> Callable:
@@ -138,7 +138,7 @@ def register_log_det_per_dim(cls: type) -> Callable:
             result = getattr(bijector, direction)(value, **kwargs)
             if direction == "inverse":
                 return result, function(bijector, value, **kwargs)
-            return result, _negate(function(bijector, result, **kwargs))
+            return result, tf.nest.map_structure(tf.negative, function(bijector, result, **kwargs))
 
         _register([cls], rule, _stay)
         return function
@@ -146,160 +146,42 @@ def register_log_det_per_dim(cls: type) -> Callable:
     return decorator
 
 
-def inverse_and_log_det_per_dim(bijector: tfb.Bijector, y: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """`inverse(y)` and the per-dimension inverse log-det, in the frame of `y`, from one pass."""
-    return _pass(bijector, _fresh(y), "inverse", kwargs)
+def _register(classes: Iterable[type], rule: Callable, transport_rule: Callable) -> None:
+    def on_a_new_tensor(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
+        return rule(bijector, fresh(value), direction, kwargs)
 
-
-def forward_and_log_det_per_dim(bijector: tfb.Bijector, x: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """`forward(x)` and the per-dimension forward log-det, in the frame of `x`, from one pass."""
-    return _pass(bijector, _fresh(x), "forward", kwargs)
-
-
-def inverse_and_log_det(bijector: tfb.Bijector, y: Any, event_ndims: Any, **kwargs: Any) -> tuple[Any, tf.Tensor]:
-    """`inverse(y)` and the summed inverse log-det from one pass; needs no per-dimension rule."""
-    if isinstance(bijector, base.FlowBijector):
-        return bijector._inverse_and_log_det(y, bijector._route(kwargs.pop("condition", None), kwargs), event_ndims)
-    y = _fresh(y)
-    x = bijector.inverse(y, **kwargs)
-    return x, _at_least_float32(bijector.inverse_log_det_jacobian(y, event_ndims, **kwargs))
-
-
-def forward_and_log_det(bijector: tfb.Bijector, x: Any, event_ndims: Any, **kwargs: Any) -> tuple[Any, tf.Tensor]:
-    """`forward(x)` and the summed forward log-det from one pass; needs no per-dimension rule."""
-    if isinstance(bijector, base.FlowBijector):
-        return bijector._forward_and_log_det(x, bijector._route(kwargs.pop("condition", None), kwargs), event_ndims)
-    x = _fresh(x)
-    y = bijector.forward(x, **kwargs)
-    return y, _at_least_float32(bijector.forward_log_det_jacobian(x, event_ndims, **kwargs))
-
-
-def transport_forward(bijector: tfb.Bijector, per_dim: Any) -> Any:
-    """Carries one number per dimension from the frame of `bijector`'s input to that of its output."""
-    return _transport(bijector, per_dim, "forward")
-
-
-def transport_inverse(bijector: tfb.Bijector, per_dim: Any) -> Any:
-    """Carries one number per dimension from the frame of `bijector`'s output to that of its input."""
-    return _transport(bijector, per_dim, "inverse")
-
-
-def condition_kwargs(bijector: tfb.Bijector, condition: Any) -> dict:
-    """The keyword arguments by which `condition` reaches all parts that can use it; empty if none can."""
-    if condition is None:
-        return {}
-    if isinstance(bijector, base.FlowBijector):
-        return {"condition": condition} if bijector._uses_condition else {}
-    if isinstance(bijector, TFPInvert):
-        return condition_kwargs(bijector.bijector, condition)
-    kwargs: dict[str, dict] = {}
-    for part in tf.nest.flatten(getattr(bijector, "bijectors", ())):
-        nested = condition_kwargs(part, condition)
-        if kwargs.setdefault(part.name, nested) != nested:
-            raise ValueError(
-                f"{bijector.name}: several parts are named {part.name!r}, and not all of them can use the condition; "
-                "give them different names, since keyword arguments reach parts by name"
-            )
-    return {name: nested for name, nested in kwargs.items() if nested}
-
-
-def _to_tensors(value: Any, dtype: Any) -> Any:
-    return nest_util.convert_to_nested_tensor(value, dtype=dtype, dtype_hint=dtype, allow_packing=True)
-
-
-def _fresh(value: Any) -> Any:
-    # A new tensor misses TFP's cache, which would return what it computed before a variable was updated.
-    return tf.nest.map_structure(tf.identity, value)
-
-
-def _at_least_float32(log_det: tf.Tensor) -> tf.Tensor:
-    return tf.cast(log_det, base.log_det_dtype(log_det.dtype))
-
-
-def _negate(per_dim: Any) -> Any:
-    return tf.nest.map_structure(tf.negative, per_dim)
-
-
-def _add(a: Any, b: Any) -> Any:
-    total = [u + tf.cast(v, u.dtype) for u, v in zip(tf.nest.flatten(a), tf.nest.flatten(b))]
-    return tf.nest.pack_sequence_as(a, total)
-
-
-def _zeros(value: Any) -> Any:
-    return tf.nest.map_structure(lambda v: tf.zeros([], base.log_det_dtype(v.dtype)), value)
-
-
-def _opposite(direction: str) -> str:
-    return "inverse" if direction == "forward" else "forward"
-
-
-# The two dispatchers. What no rule covers is element-wise or refused. FFJORD counts as element-wise, since its log-det
-# comes unreduced.
-
-
-@functools.singledispatch
-def _pass(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    if not _is_elementwise(bijector):
-        _refuse(bijector, "no per-dimension decomposition of its log-det is known")
-    log_det = getattr(bijector, f"{direction}_log_det_jacobian")
-    return getattr(bijector, direction)(value, **kwargs), log_det(value, event_ndims=0, **kwargs)
-
-
-@functools.singledispatch
-def _transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    if not _is_elementwise(bijector):
-        _refuse(bijector, "where its dimensions go is not known")
-    return per_dim
-
-
-def _is_elementwise(bijector: tfb.Bijector) -> bool:
-    return bijector.forward_min_event_ndims == 0 and bijector.inverse_min_event_ndims == 0 and bijector._is_injective
-
-
-def _refuse(bijector: tfb.Bijector, reason: str) -> NoReturn:
-    cls = type(bijector).__name__
-    raise NotImplementedError(
-        f"{bijector.name} ({cls}): {reason}; register a rule with @dimflows.register_log_det_per_dim({cls})"
-    )
-
-
-def _register(classes: Iterable[type], rule: Callable, transport: Callable) -> None:
     for cls in classes:
-        _pass.register(cls, rule)
-        _transport.register(cls, transport)
+        value_and_log_det_per_dim.register(cls, on_a_new_tensor)
+        transport.register(cls, transport_rule)
 
 
-def _stay(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    return per_dim
+def _register_as(cls: type, other: Callable) -> None:
+    """Registers a class whose bijectors are other ones: (bijector, direction, keyword arguments), a function of the same."""
+
+    def rule(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
+        bijector, direction, kwargs = other(bijector, direction, kwargs)
+        return value_and_log_det_per_dim(bijector, value, direction, kwargs)
+
+    def transport_rule(bijector: tfb.Bijector, numbers: Any, direction: str) -> Any:
+        bijector, direction, _ = other(bijector, direction, {})
+        return transport(bijector, numbers, direction)
+
+    _register([cls], rule, transport_rule)
 
 
-# This package's bijectors.
-
-
-def _flow(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    kwargs = dict(kwargs)
-    condition = bijector._route(kwargs.pop("condition", None), kwargs)
-    if direction == "inverse":
-        return bijector._inverse_and_log_det_per_dim(value, condition)
-    return bijector._forward_and_log_det_per_dim(value, condition)
-
-
-def _flow_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    return bijector._transport_forward(per_dim) if direction == "forward" else bijector._transport_inverse(per_dim)
-
-
-_register([base.FlowBijector], _flow, _flow_transport)
+def _stay(bijector: tfb.Bijector, numbers: Any, direction: str) -> Any:
+    return numbers
 
 
 # Index moves: zero, and the numbers move like the values.
 
 
 def _move(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    return getattr(bijector, direction)(value, **kwargs), _zeros(value)
+    return getattr(bijector, direction)(value, **kwargs), zeros(value)
 
 
-def _move_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    return getattr(bijector, direction)(_fresh(per_dim))
+def _move_transport(bijector: tfb.Bijector, numbers: Any, direction: str) -> Any:
+    return getattr(bijector, direction)(fresh(numbers))
 
 
 _register([tfb.Permute, tfb.Reshape, tfb.Transpose, tfb.Split, tfb.Restructure], _move, _move_transport)
@@ -308,115 +190,74 @@ _register([tfb.Permute, tfb.Reshape, tfb.Transpose, tfb.Split, tfb.Restructure],
 # Composites: what the parts contribute, in the frame of the argument.
 
 
-def chain_pass(parts: list[tuple[tfb.Bijector, dict]], value: Any, direction: str) -> tuple[Any, Any]:
-    """Value and per-dimension log-det of bijectors applied one after the other.
-
-    Args:
-      parts: (bijector, keyword arguments), in the order in which `direction` applies them.
-      value: the argument of the first.
-      direction: `"forward"` or `"inverse"`.
-
-    Returns:
-      The last one's result, and the per-dimension log-det in the frame of `value`.
-    """
-    log_dets = []
-    for bijector, kwargs in parts:
-        argument = value
-        value, log_det = _pass(bijector, _fresh(argument), direction, kwargs)
-        log_dets.append(base._fill(log_det, argument))
-    total = None
-    for (bijector, _), log_det in zip(reversed(parts), reversed(log_dets)):
-        total = log_det if total is None else _add(log_det, _transport(bijector, total, _opposite(direction)))
-    return value, _zeros(value) if total is None else total
-
-
 def _chain(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    order = bijector.bijectors if direction == "inverse" else reversed(bijector.bijectors)
-    return chain_pass([(b, kwargs.get(b.name, {})) for b in order], value, direction)
+    end = along(_in_order(bijector, direction, kwargs), PerDimension(value), direction)
+    return end.value, _chain_transport(bijector, end.numbers, opposite(direction))
+
+
+def _chain_transport(bijector: tfb.Bijector, numbers: Any, direction: str) -> Any:
+    return along(_in_order(bijector, direction, {}), Transported(numbers), direction).numbers
+
+
+def _in_order(chain: tfb.Bijector, direction: str, kwargs: dict) -> list[tuple[tfb.Bijector, dict]]:
+    order = chain.bijectors if direction == "inverse" else chain.bijectors[::-1]
+    return [(bijector, kwargs.get(bijector.name, {})) for bijector in order]
 
 
 def _joint_map(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     log_dets = []
 
     def part(b: tfb.Bijector, v: Any) -> Any:
-        result, log_det = _pass(b, v, direction, kwargs.get(b.name, {}))
-        log_dets.extend(tf.nest.flatten(base._fill(log_det, v)))
+        result, log_det = value_and_log_det_per_dim(b, v, direction, kwargs.get(b.name, {}))
+        log_dets.extend(tf.nest.flatten(fill(log_det, v)))
         return result
 
     result = nest.map_structure_up_to(bijector._nested_structure, part, bijector.bijectors, value, check_types=False)
     return result, tf.nest.pack_sequence_as(value, log_dets)
 
 
-def _walk_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
+def _joint_map_transport(bijector: tfb.Bijector, numbers: Any, direction: str) -> Any:
     walk = bijector._call_walk_forward if direction == "forward" else bijector._call_walk_inverse
-    return walk(lambda b, t: _transport(b, t, direction), per_dim)
-
-
-def _blockwise(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    return _pass(bijector._chain, value, direction, {bijector._b_joint.name: kwargs})
-
-
-def _blockwise_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    return _transport(bijector._chain, per_dim, direction)
-
-
-def _invert(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    return _pass(bijector.bijector, value, _opposite(direction), kwargs)
-
-
-def _invert_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    return _transport(bijector.bijector, per_dim, _opposite(direction))
+    return walk(lambda b, t: transport(b, t, direction), numbers)
 
 
 def _transform_diagonal(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     diagonal = tf.linalg.diag_part(value)
-    result, log_det = _pass(bijector.diag_bijector, diagonal, direction, kwargs)
-    log_det = base._fill(log_det, diagonal)
+    result, log_det = value_and_log_det_per_dim(bijector.diag_bijector, diagonal, direction, kwargs)
+    log_det = fill(log_det, diagonal)
     return tf.linalg.set_diag(value, result), tf.linalg.set_diag(tf.zeros_like(value, log_det.dtype), log_det)
 
 
-def _transform_diagonal_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    diagonal = _transport(bijector.diag_bijector, tf.linalg.diag_part(per_dim), direction)
-    return tf.linalg.set_diag(per_dim, diagonal)
+def _transform_diagonal_transport(bijector: tfb.Bijector, numbers: Any, direction: str) -> Any:
+    diagonal = transport(bijector.diag_bijector, tf.linalg.diag_part(numbers), direction)
+    return tf.linalg.set_diag(numbers, diagonal)
 
 
 # `tfb.Chain` and the like return these base classes where a part is no composite tensor.
-_register([TFPChain], _chain, _walk_transport)
-_register([TFPJointMap], _joint_map, _walk_transport)
-_register([TFPBlockwise], _blockwise, _blockwise_transport)
-_register([TFPInvert], _invert, _invert_transport)
+_register([TFPChain], _chain, _chain_transport)
+_register([TFPJointMap], _joint_map, _joint_map_transport)
+_register_as(TFPBlockwise, lambda b, direction, kwargs: (b._chain, direction, {b._b_joint.name: kwargs}))
+_register_as(TFPInvert, lambda b, direction, kwargs: (b.bijector, opposite(direction), kwargs))
 _register([tfb.TransformDiagonal], _transform_diagonal, _transform_diagonal_transport)
 
 
 # Glow and its pieces.
 
 
-def _composition(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    return _pass(_wrapped(bijector), value, direction, kwargs)
-
-
-def _composition_transport(bijector: tfb.Bijector, per_dim: Any, direction: str) -> Any:
-    return _transport(_wrapped(bijector), per_dim, direction)
-
-
 def _wrapped(bijector: tfb.Bijector) -> tfb.Bijector:
     """The one composition that `Glow`, its blocks, exits and squeezes are names for."""
     if not isinstance(bijector._bijectors, TFPComposition):
-        _refuse(bijector, "how it composes its parts is not known")
+        refuse(bijector, "how it composes its parts is not known")
     return bijector._bijectors
-
-
-def _one_by_one_conv(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
-    return _pass(bijector._bijector, value, direction, kwargs)
 
 
 def _activation_normalization(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     with tf.control_dependencies([bijector._maybe_init(value, inverse=direction == "inverse")]):
-        return _pass(bijector._bijector, value, direction, kwargs)
+        return value_and_log_det_per_dim(bijector._bijector, value, direction, kwargs)
 
 
-_register([TFPComposition], _composition, _composition_transport)
-_register([tfp_glow.OneByOneConv], _one_by_one_conv, _stay)
+_register_as(TFPComposition, lambda b, direction, kwargs: (_wrapped(b), direction, kwargs))
+_register_as(tfp_glow.OneByOneConv, lambda b, direction, kwargs: (b._bijector, direction, kwargs))
 _register([tfp_glow.ActivationNormalization], _activation_normalization, _stay)
 
 
@@ -429,16 +270,16 @@ def _real_nvp(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) 
     changed = 0 if bijector._reverse_mask else 1
     kept, argument = parts[1 - changed], parts[changed]
     transformer = bijector._bijector_fn(kept, bijector._bijector_input_units(), **kwargs)
-    parts[changed], log_det = _pass(transformer, argument, direction, {})
-    log_dets = [tf.zeros_like(kept, base.log_det_dtype(kept.dtype))]
-    log_dets.insert(changed, base._fill(log_det, argument))
+    parts[changed], log_det = value_and_log_det_per_dim(transformer, argument, direction, {})
+    log_dets = [tf.zeros_like(kept, log_det_dtype(kept.dtype))]
+    log_dets.insert(changed, fill(log_det, argument))
     return tf.concat(parts, axis=-1), tf.concat(log_dets, axis=-1)
 
 
 def _masked_autoregressive(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
     # The network sees y. At the solution of y = transformer(y).forward(x), the transformer's slopes are the diagonal.
     y = value if direction == "inverse" else bijector.forward(value, **kwargs)
-    return _pass(bijector._bijector_fn(y, **kwargs), value, direction, {})
+    return value_and_log_det_per_dim(bijector._bijector_fn(y, **kwargs), value, direction, {})
 
 
 def _ascending(bijector: tfb.Bijector, value: Any, direction: str, kwargs: dict) -> tuple[Any, Any]:
@@ -536,10 +377,10 @@ _REFUSED = {
 
 
 def _register_refusal(classes: Iterable[type], reason: str) -> None:
-    def refuse(bijector: tfb.Bijector, *_: Any) -> NoReturn:
-        _refuse(bijector, reason)
+    def refused(bijector: tfb.Bijector, *_: Any) -> NoReturn:
+        refuse(bijector, reason)
 
-    _register(classes, refuse, refuse)
+    _register(classes, refused, refused)
 
 
 for _reason, _classes in _REFUSED.items():

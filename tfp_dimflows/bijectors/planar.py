@@ -32,7 +32,6 @@ class Planar(Parametric):
       params: w, u and b, `[..., 2 D + 1]`, a tensor or variable whose other axes broadcast to the batch; None: trainable ones.
       seed: integer seed of the initial values of trainable parameters; None: one from NumPy's global generator.
       dtype: dtype of trainable parameters.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -55,7 +54,6 @@ class Planar(Parametric):
         params: TensorLike | None = None,
         seed: int | None = None,
         dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
         name: str = "planar",
     ):
         parameters = dict(locals())
@@ -65,7 +63,7 @@ class Planar(Parametric):
             w = generator.uniform(-1.0, 1.0, dims) * np.sqrt(2.0 / dims)
             return w, generator.uniform(-1.0, 1.0, dims) * np.sqrt(2.0), 0.0
 
-        super().__init__(dims, params, initial, seed, dtype, validate_args, parameters, name)
+        super().__init__(dims, params, initial, seed, dtype, parameters, name)
 
     @staticmethod
     def num_params(dims: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.bijectors.parametric import positive
 
 
@@ -21,7 +22,6 @@ class PReLU(base.FlowBijector):
       shape: `[]`: one slope for all entries; or the shape of events with a slope for every entry, of their last axis or axes.
       initial_slope: initial a.
       dtype: dtype of the variable.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -36,19 +36,14 @@ class PReLU(base.FlowBijector):
     """
 
     def __init__(
-        self,
-        shape: Sequence[int] = (),
-        initial_slope: float = 0.25,
-        dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
-        name: str = "prelu",
+        self, shape: Sequence[int] = (), initial_slope: float = 0.25, dtype: tf.DType = tf.float32, name: str = "prelu"
     ):
         parameters = dict(locals())
         if not initial_slope > 0.0:
             raise ValueError(f"PReLU: got initial_slope={initial_slope!r}, needs a positive number")
         raw = initial_slope + math.log(-math.expm1(-initial_slope))
         self._raw = tf.Variable(tf.fill(list(shape), tf.constant(raw, dtype)), name="slope")
-        super().__init__(forward_min_event_ndims=len(shape), validate_args=validate_args, parameters=parameters, name=name)
+        super().__init__(forward_min_event_ndims=len(shape), parameters=parameters, name=name)
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         return self._scaled(x, 1.0)
@@ -60,7 +55,7 @@ class PReLU(base.FlowBijector):
         shape = self._raw.shape
         if value.shape[value.shape.rank - shape.rank :] != shape:
             raise ValueError(f"{self.name}: got values of shape {value.shape}, has slopes of shape {shape}")
-        raw = tf.cast(self._raw, base.log_det_dtype(value.dtype))
+        raw = tf.cast(self._raw, log_det_dtype(value.dtype))
         log_slope = power * tf.math.log(positive(raw))
         negative = value < 0
         result = tf.where(negative, value * tf.cast(tf.exp(log_slope), value.dtype), value)

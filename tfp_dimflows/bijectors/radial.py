@@ -30,7 +30,6 @@ class Radial(Parametric):
         of a flow that starts as the identity.
       seed: integer seed of the initial values of trainable parameters; None: one from NumPy's global generator.
       dtype: dtype of trainable parameters.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -52,21 +51,11 @@ class Radial(Parametric):
         params: TensorLike | None = None,
         seed: int | None = None,
         dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
         name: str = "radial",
     ):
         parameters = dict(locals())
         self._parts = [(dims,), (), ()]
-        super().__init__(
-            dims,
-            params,
-            lambda generator: (generator.normal(size=dims), 0.0, 0.0),
-            seed,
-            dtype,
-            validate_args,
-            parameters,
-            name,
-        )
+        super().__init__(dims, params, lambda generator: (generator.normal(size=dims), 0.0, 0.0), seed, dtype, parameters, name)
 
     @staticmethod
     def num_params(dims: int) -> int:

@@ -13,7 +13,8 @@ import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
-from tfp_dimflows.bijectors import base, per_dimension
+from tfp_dimflows.bijectors import walk
+from tfp_dimflows.bijectors.probes import without_probes
 from tfp_dimflows.upstream import control_flow_util, gen_xla_ops, op_def_registry, ops
 
 # Operations with a state that a second evaluation finds as it was, and leaves so.
@@ -73,7 +74,7 @@ def value_and_log_det(
         result, log_dets = value, []
         for bijector, kwargs, ndims in steps(given):
             with _repeated(name, bijector):
-                result, log_det = _fused(direction)(bijector, result, ndims, **kwargs)
+                result, log_det = walk.value_and_log_det(bijector, result, direction, ndims, kwargs)
             log_dets.append(log_det)
 
         def gradient(*upstream: tf.Tensor, variables: Sequence[tf.Variable] = ()) -> Any:
@@ -158,15 +159,11 @@ def again(bijector: Any, result: Any, event_ndims: Any, direction: str, kwargs: 
     """
     with tape.stop_recording():
         result_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
-        argument, _ = _fused(per_dimension._opposite(direction))(bijector, result, result_ndims, **kwargs)
+        argument, _ = walk.value_and_log_det(bijector, result, walk.opposite(direction), result_ndims, kwargs)
     parts = tf.nest.flatten(argument)
     tape.watch(parts)
-    once_more = _fused(direction)(bijector, argument, event_ndims, **kwargs)
+    once_more = walk.value_and_log_det(bijector, argument, direction, event_ndims, kwargs)
     return Again(parts, lambda parts: tf.nest.pack_sequence_as(argument, parts), *once_more)
-
-
-def _fused(direction: str) -> Callable:
-    return getattr(per_dimension, f"{direction}_and_log_det")
 
 
 def after(values: Sequence[tf.Tensor], others: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -187,7 +184,7 @@ def _repeated(name: str, bijector: tfb.Bijector) -> Iterator[None]:
     """Context of an evaluation that is made twice. Raises if the second would differ from the first, or have an effect."""
     graph = tf.compat.v1.get_default_graph()
     num_operations = len(graph.get_operations())
-    with base.without_probes():
+    with without_probes():
         yield
     nodes = (op.node_def for op in graph.get_operations()[num_operations:] if op_def_registry.get(op.type).is_stateful)
     layers = [part for layer in keras_bridge.collect(bijector).layers for part in layer._flatten_layers()]

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.upstream import prefer_static as ps
 
 ORDERS = ("channel_major", "position_major")
@@ -26,7 +27,6 @@ class Squeeze(base.FlowBijector):
     Args:
       factor: side of the block.
       order: `"channel_major"` or `"position_major"`.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -38,7 +38,7 @@ class Squeeze(base.FlowBijector):
     array([[[0., 1., 2., 3.]]], dtype=float32)
     """
 
-    def __init__(self, factor: int = 2, order: str = "channel_major", validate_args: bool = False, name: str = "squeeze"):
+    def __init__(self, factor: int = 2, order: str = "channel_major", name: str = "squeeze"):
         parameters = dict(locals())
         if order not in ORDERS:
             raise ValueError(f"Squeeze: got order={order!r}, needs one of {ORDERS}")
@@ -46,23 +46,17 @@ class Squeeze(base.FlowBijector):
             raise ValueError(f"Squeeze: got factor={factor!r}, needs a positive integer")
         self._factor = factor
         self._order = order
-        super().__init__(
-            forward_min_event_ndims=3,
-            is_constant_jacobian=True,
-            validate_args=validate_args,
-            parameters=parameters,
-            name=name,
-        )
+        super().__init__(forward_min_event_ndims=3, is_constant_jacobian=True, parameters=parameters, name=name)
 
     @property
     def _is_permutation(self) -> bool:
         return True
 
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._transport_inverse(y), tf.zeros([], base.log_det_dtype(y.dtype))
+        return self._transport_inverse(y), tf.zeros([], log_det_dtype(y.dtype))
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._transport_forward(x), tf.zeros([], base.log_det_dtype(x.dtype))
+        return self._transport_forward(x), tf.zeros([], log_det_dtype(x.dtype))
 
     def _transport_inverse(self, y: tf.Tensor) -> tf.Tensor:
         f = self._factor
@@ -120,6 +114,21 @@ class Squeeze(base.FlowBijector):
 def _transpose_event(x: tf.Tensor, order: Sequence[int]) -> tf.Tensor:
     batch_rank = x.shape.rank - len(order)
     return tf.transpose(x, [*range(batch_rank), *(batch_rank + i for i in order)])
+
+
+def flatten(value: tf.Tensor, event_ndims: int) -> tf.Tensor:
+    """Events of a static shape as vectors."""
+    if event_ndims == 1:
+        return value
+    size = value.shape[value.shape.rank - event_ndims :].num_elements()
+    return tf.reshape(value, ps.concat([ps.shape(value)[: value.shape.rank - event_ndims], [size]], axis=0))
+
+
+def unflatten(value: tf.Tensor, event_shape: Sequence[int]) -> tf.Tensor:
+    """Vectors as events of a shape."""
+    if len(event_shape) == 1:
+        return value
+    return tf.reshape(value, ps.concat([ps.shape(value)[:-1], event_shape], axis=0))
 
 
 def permute_last(x: tf.Tensor, permutation: np.ndarray | tf.Tensor) -> tf.Tensor:

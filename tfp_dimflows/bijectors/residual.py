@@ -9,6 +9,8 @@ from tensorflow.types.experimental import TensorLike
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import base, implicit, recompute
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
+from tfp_dimflows.bijectors.probes import probe_seed
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import record, samplers
 
@@ -39,9 +41,9 @@ class InvertibleResidual(base.FlowBijector):
       network: the branch g: values of one batch axis (and a condition, see `AffineCoupling`) to values of the same shape.
       log_det: `ExactLogDet()`, `PowerSeries(...)` or `RussianRoulette(...)`.
       event_ndims: 1 for vectors, 3 for images.
-      memory_saving: evaluates the branch once more for the gradients instead of keeping its activations; needs a
-        `RussianRoulette`. The gradients are the same, for any weights of the examples, if the branch does not depend on
-        Keras's training flag (no dropout, no batch normalisation).
+      memory: `"keep"` the branch's activations for the gradients, or `"recompute"` them by one more evaluation of the branch,
+        which needs a `RussianRoulette`. The gradients are the same, for any weights of the examples, if the branch does not
+        depend on Keras's training flag (no dropout, no batch normalisation).
       tolerance: the fixed point is reached when no value changes by more than this, absolutely or relatively; None: 1e-6, for
         64 bits 1e-12, for a branch in half precision 0.01 (bfloat16: 0.1).
       max_iterations: how often to try.
@@ -50,7 +52,7 @@ class InvertibleResidual(base.FlowBijector):
       name: the name of the operations.
 
     Raises:
-      ValueError: for `memory_saving` with another log-det, or a branch that changes the shape.
+      ValueError: for another `memory`, for `"recompute"` with another log-det, or a branch that changes the shape.
       InvalidArgumentError: if the fixed point is not reached, or `ExactLogDet` finds no logarithm. Under XLA such events
         become NaN.
 
@@ -74,16 +76,17 @@ class InvertibleResidual(base.FlowBijector):
         network: Callable[..., tf.Tensor],
         log_det: "LogDetEstimator",
         event_ndims: int = 1,
-        memory_saving: bool = False,
+        memory: str = "keep",
         tolerance: float | None = None,
         max_iterations: int = 1000,
         validate_args: bool = False,
         name: str = "invertible_residual",
     ):
         parameters = dict(locals())
-        if memory_saving and not isinstance(log_det, RussianRoulette):
-            raise ValueError(f"InvertibleResidual: got memory_saving with {type(log_det).__name__}, needs a RussianRoulette")
-        self._memory_saving = memory_saving
+        self._memory = recompute.checked_memory(memory, "InvertibleResidual")
+        if memory == "recompute" and not isinstance(log_det, RussianRoulette):
+            kind = type(log_det).__name__
+            raise ValueError(f"InvertibleResidual: got memory='recompute' with {kind}, needs a RussianRoulette")
         self._network = keras_bridge.Network(network)
         self._log_det = log_det
         self._event_ndims = base.event_ndims_static(event_ndims, "InvertibleResidual")
@@ -97,7 +100,8 @@ class InvertibleResidual(base.FlowBijector):
         return self._network
 
     @property
-    def _uses_condition(self) -> bool:
+    def uses_condition(self) -> bool:
+        """Whether the network takes a condition."""
         return self._network.accepts_condition
 
     def _branch(self, y: tf.Tensor, condition: Any) -> tf.Tensor:
@@ -123,8 +127,8 @@ class InvertibleResidual(base.FlowBijector):
         return g, checked
 
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        value = tf.cast(y, base.log_det_dtype(y.dtype))
-        if self._memory_saving and isinstance(self._log_det, RussianRoulette):
+        value = tf.cast(y, log_det_dtype(y.dtype))
+        if self._memory == "recompute" and isinstance(self._log_det, RussianRoulette):
             g, log_det = self._recomputed(self._log_det, value, condition)
         else:
             g, vjp = self._with_vjp(value, condition)
@@ -162,7 +166,7 @@ class InvertibleResidual(base.FlowBijector):
         return block(y, *leaves)
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        y = self._solve(tf.cast(x, base.log_det_dtype(x.dtype)), condition)
+        y = self._solve(tf.cast(x, log_det_dtype(x.dtype)), condition)
         _, vjp = self._with_vjp(y, condition)
         return tf.cast(y, x.dtype), -self._log_det.per_dim(vjp, y, self._event_ndims)
 
@@ -288,7 +292,7 @@ class PowerSeries:
     def per_dim(self, vjp: Vjp, y: tf.Tensor, event_ndims: int) -> tf.Tensor:
         """Estimate of the diagonal of log(I + J), of the shape of `y`."""
         total = 0.0
-        for seed in samplers.split_seed(base.probe_seed(self.seed), n=self.num_probes, salt="power_series"):
+        for seed in samplers.split_seed(probe_seed(self.seed), n=self.num_probes, salt="power_series"):
             v = w = samplers.normal(ps.shape(y), dtype=y.dtype, seed=seed)
             for k in range(1, self.num_terms + 1):
                 w = vjp(w)
@@ -367,7 +371,7 @@ class RussianRoulette:
 
     def estimate(self, vjp: Vjp, y: tf.Tensor) -> tuple[tf.Tensor, list[tuple[tf.Tensor, tf.Tensor]]]:
         """The value without gradients, and for each probe its Neumann series v^T (I - J + J^2 ...) and itself."""
-        seeds = samplers.split_seed(base.probe_seed(self.seed), n=2 * self.num_probes, salt="russian_roulette")
+        seeds = samplers.split_seed(probe_seed(self.seed), n=2 * self.num_probes, salt="russian_roulette")
         seeds = tf.unstack(seeds)
         values, probes = zip(*(self._series(vjp, y, *pair) for pair in zip(seeds[::2], seeds[1::2])))
         return sum(values) / self.num_probes, list(probes)

@@ -15,11 +15,14 @@ import tf_keras
 from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows import keras_bridge
-from tfp_dimflows.bijectors import base, chain, per_dimension, recompute
+from tfp_dimflows.bijectors import base, chain, recompute
+from tfp_dimflows.bijectors.conditions import condition_kwargs, uses_condition
+from tfp_dimflows.bijectors.log_dets import log_det_dtype, sum_event
+from tfp_dimflows.bijectors.walk import Walk, value_and_log_det
 from tfp_dimflows.upstream import control_flow_util
 
 
-class Scan(base.FlowBijector):
+class Scan(base.Composite):
     """Composition of bijectors that differ only in the values of their variables, `forward(x) = b_0(b_1(... b_n(x)))`.
 
     Each of their variables is one here, with a leading axis for its values in b_0 to b_n, so that an optimizer has as many to
@@ -38,7 +41,6 @@ class Scan(base.FlowBijector):
       length: how many there are, n + 1.
       memory: `"keep"` or `"recompute"` what the gradients need, as in `Chain`; the second keeps the result of one bijector,
         whatever the length.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -53,14 +55,7 @@ class Scan(base.FlowBijector):
     array([1., 2., 3.], dtype=float32)
     """
 
-    def __init__(
-        self,
-        make: Callable[[int], tfb.Bijector],
-        length: int,
-        memory: str = "keep",
-        validate_args: bool = False,
-        name: str = "scan",
-    ):
+    def __init__(self, make: Callable[[int], tfb.Bijector], length: int, memory: str = "keep", name: str = "scan"):
         parameters = dict(locals())
         if not isinstance(length, (int, np.integer)) or length < 1:
             raise ValueError(f"{name}: got length={length!r}, needs a positive integer")
@@ -74,7 +69,6 @@ class Scan(base.FlowBijector):
             inverse_min_event_ndims=made[0].inverse_min_event_ndims,
             dtype=made[0].dtype,
             is_constant_jacobian=made[0].is_constant_jacobian,
-            validate_args=validate_args,
             parameters=parameters,
             name=name,
         )
@@ -91,8 +85,9 @@ class Scan(base.FlowBijector):
             return parts.bijectors
 
     @property
-    def _uses_condition(self) -> bool:
-        return bool(per_dimension.condition_kwargs(self._template.bijector, True))
+    def uses_condition(self) -> bool:
+        """Whether each bijector can use a condition."""
+        return uses_condition(self._template.bijector)
 
     def _at(self, values: Sequence[Any]) -> tfb.Bijector:
         """The bijector with these values in the place of those that are stacked."""
@@ -115,36 +110,22 @@ class Scan(base.FlowBijector):
                 if isinstance(stack, tf.Variable):
                     stack.assign(tf.stack(column))
 
-    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def _walk_forward(self, x: Walk, condition: Any) -> Walk:
         with self._one_by_one() as parts:
-            return parts._forward_and_log_det_per_dim(x, condition)
+            return x.forward(parts, condition)
 
-    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def _walk_inverse(self, y: Walk, condition: Any) -> Walk:
         with self._one_by_one() as parts:
-            return parts._inverse_and_log_det_per_dim(y, condition)
-
-    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
-        with self._one_by_one() as parts:
-            return parts._transport_forward(per_dim)
-
-    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
-        with self._one_by_one() as parts:
-            return parts._transport_inverse(per_dim)
+            return y.inverse(parts, condition)
 
     # In a loop.
 
-    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._total(x, condition, event_ndims, "forward")
-
-    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        return self._total(y, condition, event_ndims, "inverse")
-
-    def _total(self, value: tf.Tensor, condition: Any, event_ndims: int, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
+    def _summed(self, value: tf.Tensor, condition: Any, event_ndims: int, direction: str) -> tuple[tf.Tensor, tf.Tensor]:
         graph = tf.compat.v1.get_default_graph()
         # XLA's convolutions in a loop are slow on a CPU.
         if tf.executing_eagerly() or control_flow_util.GraphOrParentsInXlaContext(graph):
             with self._one_by_one(self._memory) as parts:
-                return getattr(parts, f"_{direction}_and_log_det")(value, condition, event_ndims)
+                return value_and_log_det(parts, value, direction, event_ndims, condition_kwargs(parts, condition))
         rows = self._rows([tf.convert_to_tensor(stack) for stack in self._stacked if isinstance(stack, tf.Variable)])
         if self._memory == "keep":
             return self._loop(value, rows, condition, event_ndims, direction)
@@ -172,7 +153,7 @@ class Scan(base.FlowBijector):
     def _steps(self, values: Sequence[Any], condition: Any, event_ndims: int, direction: str) -> list[tuple]:
         """The parts of a bijector in this direction, each with its keyword arguments and the event axes of its argument."""
         parts, steps = chain.Chain([self._at(values)]), []
-        for bijector, kwargs in parts._all_parts(parts._route(condition, {}), direction):
+        for bijector, kwargs in parts.all_parts(condition, direction):
             steps.append((bijector, kwargs, event_ndims))
             event_ndims = getattr(bijector, f"{direction}_event_ndims")(event_ndims)
         return steps
@@ -192,14 +173,14 @@ class Scan(base.FlowBijector):
         def body(step: tf.Tensor, value: tf.Tensor, total: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             values = self._values(arrays, self._place(step, direction))
             for bijector, kwargs, ndims in self._steps(values, condition, event_ndims, direction):
-                value, log_det = getattr(per_dimension, f"{direction}_and_log_det")(bijector, value, ndims, **kwargs)
+                value, log_det = value_and_log_det(bijector, value, direction, ndims, kwargs)
                 total = total + log_det
             if not value.shape.is_compatible_with(shape):
                 raise ValueError(f"{self.name}: got a bijector from shape {shape} to {value.shape}, needs one that keeps it")
             value.set_shape(shape)
             return step + 1, value, total
 
-        total = base.sum_event(tf.zeros([], base.log_det_dtype(value.dtype)), value, event_ndims)
+        total = sum_event(tf.zeros([], log_det_dtype(value.dtype)), value, event_ndims)
         return self._while(body, [value, total])
 
     def _recomputed(

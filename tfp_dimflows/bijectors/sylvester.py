@@ -52,7 +52,6 @@ class Sylvester(Parametric):
       reverse: whether Q of `"triangular"` reverses the dimensions.
       seed: integer seed of the initial values of trainable parameters; None: one from NumPy's global generator.
       dtype: dtype of trainable parameters.
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -78,7 +77,6 @@ class Sylvester(Parametric):
         reverse: bool = False,
         seed: int | None = None,
         dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
         name: str = "sylvester",
     ):
         parameters = dict(locals())
@@ -91,7 +89,7 @@ class Sylvester(Parametric):
             matrices, vectors = self._parts[:3], self._parts[3]
             return *(0.1 * generator.normal(size=shape) for shape in matrices), generator.normal(size=vectors)
 
-        super().__init__(dims, params, initial, seed, dtype, validate_args, parameters, name)
+        super().__init__(dims, params, initial, seed, dtype, parameters, name)
 
     @staticmethod
     def num_params(dims: int, variant: str = "orthogonal", num_columns: int | None = None, num_reflections: int = 8) -> int:

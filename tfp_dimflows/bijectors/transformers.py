@@ -9,12 +9,14 @@ from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.keras_bridge import variables_of
+from tfp_dimflows.renamed import renamed
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import tensor_util
 
-LOG_SCALES = ("tanh", "sigmoid", "exp")
+SCALES = ("tanh", "sigmoid", "exp")
 
 
 class TransformerLike(Protocol):
@@ -80,7 +82,7 @@ def unpack(params: tf.Tensor, value: tf.Tensor, params_per_dim: int, name: str) 
             f"{value.shape}, needs {params_per_dim} per entry: a last axis of {expected}"
         )
     shape = ps.concat([ps.shape(params)[:-1], [value.shape[-1], params_per_dim]], axis=0)
-    return tf.cast(tf.reshape(params, shape), base.log_det_dtype(value.dtype))
+    return tf.cast(tf.reshape(params, shape), log_det_dtype(value.dtype))
 
 
 class Additive(Transformer):
@@ -99,12 +101,12 @@ class Additive(Transformer):
 class Affine(Transformer):
     """Elementwise shift and bounded scale, from data to latent `z = (x + t) * exp(s)`; parameters (t, raw).
 
-    * `log_scale="tanh"`: s = g tanh(raw), with one trainable gain g (RealNVP),
-    * `log_scale="sigmoid"`: exp(s) = sigmoid(raw + 2), at most 1 (Glow),
-    * `log_scale="exp"`: s = raw, unbounded.
+    * `scale="tanh"`: s = g tanh(raw), with one trainable gain g (RealNVP),
+    * `scale="sigmoid"`: exp(s) = sigmoid(raw + 2), at most 1 (Glow),
+    * `scale="exp"`: s = raw, unbounded.
 
     Args:
-      log_scale: `"tanh"`, `"sigmoid"` or `"exp"`.
+      scale: `"tanh"`, `"sigmoid"` or `"exp"`.
       initial_gain: initial value of g (RealNVP: 0 in checkerboard couplings, 1 in channel couplings).
       dtype: dtype of g.
 
@@ -114,19 +116,20 @@ class Affine(Transformer):
     array([0.5], dtype=float32)
     """
 
-    def __init__(self, log_scale: str = "tanh", initial_gain: float = 1.0, dtype: tf.DType = tf.float32):
-        if log_scale not in LOG_SCALES:
-            raise ValueError(f"Affine: got log_scale={log_scale!r}, needs one of {LOG_SCALES}")
+    @renamed(log_scale="scale")
+    def __init__(self, scale: str = "tanh", initial_gain: float = 1.0, dtype: tf.DType = tf.float32):
+        if scale not in SCALES:
+            raise ValueError(f"Affine: got scale={scale!r}, needs one of {SCALES}")
         super().__init__(self._bijector, params_per_dim=2)
-        self._log_scale = log_scale
-        if log_scale == "tanh":
+        self._scale = scale
+        if scale == "tanh":
             self.gain = tf.Variable(initial_gain, dtype=dtype, name="gain")
 
     def _bijector(self, params: tf.Tensor) -> tfb.Bijector:
         shift, raw = tf.unstack(params, axis=-1)
-        if self._log_scale == "tanh":
+        if self._scale == "tanh":
             log_scale = tf.cast(self.gain, raw.dtype) * tf.tanh(raw)
-        elif self._log_scale == "sigmoid":
+        elif self._scale == "sigmoid":
             log_scale = tf.math.log_sigmoid(raw + 2.0)
         else:
             log_scale = raw
@@ -263,13 +266,13 @@ class ElementwiseAffine(base.FlowBijector):
     def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         x = y + tf.cast(self._shift, y.dtype)
         if self._log_scale is None:
-            return x, tf.zeros([], base.log_det_dtype(y.dtype))
+            return x, tf.zeros([], log_det_dtype(y.dtype))
         log_scale = tf.convert_to_tensor(self._log_scale)
         return x * tf.cast(tf.exp(log_scale), y.dtype), log_scale
 
     def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
         shift = tf.cast(self._shift, x.dtype)
         if self._log_scale is None:
-            return x - shift, tf.zeros([], base.log_det_dtype(x.dtype))
+            return x - shift, tf.zeros([], log_det_dtype(x.dtype))
         log_scale = tf.convert_to_tensor(self._log_scale)
         return x * tf.cast(tf.exp(-log_scale), x.dtype) - shift, -log_scale

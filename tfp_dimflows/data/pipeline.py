@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfp_dimflows.renamed import renamed
+
 _DEFAULT_DATA_DIR = "~/tensorflow_datasets"
 _CELEB_A_CROP = (40, 15, 148, 148)
 _SHUFFLE_BUFFER = 10_000
@@ -25,22 +27,23 @@ class DatasetInfo:
     Attributes:
       name: the dataset's TFDS name, or a folder's absolute path.
       event_shape: `(height, width, channels)` of one image, after crop and resize.
-      levels: number of grey levels per channel, the images' values being `0 .. levels - 1`.
+      grey_levels: number of grey levels per channel, the images' values being `0 .. grey_levels - 1`.
       splits: number of images in each split.
     """
 
     name: str
     event_shape: tuple[int, int, int]
-    levels: int
+    grey_levels: int
     splits: dict[str, int]
 
 
+@renamed(levels="grey_levels")
 def info(
     name: str | os.PathLike[str],
     *,
     image_size: int | tuple[int, int] | None = None,
     crop: tuple[int, int, int, int] | None = None,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> DatasetInfo:
     """Describes a dataset as `load` would deliver it, without reading its images.
@@ -51,7 +54,7 @@ def info(
       name: as in `load`.
       image_size: as in `load`.
       crop: as in `load`.
-      levels: as in `load`.
+      grey_levels: as in `load`.
       data_dir: as in `load`.
 
     Returns:
@@ -66,13 +69,14 @@ def info(
 
     >>> import tfp_dimflows as dimflows
     >>> dimflows.data.info("digits")
-    DatasetInfo(name='digits', event_shape=(8, 8, 1), levels=17, splits={'train': 1437, 'test': 360})
+    DatasetInfo(name='digits', event_shape=(8, 8, 1), grey_levels=17, splits={'train': 1437, 'test': 360})
     """
-    source = _open_source(name, image_size, crop, levels, data_dir)
+    source = _open_source(name, image_size, crop, grey_levels, data_dir)
     splits = {split: split_info.num_examples for split, split_info in source.builder.info.splits.items()}
-    return DatasetInfo(source.name, source.event_shape, source.levels, splits)
+    return DatasetInfo(source.name, source.event_shape, source.grey_levels, splits)
 
 
+@renamed(levels="grey_levels")
 def load(
     name: str | os.PathLike[str],
     split: str = "train",
@@ -80,7 +84,7 @@ def load(
     batch_size: int,
     image_size: int | tuple[int, int] | None = None,
     crop: tuple[int, int, int, int] | None = None,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     flips: bool = False,
     shuffle: bool | None = None,
     seed: int = 0,
@@ -107,8 +111,8 @@ def load(
         shrinking, rounded back to integers.
       crop: `(top, left, height, width)` of the part to keep. `celeb_a` has the usual square around the face (rows 40
         to 187, columns 15 to 162) as its default when `image_size` is given.
-      levels: number n of grey levels, default the dataset's own N (256, or 17 for `digits`). Must divide N; a value
-        x becomes `x // (N // n)`, so that `levels=32` keeps the 5 most significant of 8 bits.
+      grey_levels: number n of grey levels, default the dataset's own N (256, or 17 for `digits`). Must divide N; a value
+        x becomes `x // (N // n)`, so that `grey_levels=32` keeps the 5 most significant of 8 bits.
       flips: mirrors each image left to right with probability one half.
       shuffle: shuffles anew in each iteration, default for splits that start with "train". The shuffle buffer holds
         10,000 images in their compressed form; with `repeat`, blocks of 10,000 are shuffled one after the other.
@@ -123,13 +127,13 @@ def load(
 
     Returns:
       A prefetching `tf.data.Dataset` of uint8 tensors `[batch_size, height, width, channels]` with values in
-      `0 .. levels - 1`; one channel for grey images.
+      `0 .. grey_levels - 1`; one channel for grey images.
 
     Raises:
       FileNotFoundError: if the dataset or folder is unknown, or is not in `data_dir` and cannot be prepared there.
       ImportError: if an embedded dataset must be prepared and scikit-learn is missing.
       ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
-        and `image_size` is missing; if the crop leaves the image, `levels` does not divide the dataset's own, or
+        and `image_size` is missing; if the crop leaves the image, `grey_levels` does not divide the dataset's own, or
         dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
         of another size (without `image_size`), or colour images after a grey one.
 
@@ -144,7 +148,7 @@ def load(
     """
     import tensorflow_datasets as tfds
 
-    source = _open_source(name, image_size, crop, levels, data_dir)
+    source = _open_source(name, image_size, crop, grey_levels, data_dir)
     num_images = _num_images(source, split)
     is_train = split.startswith("train")
     shuffle = is_train if shuffle is None else shuffle
@@ -215,24 +219,24 @@ class _Source:
     name: str
     builder: Any
     image_key: str
-    own_levels: int
+    own_grey_levels: int
     crop: tuple[int, int, int, int] | None
     event_shape: tuple[int, int, int]
-    levels: int
+    grey_levels: int
 
     def decode(self, encoded: tf.Tensor) -> tf.Tensor:
-        """Decodes one stored image and brings it to `event_shape` and `levels`."""
+        """Decodes one stored image and brings it to `event_shape` and `grey_levels`."""
         image = self.builder.info.features[self.image_key].decode_example(encoded)
         if self.crop is not None:
             image = tf.image.crop_to_bounding_box(image, *self.crop)
         if image.shape != self.event_shape:
             resized = tf.image.resize(image, self.event_shape[:2], method="bilinear", antialias=True)
             image = tf.cast(tf.round(resized), image.dtype)
-        image //= self.own_levels // self.levels
+        image //= self.own_grey_levels // self.grey_levels
         tf.debugging.assert_less(
             tf.cast(tf.reduce_max(image), tf.int32),
-            self.levels,
-            message=f"Dataset {self.name!r} has an image value outside its {self.levels} levels.",
+            self.grey_levels,
+            message=f"Dataset {self.name!r} has an image value outside its {self.grey_levels} levels.",
         )
         return image
 
@@ -241,7 +245,7 @@ def _open_source(
     name: str | os.PathLike[str],
     image_size: int | tuple[int, int] | None,
     crop: tuple[int, int, int, int] | None,
-    levels: int | None,
+    grey_levels: int | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> _Source:
     from tfp_dimflows.data import embedded
@@ -258,15 +262,15 @@ def _open_source(
     is_made_here = folder is not None or builder.name in embedded.BUILDERS
     if is_made_here and not builder.data_path.exists() and not _is_writable(directory):
         builder = make(os.path.expanduser(_DEFAULT_DATA_DIR))
-    own_levels = embedded.BUILDERS[builder.name].LEVELS if builder.name in embedded.BUILDERS else 256
-    levels = own_levels if levels is None else levels
-    if levels < 2 or own_levels % levels:
-        raise ValueError(f"Dataset {name!r} has {own_levels} levels, which levels={levels} does not divide.")
+    own_grey_levels = embedded.BUILDERS[builder.name].LEVELS if builder.name in embedded.BUILDERS else 256
+    grey_levels = own_grey_levels if grey_levels is None else grey_levels
+    if grey_levels < 2 or own_grey_levels % grey_levels:
+        raise ValueError(f"Dataset {name!r} has {own_grey_levels} levels, which grey_levels={grey_levels} does not divide.")
     if builder.name == "celeb_a" and image_size is not None and crop is None:
         crop = _CELEB_A_CROP
     image_key = _image_key(name, builder)
     event_shape = _event_shape(name, builder.info.features[image_key].shape, crop, image_size)
-    return _Source(name, _prepare(name, builder, make), image_key, own_levels, crop, event_shape, levels)
+    return _Source(name, _prepare(name, builder, make), image_key, own_grey_levels, crop, event_shape, grey_levels)
 
 
 def _as_folder(name: str | os.PathLike[str]) -> pathlib.Path | None:

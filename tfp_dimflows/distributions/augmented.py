@@ -26,8 +26,6 @@ class Augmented(VariationalDistribution):
         `TransformedDistribution` for `encode` and `decode`.
       num_extra: number of extra dimensions (vectors) or channels (images).
       num_samples: default number of noise samples of `log_prob`.
-      validate_args: as in `tfd.Distribution`.
-      allow_nan_stats: as in `tfd.Distribution`.
       name: the name of the operations.
 
     Raises:
@@ -45,15 +43,7 @@ class Augmented(VariationalDistribution):
     (TensorShape([1]), True)
     """
 
-    def __init__(
-        self,
-        distribution: tfd.Distribution,
-        num_extra: int,
-        num_samples: int = 1,
-        validate_args: bool = False,
-        allow_nan_stats: bool = True,
-        name: str = "Augmented",
-    ):
+    def __init__(self, distribution: tfd.Distribution, num_extra: int, num_samples: int = 1, name: str = "Augmented"):
         parameters = dict(locals())
         shape = distribution.event_shape
         if not isinstance(num_extra, int) or num_extra < 1:
@@ -68,8 +58,6 @@ class Augmented(VariationalDistribution):
             event_shape=[*shape[:-1], shape[-1] - num_extra],
             dtype=distribution.dtype,
             num_samples=num_samples,
-            validate_args=validate_args,
-            allow_nan_stats=allow_nan_stats,
             parameters=parameters,
             name=name,
         )

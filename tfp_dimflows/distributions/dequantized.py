@@ -11,6 +11,7 @@ from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.variational import VariationalDistribution
+from tfp_dimflows.renamed import new_names
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
 
@@ -28,13 +29,12 @@ class Dequantized(VariationalDistribution):
 
     Args:
       distribution: continuous distribution over events in [0, n)^D.
-      levels: number n of grey levels.
+      grey_levels: number n of grey levels.
       noise: bijector from standard normal noise of the event's shape to u in (0, 1), given the integer event (as floats) as
         condition; None: uniform noise.
       num_samples: default number of noise samples of `log_prob`.
-      validate_args: as in `tfd.Distribution`.
-      allow_nan_stats: as in `tfd.Distribution`.
       name: the name of the operations.
+      levels: the old name of `grey_levels`.
 
     Raises:
       ValueError: (eagerly; `InvalidArgumentError` in a graph, not checked under XLA) if values are not numbers 0 ... n - 1.
@@ -42,38 +42,34 @@ class Dequantized(VariationalDistribution):
     #### Example
 
     >>> uniform = tfd.Independent(tfd.Uniform(tf.zeros([4]), 8.0), 1)
-    >>> dfd.Dequantized(uniform, levels=8).bits_per_dim([[0, 7, 3, 2]]).numpy()
+    >>> dfd.Dequantized(uniform, grey_levels=8).bits_per_dim([[0, 7, 3, 2]]).numpy()
     array([3.], dtype=float32)
     """
 
     def __init__(
         self,
         distribution: tfd.Distribution,
-        levels: int = 256,
+        grey_levels: int = 256,
         noise: tfb.Bijector | None = None,
         num_samples: int = 1,
-        validate_args: bool = False,
-        allow_nan_stats: bool = True,
         name: str = "Dequantized",
+        levels: int | None = None,
     ):
+        if levels is not None:
+            grey_levels = new_names("Dequantized", {"levels": levels}, {"levels": "grey_levels"})["grey_levels"]
+            levels = None
         parameters = dict(locals())
         if not distribution.event_shape.is_fully_defined():
             raise ValueError(f"Dequantized: got a distribution with event shape {distribution.event_shape}, needs a static one")
         if distribution.batch_shape.rank != 0:
             raise ValueError(f"Dequantized: got a distribution with batch shape {distribution.batch_shape}, needs a single one")
-        if levels < 2:
-            raise ValueError(f"Dequantized: got levels={levels}, needs at least 2")
+        if grey_levels < 2:
+            raise ValueError(f"Dequantized: got grey_levels={grey_levels}, needs at least 2")
         self._distribution = distribution
-        self._levels = levels
+        self._grey_levels = grey_levels
         self._noise = noise
         super().__init__(
-            event_shape=distribution.event_shape,
-            dtype=tf.int32,
-            num_samples=num_samples,
-            validate_args=validate_args,
-            allow_nan_stats=allow_nan_stats,
-            parameters=parameters,
-            name=name,
+            event_shape=distribution.event_shape, dtype=tf.int32, num_samples=num_samples, parameters=parameters, name=name
         )
 
     @property
@@ -82,9 +78,9 @@ class Dequantized(VariationalDistribution):
         return self._distribution
 
     @property
-    def levels(self) -> int:
+    def grey_levels(self) -> int:
         """The number of grey levels."""
-        return self._levels
+        return self._grey_levels
 
     @property
     def noise(self) -> tfb.Bijector | None:
@@ -117,7 +113,7 @@ class Dequantized(VariationalDistribution):
         below_one = np.nextafter(*np.array([1, 0], x.dtype.as_numpy_dtype))
         return tf.minimum(x + u, (x + 1.0) * below_one), log_r
 
-    def _noisy(self, x: tf.Tensor, num_samples: int, seed: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def noisy(self, x: tf.Tensor, num_samples: int, seed: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Continuous events with the noise that `log_weights` takes for a seed, log r(u | x); the seed for what is below."""
         seed, seed_below = samplers.split_seed(seed, n=2, salt="dequantized")
         # Spares the networks the folding of a second batch axis.
@@ -125,7 +121,7 @@ class Dequantized(VariationalDistribution):
         return *self._dequantize(x, sample_shape, seed), seed_below
 
     def _log_weights(self, x: tf.Tensor, num_samples: int, seed: Any, **kwargs: Any) -> tf.Tensor:
-        y, log_r, seed_below = self._noisy(x, num_samples, seed)
+        y, log_r, seed_below = self.noisy(x, num_samples, seed)
         kwargs = variational.with_noise(self._distribution, kwargs, seed=seed_below)
         if num_samples == 1:
             return (self._distribution.log_prob(y, **kwargs) - log_r)[tf.newaxis]
@@ -141,24 +137,24 @@ class Dequantized(VariationalDistribution):
     def _quantize(self, y: tf.Tensor) -> tf.Tensor:
         # A barely trained flow can overflow on its way to the data, and there is no NaN among integers.
         y = tf.where(tf.math.is_nan(y), tf.zeros_like(y), tf.floor(y))
-        return tf.cast(tf.clip_by_value(y, 0.0, self._levels - 1.0), self.dtype)
+        return tf.cast(tf.clip_by_value(y, 0.0, self._grey_levels - 1.0), self.dtype)
 
     def check_values(self, x: tf.Tensor) -> None:
         """Raises a ValueError unless all values of an eager tensor are numbers 0 ... n - 1."""
         if tf.size(x) and not bool(self._inside(x)):
             low, high = tf.reduce_min(x).numpy(), tf.reduce_max(x).numpy()
-            raise ValueError(f"{self.name}: got values from {low} to {high}, needs numbers 0 to {self._levels - 1}")
+            raise ValueError(f"{self.name}: got values from {low} to {high}, needs numbers 0 to {self._grey_levels - 1}")
 
     def _inside(self, x: tf.Tensor) -> tf.Tensor:
         if not (x.dtype.is_integer or x.dtype.is_floating):
-            raise ValueError(f"{self.name}: got values of dtype {x.dtype.name}, needs numbers 0 to {self._levels - 1}")
+            raise ValueError(f"{self.name}: got values of dtype {x.dtype.name}, needs numbers 0 to {self._grey_levels - 1}")
         values = tf.cast(x, tf.float32)
-        return tf.reduce_all((values >= 0.0) & (values <= self._levels - 1.0) & (values == tf.floor(values)))
+        return tf.reduce_all((values >= 0.0) & (values <= self._grey_levels - 1.0) & (values == tf.floor(values)))
 
     def _checked(self, x: tf.Tensor) -> tf.Tensor:
         if tf.executing_eagerly():
             self.check_values(x)
             return x
-        message = f"{self.name}: got values that are not numbers 0 to {self._levels - 1}"
+        message = f"{self.name}: got values that are not numbers 0 to {self._grey_levels - 1}"
         with tf.control_dependencies([tf.debugging.Assert(self._inside(x), [message])]):
             return tf.identity(x)

@@ -44,8 +44,6 @@ class VAEPrior(VariationalDistribution):
         (`"global"`), or a function from the decoder's output to a `tfd.Distribution` over z.
       num_samples: default number of noise samples of `log_prob`.
       dtype: float type of z.
-      validate_args: as in `tfd.Distribution`.
-      allow_nan_stats: as in `tfd.Distribution`.
       name: the name of the operations.
 
     Raises:
@@ -77,8 +75,6 @@ class VAEPrior(VariationalDistribution):
         likelihood: str | Callable = "per_dimension",
         num_samples: int = 1,
         dtype: tf.DType = tf.float32,
-        validate_args: bool = False,
-        allow_nan_stats: bool = True,
         name: str = "VAEPrior",
     ):
         parameters = dict(locals())
@@ -101,15 +97,7 @@ class VAEPrior(VariationalDistribution):
                 f"VAEPrior: the encoder's output has shape {h.shape[1:]}, the Gaussian posterior needs [{2 * latent_dims}], "
                 f"{latent_dims} means and log-scales"
             )
-        super().__init__(
-            event_shape=event_shape,
-            dtype=dtype,
-            num_samples=num_samples,
-            validate_args=validate_args,
-            allow_nan_stats=allow_nan_stats,
-            parameters=parameters,
-            name=name,
-        )
+        super().__init__(event_shape=event_shape, dtype=dtype, num_samples=num_samples, parameters=parameters, name=name)
 
     @property
     def latent_dims(self) -> int:

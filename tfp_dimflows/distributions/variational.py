@@ -11,8 +11,8 @@ from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows.bijectors import per_dimension
-from tfp_dimflows.bijectors.base import probe_seed, probes_from
+from tfp_dimflows.bijectors.probes import probe_seed, probes_from
+from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
 from tfp_dimflows.upstream import prefer_static as ps
 
@@ -35,8 +35,6 @@ class VariationalDistribution(tfd.Distribution):
       event_shape: static shape of x.
       dtype: dtype of samples.
       num_samples: default number S of noise samples.
-      validate_args: as in `tfd.Distribution`.
-      allow_nan_stats: as in `tfd.Distribution`.
       parameters: the constructor's arguments, for `copy`.
       name: the name of the operations.
 
@@ -64,8 +62,6 @@ class VariationalDistribution(tfd.Distribution):
         event_shape: Sequence[int] | tf.TensorShape,
         dtype: tf.DType,
         num_samples: int = 1,
-        validate_args: bool = False,
-        allow_nan_stats: bool = True,
         parameters: dict | None = None,
         name: str = "VariationalDistribution",
     ):
@@ -76,8 +72,8 @@ class VariationalDistribution(tfd.Distribution):
         super().__init__(
             dtype=dtype,
             reparameterization_type=tfd.NOT_REPARAMETERIZED,
-            validate_args=validate_args,
-            allow_nan_stats=allow_nan_stats,
+            validate_args=False,
+            allow_nan_stats=True,
             parameters=parameters,
             name=name,
         )
@@ -193,9 +189,8 @@ def terms_of(distribution: tfd.Distribution) -> tuple[str, ...]:
 
 def push_noise(flow: tfb.Bijector, noise: tf.Tensor, condition: tf.Tensor, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
     """The image u of standard normal noise under a flow given a condition, and the log-density of u."""
-    kwargs = per_dimension.condition_kwargs(flow, condition)
-    u, fldj = per_dimension.forward_and_log_det(flow, noise, event_ndims, **kwargs)
-    return u, noise_log_prob(noise, event_ndims) - fldj
+    u = Summed(noise, event_ndims).forward(flow, condition)
+    return u.value, noise_log_prob(noise, event_ndims) - u.log_det
 
 
 def noise_log_prob(noise: tf.Tensor, event_ndims: int) -> tf.Tensor:

@@ -1,5 +1,6 @@
-"""What all conditioner networks share: their sizes, their condition and their seeds."""
+"""What all conditioner networks share: their configuration, their sizes, their condition and their seeds."""
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,20 @@ import tensorflow as tf
 from keras import ops
 
 
-class Conditioner(keras.layers.Layer):
+class Configured(keras.layers.Layer):
+    """A layer whose configuration is its constructor's arguments, which it holds as attributes of the same names."""
+
+    def get_config(self) -> dict:
+        """The constructor's arguments."""
+        names = []
+        for cls in type(self).__mro__[: type(self).__mro__.index(Configured)]:
+            parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+            names += [p.name for p in parameters if cls is type(self) or p.kind == p.KEYWORD_ONLY]
+        own = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
+        return {**super().get_config(), **own}
+
+
+class Conditioner(Configured):
     """Base of the networks `(x, condition) -> parameters`.
 
     Channels are the last axis. A subclass creates and builds all its sublayers in its constructor, with
@@ -30,16 +44,6 @@ class Conditioner(keras.layers.Layer):
         self.outputs = outputs
         self.condition_channels = condition_channels
         self.seed = seed
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "condition_channels": self.condition_channels,
-            "seed": self.seed,
-        }
 
     def _with_condition(self, x: tf.Tensor, condition: tf.Tensor | None) -> tf.Tensor:
         """Appends the condition's channels to those of `x`."""
@@ -82,6 +86,17 @@ class Conditioner(keras.layers.Layer):
         factor = height // x_height
         fits = (height, width, channels * factor**2) == (factor * x_height, factor * x_width, self.condition_channels)
         return factor if fits else None
+
+
+def _plain(value: Any) -> Any:
+    """An argument as Keras's configurations have it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, keras.initializers.Initializer):
+        return keras.initializers.serialize(value)
+    return keras.activations.serialize(value) if callable(value) else value
 
 
 def _matches(tensor: tf.Tensor, shape: tuple[int | None, ...]) -> bool:

@@ -66,20 +66,20 @@ class WaveNet(Conditioner):
 
         h_0 = E (x, one entry later)
         g_k = gate(conv_k(h_{k-1}) + C_k condition),  conv_k causal with dilation 2^(k-1)
-        h_k = h_{k-1} + R_k g_k,  k = 1 .. num_layers
+        h_k = h_{k-1} + R_k g_k,  k = 1 .. num_blocks
         y   = V relu(U relu(sum_k S_k g_k))
 
-    An entry depends on the 1 + (kernel_size - 1) (2^num_layers - 1) entries before it.
+    An entry depends on the 1 + (kernel_size - 1) (2^num_blocks - 1) entries before it.
 
     Called as `net(x, condition)`: `x` is `[N, inputs]`, `condition` is `[N, condition_channels]` or None, the result is
     `[N, outputs]`, where the P = outputs / inputs parameters of an entry are next to each other.
-    Cost: O(N inputs num_layers kernel_size width^2).
+    Cost: O(N inputs num_blocks kernel_size width^2).
 
     Args:
       inputs: length T of the signals.
       outputs: number of parameters, T P.
       width: number of channels of the hidden layers.
-      num_layers: number of dilated convolutions; None: as many as the last entry needs to depend on all others.
+      num_blocks: number of dilated convolutions; None: as many as the last entry needs to depend on all others.
       kernel_size: number of entries that a convolution sees, at least 2.
       reverse: whether the order is from the end of the signal to its start.
       condition_channels: number of features of the condition; 0: the network takes none.
@@ -88,7 +88,7 @@ class WaveNet(Conditioner):
       **kwargs: `name`, `dtype` and `trainable`, as in `keras.layers.Layer`.
 
     Raises:
-      ValueError: if outputs is not a multiple of inputs, num_layers is less than 1 or kernel_size less than 2; when called
+      ValueError: if outputs is not a multiple of inputs, num_blocks is less than 1 or kernel_size less than 2; when called
         with an input or a condition of other sizes, or with a condition where it takes none, or with none where it needs
         one.
 
@@ -101,7 +101,7 @@ class WaveNet(Conditioner):
     >>> net = WaveNet(inputs=16, outputs=32, width=8)
     >>> net(tf.ones([5, 16])).shape
     TensorShape([5, 32])
-    >>> net.num_layers
+    >>> net.num_blocks
     4
     """
 
@@ -111,7 +111,7 @@ class WaveNet(Conditioner):
         outputs: int,
         *,
         width: int = 32,
-        num_layers: int | None = None,
+        num_blocks: int | None = None,
         kernel_size: int = 2,
         reverse: bool = False,
         condition_channels: int = 0,
@@ -122,12 +122,12 @@ class WaveNet(Conditioner):
         super().__init__(inputs, outputs, condition_channels=condition_channels, seed=seed, **kwargs)
         if kernel_size < 2:
             raise ValueError(f"{self.name}: got kernel_size={kernel_size}, needs at least 2")
-        if num_layers is None:
-            num_layers = next(n for n in itertools.count(1) if 1 + (kernel_size - 1) * (2**n - 1) >= inputs - 1)
-        if num_layers < 1:
-            raise ValueError(f"{self.name}: got num_layers={num_layers}, needs at least 1")
+        if num_blocks is None:
+            num_blocks = next(n for n in itertools.count(1) if 1 + (kernel_size - 1) * (2**n - 1) >= inputs - 1)
+        if num_blocks < 1:
+            raise ValueError(f"{self.name}: got num_blocks={num_blocks}, needs at least 1")
         self.width = width
-        self.num_layers = num_layers
+        self.num_blocks = num_blocks
         self.kernel_size = kernel_size
         self.reverse = reverse
         self.zero_init = zero_init
@@ -147,12 +147,12 @@ class WaveNet(Conditioner):
                 width,
                 kernel_size,
                 2**k,
-                last=k == num_layers - 1,
+                last=k == num_blocks - 1,
                 condition_channels=condition_channels,
                 seed=next(seeds),
                 **options,
             )
-            for k in range(num_layers)
+            for k in range(num_blocks)
         ]
         self.mix = project(width, width)
         self.last = project(width, parameters_per_entry(self), "zeros" if zero_init else None)
@@ -172,14 +172,3 @@ class WaveNet(Conditioner):
         if self.reverse:
             y = ops.flip(y, axis=1)
         return ops.reshape(y, (-1, self.outputs))
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "width": self.width,
-            "num_layers": self.num_layers,
-            "kernel_size": self.kernel_size,
-            "reverse": self.reverse,
-            "zero_init": self.zero_init,
-        }

@@ -82,6 +82,6 @@ class ConcatSquashNet(Conditioner):
 
     def get_config(self) -> dict:
         """The constructor's arguments."""
-        config = {**super().get_config(), "event_shape": list(self.event_shape), "hidden": list(self.hidden)}
-        config["activation"] = keras.activations.serialize(self.activation)
-        return {key: value for key, value in config.items() if key not in ("inputs", "outputs", "condition_channels")}
+        config = super().get_config()
+        del config["condition_channels"]  # always 1: the time
+        return config

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.keras_bridge import adapting
-from tfp_dimflows.networks.base import Conditioner, seed_stream
+from tfp_dimflows.networks.base import Conditioner, Configured, seed_stream
 
 
 def _concat_elu(x: tf.Tensor) -> tf.Tensor:
@@ -27,7 +27,7 @@ def _layer_norm(channels: int, dtype: keras.DTypePolicy) -> keras.layers.LayerNo
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class DataDependentConv2D(keras.layers.Layer):
+class DataDependentConv2D(Configured):
     """Convolution whose results get their mean and scale from data.
 
         y = conv(x, kernel) + b
@@ -115,20 +115,9 @@ class DataDependentConv2D(keras.layers.Layer):
         self.kernel.assign(self.kernel * factor)
         self.bias.assign((self.bias - mean) * factor)
 
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "kernel_size": self.kernel_size,
-            "init_scale": self.init_scale,
-            "seed": self.seed,
-        }
-
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class GatedConv2D(keras.layers.Layer):
+class GatedConv2D(Configured):
     """Residual block of two convolutions, the second one gated.
 
         c    = conv3x3(concat_elu(x)) + conv1x1(concat_elu(context))
@@ -202,20 +191,9 @@ class GatedConv2D(keras.layers.Layer):
             c = c + self.conv_context(_concat_elu(context))
         return _add_gated(x, self.conv_gate(self.drop(_concat_elu(c))))
 
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "width": self.width,
-            "context_channels": self.context_channels,
-            "gate_kernel_size": self.gate_kernel_size,
-            "dropout": self.dropout,
-            "seed": self.seed,
-        }
-
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class GatedSelfAttention(keras.layers.Layer):
+class GatedSelfAttention(Configured):
     """Residual block of multi-head attention among all pixels of an image, gated.
 
         q, k, v = conv1x1(x + position)
@@ -274,16 +252,6 @@ class GatedSelfAttention(keras.layers.Layer):
         q = q * (self.width // self.num_heads) ** -0.5
         c = ops.reshape(ops.dot_product_attention(q, k, v, scale=1.0), (-1, height, columns, self.width))
         return _add_gated(x, self.conv_gate(self.drop(c)))
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "width": self.width,
-            "num_heads": self.num_heads,
-            "dropout": self.dropout,
-            "seed": self.seed,
-        }
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -395,21 +363,9 @@ class FlowPPNet(Conditioner):
                 h = norm(attend(h, position))
         return self.conv_out(h)
 
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "image_size": None if self.image_size is None else list(self.image_size),
-            "width": self.width,
-            "num_blocks": self.num_blocks,
-            "num_heads": self.num_heads,
-            "dropout": self.dropout,
-            "attention": self.attention,
-        }
-
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class FlowPPContext(keras.layers.Layer):
+class FlowPPContext(Configured):
     """Embeds an image as the context of couplings on its column halves: of Flow++'s dequantiser and of VFlow's posterior.
 
         h = conv3x3([even columns of x, odd columns of x])
@@ -476,14 +432,3 @@ class FlowPPContext(keras.layers.Layer):
         for block in self.blocks:
             h = block(h)
         return h
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "inputs": self.inputs,
-            "width": self.width,
-            "num_blocks": self.num_blocks,
-            "dropout": self.dropout,
-            "seed": self.seed,
-        }

@@ -7,11 +7,11 @@ import tensorflow as tf
 from keras import ops
 
 from tfp_dimflows.keras_bridge import adapting
-from tfp_dimflows.networks.base import Conditioner, seed_stream
+from tfp_dimflows.networks.base import Conditioner, Configured, seed_stream
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class EdgeConv2D(keras.layers.Layer):
+class EdgeConv2D(Configured):
     """3x3 convolution that sees where the image ends ("edge bias").
 
         y = conv([pad(x), edge], kernel)
@@ -65,18 +65,9 @@ class EdgeConv2D(keras.layers.Layer):
         edge = ops.conv(edge, of_edge, padding="valid", data_format="channels_last") + shift
         return ops.conv(x, of_x, padding="same", data_format="channels_last") + edge
 
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-        }
-
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class ChannelAffine(keras.layers.Layer):
+class ChannelAffine(Configured):
     """Learned shift and scale of every channel: `y = (x + b) exp(3 s)`, at the start the identity.
 
     The 3 makes the scale learn three times as fast as the rest. The exponential is computed in the variables'
@@ -107,10 +98,6 @@ class ChannelAffine(keras.layers.Layer):
         """The kernel of a convolution followed by this layer, and the shift of its result."""
         scale = ops.cast(ops.exp(3.0 * self.log_scale), kernel.dtype)
         return kernel * scale, self.bias * scale
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {**super().get_config(), "channels": self.channels}
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -165,7 +152,7 @@ class ActNormLayer(ChannelAffine):
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class ZeroConv2D(keras.layers.Layer):
+class ZeroConv2D(Configured):
     """3x3 convolution with edge bias that starts at zero.
 
         y = (conv([pad(x), edge], kernel) + b) exp(3 s)
@@ -202,10 +189,6 @@ class ZeroConv2D(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """The convolution of `x`, shifted and scaled."""
         return self.conv(x, affine=self.affine)
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {**super().get_config(), "inputs": self.inputs, "outputs": self.outputs}
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -290,7 +273,3 @@ class GlowConvNet(Conditioner):
         kernel, shift = self.norm_2.folded(ops.convert_to_tensor(self.conv_2.kernel))
         h = ops.relu(self.conv_2.convolution_op(h, kernel) + shift)
         return self.conv_out(h)
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {**super().get_config(), "width": self.width}

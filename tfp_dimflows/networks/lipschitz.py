@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from tfp_dimflows.networks.base import seed_stream
+from tfp_dimflows.networks.base import Configured, seed_stream
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -37,7 +37,7 @@ class LipSwish(keras.layers.Layer):
         return x * ops.sigmoid(ops.softplus(self.slope) * x) / 1.1
 
 
-class _Spectral(keras.layers.Layer):
+class _Spectral(Configured):
     """Base of linear layers x -> A x + b whose operator A has a spectral norm of at most `coeff`.
 
     A = W / max(1, s / coeff) with s = u^T W v, u and v the leading singular vectors of the operator W: it is only ever shrunk.
@@ -116,11 +116,6 @@ class _Spectral(keras.layers.Layer):
         y = self._apply(ops.cast(kernel, x.dtype), x)
         return y + self.bias
 
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        own = {key: getattr(self, key) for key in ("coeff", "num_iterations", "seed")}
-        return {**super().get_config(), **own}
-
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
 class SpectralDense(_Spectral):
@@ -167,10 +162,6 @@ class SpectralDense(_Spectral):
 
     def _apply_transposed(self, kernel: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return tf.matmul(y, kernel, transpose_b=True)
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {**super().get_config(), "inputs": self.inputs, "outputs": self.outputs}
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -225,11 +216,6 @@ class SpectralConv2D(_Spectral):
 
     def _apply_transposed(self, kernel: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return tf.nn.conv2d(y, tf.transpose(kernel[::-1, ::-1], [0, 1, 3, 2]), 1, "SAME")
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        own = {key: getattr(self, key) for key in ("inputs", "outputs", "kernel_size", "image_size")}
-        return {**super().get_config(), **own}
 
 
 def lipschitz_mlp(

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from tfp_dimflows.networks.base import Conditioner, seed_stream
+from tfp_dimflows.networks.base import Conditioner, Configured, seed_stream
 
 
 def parameters_per_entry(network: Conditioner) -> int:
@@ -35,7 +35,7 @@ def _pad(image: tf.Tensor, top: int = 0, left: int = 0, right: int = 0) -> tf.Te
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class MaskedDense(keras.layers.Layer):
+class MaskedDense(Configured):
     """Fully connected layer in which an output sees only the inputs that come before it.
 
         y = x (kernel * mask) + b
@@ -88,16 +88,6 @@ class MaskedDense(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """The masked product."""
         return ops.matmul(x, self.kernel * ops.cast(self.mask, x.dtype)) + self.bias
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "input_degrees": list(self.input_degrees),
-            "output_degrees": list(self.output_degrees),
-            "strict": self.strict,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-        }
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -200,16 +190,6 @@ class MADE(Conditioner):
         for layer in hidden:
             h = self.activation(layer(h))
         return last(h)
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "hidden": list(self.hidden),
-            "ordering": list(self.ordering),
-            "activation": keras.activations.serialize(self.activation),
-            "zero_init": self.zero_init,
-        }
 
 
 class GatedBlock(keras.layers.Layer):
@@ -382,14 +362,3 @@ class PixelCNN(Conditioner):
             v, h = block(v, h, condition)
         y = self.last(ops.relu(h))
         return ops.flip(y, axis=(1, 2)) if self.reverse else y
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "width": self.width,
-            "num_blocks": self.num_blocks,
-            "kernel_size": self.kernel_size,
-            "reverse": self.reverse,
-            "zero_init": self.zero_init,
-        }

@@ -81,12 +81,3 @@ class MLP(Conditioner):
         for layer in self.dense:
             h = layer(h)
         return h
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "hidden": list(self.hidden),
-            "activation": keras.activations.serialize(self.activation),
-            "zero_init": self.zero_init,
-        }

@@ -9,11 +9,11 @@ import tensorflow as tf
 from keras import ops
 from numpy.typing import ArrayLike
 
-from tfp_dimflows.networks.base import Conditioner, seed_stream
+from tfp_dimflows.networks.base import Conditioner, Configured, seed_stream
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class WeightNormConv2D(keras.layers.Layer):
+class WeightNormConv2D(Configured):
     """Convolution whose kernel has a separate direction and length.
 
         y_o = conv(x, g_o v_o / |v_o|) + b_o  for every output channel o
@@ -98,19 +98,6 @@ class WeightNormConv2D(keras.layers.Layer):
         """The convolution of `x`."""
         y = ops.conv(x, ops.cast(self.kernel, x.dtype), padding="same", data_format="channels_last")
         return y if self.bias is None else y + self.bias
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "inputs": self.inputs,
-            "outputs": self.outputs,
-            "kernel_size": self.kernel_size,
-            "gain": self.gain,
-            "use_bias": self.use_bias,
-            "l2": self.l2,
-            "seed": self.seed,
-        }
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
@@ -228,15 +215,3 @@ class ResNet(Conditioner):
             h = h + conv_2(ops.relu(norm_2(conv_1(ops.relu(norm_1(h))))))
             total = total + skip(h)
         return self.conv_out(ops.relu(self.norm_out(total)))
-
-    def get_config(self) -> dict:
-        """The constructor's arguments."""
-        return {
-            **super().get_config(),
-            "width": self.width,
-            "num_blocks": self.num_blocks,
-            "mask": None if self.mask is None else self.mask.tolist(),
-            "batch_norm": self.batch_norm,
-            "zero_init": self.zero_init,
-            "l2": self.l2,
-        }

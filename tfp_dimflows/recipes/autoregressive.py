@@ -18,11 +18,11 @@ from tfp_dimflows.recipes.registry import recipe
 def maf(
     event_shape: Sequence[int],
     *,
-    num_layers: int = 5,
+    depth: int = 5,
     hidden: Sequence[int] | None = None,
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Masked autoregressive flow: affine layers on MADE networks, with the order reversed and an ActNorm from one to the next.
@@ -31,16 +31,16 @@ def maf(
 
     Args:
       event_shape: `[D]` or `[H, W, C]`.
-      num_layers: number of autoregressive layers.
+      depth: number of autoregressive layers.
       hidden: widths of the networks' hidden layers; None: two layers of 64 units, or of as many as there are dimensions if
         that is more.
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: for other shapes or sizes.
@@ -49,24 +49,24 @@ def maf(
 
     #### Example
 
-    >>> flow = dimflows.recipes.maf([3], num_layers=2, hidden=[8])
+    >>> flow = dimflows.recipes.maf([3], depth=2, hidden=[8])
     >>> flow.log_prob(tf.zeros([4, 3])).shape
     TensorShape([4])
     """
-    given: dict[str, Any] = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
+    given: dict[str, Any] = {"depth": depth, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
     affine = functools.partial(dfb.transformers.Affine, dtype=common.floatx())
-    return _made_flow("maf", event_shape, affine, lambda layer: layer, alpha, levels, **given)
+    return _made_flow("maf", event_shape, affine, lambda layer: layer, alpha, grey_levels, **given)
 
 
 @recipe
 def iaf(
     event_shape: Sequence[int],
     *,
-    num_layers: int = 4,
+    depth: int = 4,
     hidden: Sequence[int] | None = None,
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Inverse autoregressive flow: gated layers on MADE networks, with the order reversed and an ActNorm from one to the next.
@@ -76,16 +76,16 @@ def iaf(
 
     Args:
       event_shape: `[D]` or `[H, W, C]`.
-      num_layers: number of autoregressive layers.
+      depth: number of autoregressive layers.
       hidden: widths of the networks' hidden layers; None: two layers of 64 units, or of as many as there are dimensions if
         that is more.
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: for other shapes or sizes.
@@ -95,20 +95,20 @@ def iaf(
 
     #### Example
 
-    >>> flow = dimflows.recipes.iaf([3], num_layers=2, hidden=[8])
+    >>> flow = dimflows.recipes.iaf([3], depth=2, hidden=[8])
     >>> flow.sample(4, seed=0).shape
     TensorShape([4, 3])
     """
-    given: dict[str, Any] = {"num_layers": num_layers, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
-    return _made_flow("iaf", event_shape, dfb.transformers.Gated, tfb.Invert, alpha, levels, **given)
+    given: dict[str, Any] = {"depth": depth, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
+    return _made_flow("iaf", event_shape, dfb.transformers.Gated, tfb.Invert, alpha, grey_levels, **given)
 
 
 def made_layers(
-    dims: int, num_layers: int, hidden: Sequence[int], condition_channels: int, transformer: Callable, wrap: Callable, seed: int
+    dims: int, depth: int, hidden: Sequence[int], condition_channels: int, transformer: Callable, wrap: Callable, seed: int
 ) -> list[tfb.Bijector]:
     """Autoregressive layers with the order reversed from one to the next, each wrapped by a function."""
     layers = []
-    for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
+    for k, layer_seed in enumerate(common.seeds(seed, depth)):
         network = networks.MADE(
             dims,
             2 * dims,
@@ -127,35 +127,35 @@ def _made_flow(
     transformer: Callable[[], dfb.Transformer],
     wrap: Callable[[tfb.Bijector], tfb.Bijector],
     alpha: float,
-    levels: int | None,
+    grey_levels: int | None,
     *,
-    num_layers: int,
+    depth: int,
     hidden: Sequence[int] | None,
     condition_shape: Sequence[int] | None,
     seed: int,
 ) -> tfd.Distribution:
     shape = common.checked_event_shape(event_shape, name)
     dims = math.prod(shape)
-    common.check_sizes(name, num_layers=num_layers)
+    common.check_sizes(name, depth=depth)
     condition = common.condition_channels(name, condition_shape, (dims,))
     hidden = [max(64, dims)] * 2 if hidden is None else hidden
     common.check_sizes(name, **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
-    layers = made_layers(dims, num_layers, hidden, condition, transformer, wrap, seed)
+    layers = made_layers(dims, depth, hidden, condition, transformer, wrap, seed)
     parts = [part for layer in layers for part in (layer, dfb.ActNorm(dims, dtype=common.floatx()))]
-    return common.as_distribution(dfb.Chain([*common.from_flat(shape), *parts[:-1]]), shape, levels, common.logit(alpha))
+    return common.as_distribution(dfb.Chain([*common.from_flat(shape), *parts[:-1]]), shape, grey_levels, common.logit(alpha))
 
 
 @recipe
 def pixelcnn_flow(
     event_shape: Sequence[int],
     *,
-    num_layers: int = 2,
+    depth: int = 2,
     width: int = 32,
     num_blocks: int = 3,
     kernel_size: int = 3,
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Autoregressive flow of images: affine layers on gated PixelCNNs, with the order reversed from one to the next.
@@ -164,17 +164,17 @@ def pixelcnn_flow(
 
     Args:
       event_shape: `[H, W, C]`.
-      num_layers: number of autoregressive layers.
+      depth: number of autoregressive layers.
       width: channels of the networks' hidden layers, at least C.
       num_blocks: layers of each network.
       kernel_size: odd size of the networks' filters.
       condition_shape: shape of the condition of a conditional flow: `[n]` or `[H, W, n]`.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: for other shapes or sizes.
@@ -183,12 +183,12 @@ def pixelcnn_flow(
 
     #### Example
 
-    >>> flow = dimflows.recipes.pixelcnn_flow([4, 4, 1], num_layers=1, width=4)
+    >>> flow = dimflows.recipes.pixelcnn_flow([4, 4, 1], depth=1, width=4)
     >>> flow.log_prob(tf.zeros([2, 4, 4, 1])).shape
     TensorShape([2])
     """
     shape = common.checked_event_shape(event_shape, "pixelcnn-flow", ranks=(3,))
-    common.check_sizes("pixelcnn-flow", num_layers=num_layers, width=width, num_blocks=num_blocks, kernel_size=kernel_size)
+    common.check_sizes("pixelcnn-flow", depth=depth, width=width, num_blocks=num_blocks, kernel_size=kernel_size)
     condition = common.condition_channels("pixelcnn-flow", condition_shape, shape)
     sizes: dict[str, Any] = {
         "width": width,
@@ -197,22 +197,22 @@ def pixelcnn_flow(
         "condition_channels": condition,
     }
     layers = []
-    for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
+    for k, layer_seed in enumerate(common.seeds(seed, depth)):
         network = networks.PixelCNN(shape[-1], 2 * shape[-1], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx()), event_ndims=3))
-    return common.as_distribution(dfb.Chain([*layers, *common.from_flat(shape)]), shape, levels, common.logit(alpha))
+    return common.as_distribution(dfb.Chain([*layers, *common.from_flat(shape)]), shape, grey_levels, common.logit(alpha))
 
 
 @recipe
 def wavenet_flow(
     event_shape: Sequence[int],
     *,
-    num_layers: int = 2,
+    depth: int = 2,
     width: int = 32,
-    depth: int | None = None,
+    num_blocks: int | None = None,
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Autoregressive flow of 1-D signals: affine layers on WaveNets, with time reversed from one to the next.
@@ -221,16 +221,16 @@ def wavenet_flow(
 
     Args:
       event_shape: `[T]`, the length of a signal.
-      num_layers: number of autoregressive layers.
+      depth: number of autoregressive layers.
       width: channels of the networks' hidden layers.
-      depth: dilated convolutions of each network; None: as many as it takes to see the whole signal.
+      num_blocks: dilated convolutions of each network; None: as many as it takes to see the whole signal.
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
-      levels: number of levels of integer signals; None for continuous ones.
+      grey_levels: number of values of integer signals; None for continuous ones.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: for other shapes or sizes.
@@ -239,16 +239,16 @@ def wavenet_flow(
 
     #### Example
 
-    >>> flow = dimflows.recipes.wavenet_flow([16], num_layers=1, width=4)
+    >>> flow = dimflows.recipes.wavenet_flow([16], depth=1, width=4)
     >>> flow.log_prob(tf.zeros([2, 16])).shape
     TensorShape([2])
     """
     shape = common.checked_event_shape(event_shape, "wavenet-flow", ranks=(1,))
-    common.check_sizes("wavenet-flow", num_layers=num_layers, width=width, **({} if depth is None else {"depth": depth}))
+    common.check_sizes("wavenet-flow", depth=depth, width=width, **({} if num_blocks is None else {"num_blocks": num_blocks}))
     condition = common.condition_channels("wavenet-flow", condition_shape, shape)
-    sizes: dict[str, Any] = {"width": width, "num_layers": depth, "condition_channels": condition}
+    sizes: dict[str, Any] = {"width": width, "num_blocks": num_blocks, "condition_channels": condition}
     layers = []
-    for k, layer_seed in enumerate(common.seeds(seed, num_layers)):
+    for k, layer_seed in enumerate(common.seeds(seed, depth)):
         network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx())))
-    return common.as_distribution(dfb.Chain(layers), shape, levels, common.logit(alpha))
+    return common.as_distribution(dfb.Chain(layers), shape, grey_levels, common.logit(alpha))

@@ -94,7 +94,7 @@ def condition_channels(
 
 
 def resolve_factorization(
-    factorization: Factorization | None, event_shape: tuple[int, ...], num_scales: int, conventional: str, seed: int
+    factorization: Factorization | None, event_shape: tuple[int, ...], num_levels: int, conventional: str, seed: int
 ) -> dfb.DimensionFactorization | dfb.OnlineFactorization | None:
     """The `factorization=` argument of a recipe as a factorization, or None for a model that nothing leaves.
 
@@ -102,21 +102,21 @@ def resolve_factorization(
       factorization: `"conventional"`, `"channels"`, `"checkerboard"`, `"random"`, a `DimensionFactorization` or an
         `OnlineFactorization` (or its config), or None.
       event_shape: the event's shape.
-      num_scales: number of levels.
+      num_levels: number of levels.
       conventional: what `"conventional"` means.
       seed: integer seed of `"random"`.
 
     Raises:
       ValueError: for another value, or a factorization for another event or number of levels.
     """
-    if num_scales == 1 or factorization is None:
+    if num_levels == 1 or factorization is None:
         return None
     if factorization == "conventional":
         factorization = conventional
     if factorization == "random":
-        return dfb.DimensionFactorization.random(event_shape, num_scales, seed=seed)
+        return dfb.DimensionFactorization.random(event_shape, num_levels, seed=seed)
     if isinstance(factorization, str) and factorization in ("channels", "checkerboard"):
-        return getattr(dfb.DimensionFactorization, factorization)(event_shape, num_scales)
+        return getattr(dfb.DimensionFactorization, factorization)(event_shape, num_levels)
     if isinstance(factorization, dict):
         kind = dfb.OnlineFactorization if "initial" in factorization else dfb.DimensionFactorization
         factorization = kind.from_config(factorization)
@@ -125,28 +125,28 @@ def resolve_factorization(
             f"factorization: got {factorization!r}, needs conventional, channels, checkerboard, random, None, a "
             "DimensionFactorization or an OnlineFactorization"
         )
-    if (factorization.event_shape, factorization.num_levels) != (event_shape, num_scales):
+    if (factorization.event_shape, factorization.num_levels) != (event_shape, num_levels):
         raise ValueError(
             f"factorization: got one for events of shape {list(factorization.event_shape)} and {factorization.num_levels} "
-            f"levels, needs {list(event_shape)} and {num_scales}"
+            f"levels, needs {list(event_shape)} and {num_levels}"
         )
     return factorization
 
 
-def grid_shapes(event_shape: tuple[int, ...], num_scales: int, nothing_leaves: bool) -> list[tuple[int, ...]]:
+def grid_shapes(event_shape: tuple[int, ...], num_levels: int, nothing_leaves: bool) -> list[tuple[int, ...]]:
     """The shape of the dimensions still in the flow at the input of each level.
 
     From one level to the next an image's sides halve, and its channels double, or quadruple if nothing leaves. A vector
     keeps the larger half of its dimensions, or all.
     """
     shapes = [event_shape]
-    for _ in range(num_scales - 1):
+    for _ in range(num_levels - 1):
         *space, size = shapes[-1]
         if space:
             height, width = space
             if height % 2 or width % 2:
                 raise ValueError(
-                    f"num_scales: got {num_scales}, but level {len(shapes)} of {height} x {width} is not divisible by 2"
+                    f"num_levels: got {num_levels}, but level {len(shapes)} of {height} x {width} is not divisible by 2"
                 )
             shapes.append((height // 2, width // 2, size * (4 if nothing_leaves else 2)))
         else:
@@ -159,31 +159,31 @@ def from_flat(event_shape: tuple[int, ...]) -> list[tfb.Bijector]:
     return [tfb.Reshape(event_shape_out=event_shape, event_shape_in=[math.prod(event_shape)])] if len(event_shape) == 3 else []
 
 
-def centred(levels: int) -> tfb.Bijector:
-    """Preprocessing of values in [0, levels): from [-1/2, 1/2) to them."""
-    scale, shift = tf.constant([levels, 0.5], floatx())
+def centred(grey_levels: int) -> tfb.Bijector:
+    """Preprocessing of values in [0, grey_levels): from [-1/2, 1/2) to them."""
+    scale, shift = tf.constant([grey_levels, 0.5], floatx())
     return tfb.Chain([tfb.Scale(scale), tfb.Shift(shift)])
 
 
 def logit(alpha: float) -> Callable[[int], tfb.Bijector]:
-    """Preprocessing of values in [0, levels) by the logit, with a margin."""
+    """Preprocessing of values in [0, grey_levels) by the logit, with a margin."""
     return functools.partial(dfb.LogitPreprocess, alpha=alpha)
 
 
 def as_distribution(
     flow: tfb.Bijector,
     event_shape: tuple[int, ...],
-    levels: int | None,
+    grey_levels: int | None,
     preprocess: Callable[[int], tfb.Bijector] | None = None,
     base: tfd.Distribution | None = None,
 ) -> tfd.Distribution:
-    """The flow of `base`, or of standard normal noise: over continuous events, or over integer ones with `levels` grey levels.
+    """The flow of `base`, or of standard normal noise: over continuous events, or over integer ones of so many grey levels.
 
-    `preprocess(levels)` stands between integer events and the flow, if it is given.
+    `preprocess(grey_levels)` stands between integer events and the flow, if it is given.
     """
     if base is None:
         base = tfd.Sample(tfd.Normal(tf.zeros([], floatx()), tf.ones([], floatx())), [math.prod(event_shape)])
-    if levels is not None and preprocess is not None:
-        flow = dfb.Chain([preprocess(levels), flow])
+    if grey_levels is not None and preprocess is not None:
+        flow = dfb.Chain([preprocess(grey_levels), flow])
     distribution = tfd.TransformedDistribution(base, flow)
-    return distribution if levels is None else dfd.Dequantized(distribution, levels=levels)
+    return distribution if grey_levels is None else dfd.Dequantized(distribution, grey_levels=grey_levels)

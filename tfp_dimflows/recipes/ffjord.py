@@ -15,8 +15,8 @@ from tfp_dimflows.recipes.registry import recipe
 def ffjord(
     event_shape: Sequence[int],
     *,
-    num_scales: int = 1,
-    num_blocks: int = 1,
+    num_levels: int = 1,
+    depth: int = 1,
     hidden: Sequence[int] = (64, 64, 64),
     activation: str | None = None,
     end_time: float = 0.5,
@@ -24,7 +24,7 @@ def ffjord(
     num_steps: int | None = None,
     factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """FFJORD: levels of continuous flows, each the solution of an ordinary differential equation.
@@ -33,9 +33,9 @@ def ffjord(
     and half of the dimensions leave.
 
     Args:
-      event_shape: `[H, W, C]` whose sides are divisible by `2**(num_scales - 1)`, or `[D]`.
-      num_scales: number of levels.
-      num_blocks: continuous flows per level.
+      event_shape: `[H, W, C]` whose sides are divisible by `2**(num_levels - 1)`, or `[D]`.
+      num_levels: number of levels.
+      depth: continuous flows per level.
       hidden: widths of the networks' hidden layers.
       activation: name of a smooth Keras activation; None: tanh for vectors, softplus for images.
       end_time: the time over which the equation is solved.
@@ -44,14 +44,14 @@ def ffjord(
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: if shape, number of scales and factorization do not fit each other.
+      ValueError: if shape, number of levels and factorization do not fit each other.
 
     References: Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD", 2019.
 
@@ -62,11 +62,11 @@ def ffjord(
     TensorShape([3, 2])
     """
     shape = common.checked_event_shape(event_shape, "ffjord")
-    common.check_sizes("ffjord", num_scales=num_scales, num_blocks=num_blocks)
+    common.check_sizes("ffjord", num_levels=num_levels, depth=depth)
     is_image = len(shape) == 3
-    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
-    grids = common.grid_shapes(shape, num_scales, split is None)
-    seeds = iter(np.random.SeedSequence(seed).generate_state(num_scales * num_blocks).tolist())
+    split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
+    grids = common.grid_shapes(shape, num_levels, split is None)
+    seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * depth).tolist())
     options = {
         "event_ndims": len(shape),
         "end_time": end_time,
@@ -77,7 +77,7 @@ def ffjord(
     flow_levels = []
     for k, grid in enumerate(grids):
         parts = []
-        for _ in range(num_blocks):
+        for _ in range(depth):
             network = networks.ConcatSquashNet(
                 grid,
                 hidden=hidden,
@@ -85,7 +85,8 @@ def ffjord(
                 seed=next(seeds) % 2**31,
             )
             parts.append(dfb.ffjord(network, **options))
-        if is_image and k < num_scales - 1:
+        if is_image and k < num_levels - 1:
             parts.append(dfb.Squeeze())
         flow_levels.append(dfb.Chain(parts))
-    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, common.logit(alpha))
+    flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
+    return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))

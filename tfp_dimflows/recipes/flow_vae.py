@@ -12,8 +12,8 @@ from tfp_dimflows import bijectors as dfb
 from tfp_dimflows import distributions as dfd
 from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
-from tfp_dimflows.recipes.glow import glow_flow
-from tfp_dimflows.recipes.realnvp import realnvp_flow
+from tfp_dimflows.recipes.glow import glow
+from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import recipe
 
 
@@ -25,13 +25,13 @@ def flow_vae(
     likelihood: str = "per_dimension",
     vae_width: int = 32,
     flow: str | None = "realnvp",
-    num_scales: int = 2,
+    num_levels: int = 2,
     depth: int = 3,
     width: int = 32,
     num_blocks: int = 2,
     factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Flow-VAE: a RealNVP or Glow of images whose latent values, laid out as an image, have a VAE as prior.
@@ -47,20 +47,20 @@ def flow_vae(
         (`"global"`).
       vae_width: filters of encoder and decoder.
       flow: `"realnvp"`, `"glow"`, or None: no flow, a VAE of the preprocessed images.
-      num_scales: as in the flow's recipe.
-      depth: `num_couplings` of `realnvp`, or `depth` of `glow`.
+      num_levels: as in the flow's recipe.
+      depth: as in the flow's recipe.
       width: as in the flow's recipe.
       num_blocks: as in `realnvp`.
       factorization: as in the flow's recipe.
       alpha: margin of the logit preprocessing, which `glow` does without.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of a `dfd.VAEPrior`; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of a `dfd.VAEPrior`; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: if shape, number of scales and factorization do not fit each other.
+      ValueError: if shape, number of levels and factorization do not fit each other.
 
     References: Das, Abbeel, Spanos, "Dimensionality reduction flows", 2019.
 
@@ -76,14 +76,13 @@ def flow_vae(
     if likelihood not in dfd.VAEPrior.LIKELIHOODS:
         raise ValueError(f"flow-vae: got likelihood={likelihood!r}, needs one of {dfd.VAEPrior.LIKELIHOODS}")
     flow_seed, encoder_seed, decoder_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
-    sizes: dict[str, Any] = {"num_scales": num_scales, "width": width, "factorization": factorization, "condition_shape": None}
+    sizes: dict[str, Any] = {"num_levels": num_levels, "width": width, "factorization": factorization, "seed": flow_seed}
     preprocess = common.centred if flow == "glow" else common.logit(alpha)
     bijector = tfb.Identity()
     if flow == "realnvp":
-        options = {"num_couplings": depth, "num_blocks": num_blocks, "network": None, "batch_norm": False, "l2": 5e-5}
-        bijector = realnvp_flow(shape, **sizes | options, seed=flow_seed)
+        bijector = realnvp(shape, **sizes, depth=depth, num_blocks=num_blocks).bijector
     elif flow == "glow":
-        bijector = glow_flow(shape, **sizes, depth=depth, num_hidden=2, coupling="affine", seed=flow_seed)
+        bijector = glow(shape, **sizes, depth=depth).bijector
     elif flow is not None:
         raise ValueError(f"flow-vae: got flow={flow!r}, needs realnvp, glow or None")
     if flow is not None:
@@ -95,4 +94,4 @@ def flow_vae(
         likelihood=likelihood,
         dtype=common.floatx(),
     )
-    return common.as_distribution(bijector, shape, levels, preprocess, prior)
+    return common.as_distribution(bijector, shape, grey_levels, preprocess, prior)

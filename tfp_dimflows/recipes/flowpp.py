@@ -22,7 +22,7 @@ SMALL = {
     "num_components": 4,
     "dropout": 0.0,
     "pointwise": True,
-    "noise_couplings": 2,
+    "noise_depth": 2,
     "noise_blocks": 1,
     "noise_attention": True,
     "context_blocks": 1,
@@ -36,7 +36,7 @@ CONFIGS = {
         "num_components": 32,
         "dropout": 0.2,
         "pointwise": True,
-        "noise_couplings": 4,
+        "noise_depth": 4,
         "noise_blocks": 2,
         "noise_attention": True,
         "context_blocks": 3,
@@ -48,7 +48,7 @@ CONFIGS = {
         "num_components": 32,
         "dropout": 0.0,
         "pointwise": False,
-        "noise_couplings": 8,
+        "noise_depth": 8,
         "noise_blocks": 8,
         "noise_attention": True,
         "context_blocks": 8,
@@ -60,7 +60,7 @@ CONFIGS = {
         "num_components": 4,
         "dropout": 0.0,
         "pointwise": False,
-        "noise_couplings": 4,
+        "noise_depth": 4,
         "noise_blocks": 5,
         "noise_attention": False,
         "context_blocks": 5,
@@ -69,7 +69,7 @@ CONFIGS = {
 CONFIGS["cifar10-width32"] = CONFIGS["cifar10"] | {"width": 32, "num_blocks": 13}
 CONTEXT_WIDTH = 32
 POSITIVE = ("width", "num_blocks", "num_components")
-NONNEGATIVE = ("noise_couplings", "noise_blocks", "context_blocks")
+NONNEGATIVE = ("noise_depth", "noise_blocks", "context_blocks")
 
 
 @recipe
@@ -85,23 +85,23 @@ def flowpp(
     dropout: float | None = None,
     attention: bool = True,
     pointwise: bool | None = None,
-    noise_couplings: int | None = None,
+    noise_depth: int | None = None,
     noise_blocks: int | None = None,
     noise_attention: bool | None = None,
     context_blocks: int | None = None,
     smooth: bool = False,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Flow++: mixture-of-logistics couplings with convolutions and self-attention; nothing leaves early.
 
     Each coupling stands behind a per-pixel ActNorm and, with `pointwise`, an invertible 1x1 convolution of each of its parts;
     the parts of successive couplings swap roles. Integer images have variational dequantisation, a conditional flow of
-    `noise_couplings` such couplings given a context of the image, or uniform noise if that is 0.
+    `noise_depth` such couplings given a context of the image, or uniform noise if that is 0.
 
     `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"` (31,443,440 parameters on 32x32x3
-    with `levels`), `"imagenet32"` and `"imagenet64"` (sizes of the release; its ImageNet networks differ in details:
+    with `grey_levels`), `"imagenet32"` and `"imagenet64"` (sizes of the release; its ImageNet networks differ in details:
     weight-normalised convolutions and attention in the context for 32x32, a concat-ELU before the last convolution), and
     `"cifar10-width32"`, the small model that VFlow is compared with. They are sizes only: optimizer and schedule are the
     user's.
@@ -118,17 +118,17 @@ def flowpp(
       dropout: dropout in the networks, in training only.
       attention: whether the networks have self-attention.
       pointwise: whether there are 1x1 convolutions.
-      noise_couplings: couplings of the dequantisation flow; 0: uniform noise.
+      noise_depth: couplings of the dequantisation flow; 0: uniform noise.
       noise_blocks: blocks of its networks.
       noise_attention: whether they have self-attention, if the others have.
       context_blocks: gated convolutions of its context network.
       smooth: as in `dfb.MixtureLogisticCDF`.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: for an unknown configuration or layout, or a shape that does not fit the layout.
@@ -148,7 +148,7 @@ def flowpp(
     common.check_sizes("flowpp", least=0, **{name: sizes[name] for name in NONNEGATIVE})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     flow = dfb.Multiscale([build.flow(shape, sizes["layout"], sizes["num_blocks"])], event_shape=shape)
-    return as_dequantized(common.as_distribution(flow, shape, None), shape, levels, alpha, build)
+    return as_dequantized(common.as_distribution(flow, shape, None), shape, grey_levels, alpha, build)
 
 
 class Couplings:
@@ -199,11 +199,11 @@ class Couplings:
         return dfb.Chain(parts)
 
     def noise_flow(
-        self, shape: Sequence[int], inputs: int, num_couplings: int, num_blocks: int, preprocess: Callable
+        self, shape: Sequence[int], inputs: int, depth: int, num_blocks: int, preprocess: Callable
     ) -> dfb.EmbedCondition:
         """A flow from standard normal noise to (0, 1), events of a shape, given an image of `inputs` channels."""
         sizes = self.sizes
-        couplings = self.flow(shape, [f"{num_couplings} column"], num_blocks, CONTEXT_WIDTH, sizes["noise_attention"])
+        couplings = self.flow(shape, [f"{depth} column"], num_blocks, CONTEXT_WIDTH, sizes["noise_attention"])
         context = networks.FlowPPContext(
             inputs, width=CONTEXT_WIDTH, num_blocks=sizes["context_blocks"], dropout=sizes["dropout"], seed=self.seed()
         )
@@ -234,15 +234,15 @@ class Couplings:
 
 
 def as_dequantized(
-    distribution: tfd.Distribution, shape: Sequence[int], levels: int | None, alpha: float, build: Couplings
+    distribution: tfd.Distribution, shape: Sequence[int], grey_levels: int | None, alpha: float, build: Couplings
 ) -> tfd.Distribution:
-    """A distribution of logits as one of integer images, with a dequantisation flow; without `levels` as it is."""
-    if levels is None:
+    """A distribution of logits as one of integer images, with a dequantisation flow; without `grey_levels` as it is."""
+    if grey_levels is None:
         return distribution
-    pixels = tfd.TransformedDistribution(distribution, dfb.LogitPreprocess(levels, alpha))
+    pixels = tfd.TransformedDistribution(distribution, dfb.LogitPreprocess(grey_levels, alpha))
     noise, sizes = None, build.sizes
-    if sizes["noise_couplings"]:
+    if sizes["noise_depth"]:
         noise = build.noise_flow(
-            shape, shape[-1], sizes["noise_couplings"], sizes["noise_blocks"], lambda image: image / levels - 0.5
+            shape, shape[-1], sizes["noise_depth"], sizes["noise_blocks"], lambda image: image / grey_levels - 0.5
         )
-    return dfd.Dequantized(pixels, levels=levels, noise=noise)
+    return dfd.Dequantized(pixels, grey_levels=grey_levels, noise=noise)

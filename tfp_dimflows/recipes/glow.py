@@ -18,7 +18,7 @@ COUPLINGS = {"affine": 2, "additive": 1}
 def glow(
     event_shape: Sequence[int],
     *,
-    num_scales: int = 2,
+    num_levels: int = 2,
     depth: int = 4,
     width: int = 64,
     num_hidden: int = 2,
@@ -27,7 +27,7 @@ def glow(
     condition_shape: Sequence[int] | None = None,
     attribution: str = "polar",
     memory: str = "keep",
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Glow: levels of (squeeze, `depth` steps of actnorm, invertible 1x1 convolution, coupling), with learned split priors.
@@ -37,11 +37,11 @@ def glow(
     couplings' networks are MLPs of `num_hidden` layers, their log-scales a trainable multiple of a tanh, and all latent
     dimensions are standard normal.
 
-    Reference sizes: CIFAR-10 `num_scales=3, depth=32, width=512`, ImageNet 32x32 `depth=48`.
+    Reference sizes: CIFAR-10 `num_levels=3, depth=32, width=512`, ImageNet 32x32 `depth=48`.
 
     Args:
-      event_shape: `[H, W, C]`, whose sides must be divisible by `2**num_scales`, or `[D]`.
-      num_scales: number of levels.
+      event_shape: `[H, W, C]`, whose sides must be divisible by `2**num_levels`, or `[D]`.
+      num_levels: number of levels.
       depth: steps of flow per level.
       width: width of the coupling networks.
       num_hidden: hidden layers of the coupling networks of vectors.
@@ -54,14 +54,14 @@ def glow(
         likelihood contributions only.
       memory: `"keep"` the networks' activations for the gradients, or `"recompute"` them, as in `dfb.Chain`: memory that hardly
         grows with `depth`, at a step time about a third longer.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: if shape, number of scales and factorization do not fit each other.
+      ValueError: if shape, number of levels and factorization do not fit each other.
 
     References: Kingma, Dhariwal, "Glow: generative flow with invertible 1x1 convolutions", 2018.
 
@@ -71,58 +71,29 @@ def glow(
     >>> flow.sample(2, seed=0).shape
     TensorShape([2, 8, 8, 1])
     """
-    flow = glow_flow(
-        event_shape,
-        num_scales=num_scales,
-        depth=depth,
-        width=width,
-        num_hidden=num_hidden,
-        coupling=coupling,
-        factorization=factorization,
-        condition_shape=condition_shape,
-        attribution=attribution,
-        memory=memory,
-        seed=seed,
-    )
-    return common.as_distribution(flow, tuple(event_shape), levels, common.centred)
-
-
-def glow_flow(
-    event_shape: Sequence[int],
-    *,
-    num_scales: int,
-    depth: int,
-    width: int,
-    num_hidden: int,
-    coupling: str,
-    factorization: common.Factorization | None,
-    condition_shape: Sequence[int] | None,
-    attribution: str = "polar",
-    memory: str = "keep",
-    seed: int,
-) -> dfb.Multiscale:
-    """The bijector of `glow`; arguments as there."""
     shape = common.checked_event_shape(event_shape, "glow")
-    common.check_sizes("glow", num_scales=num_scales, depth=depth, width=width, num_hidden=num_hidden)
+    common.check_sizes("glow", num_levels=num_levels, depth=depth, width=width, num_hidden=num_hidden)
     if coupling not in COUPLINGS:
         raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")
-    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
-    seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_scales * depth).tolist())
+    split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
+    seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_levels * depth).tolist())
     if len(shape) == 1:
         condition = common.condition_channels("glow", condition_shape, shape)
-        grids = common.grid_shapes(shape, num_scales, split is None)
+        grids = common.grid_shapes(shape, num_levels, split is None)
         sizes = (depth, width, num_hidden, coupling, condition, seeds, attribution)
         flow_levels = [dfb.Chain(vector_steps(grid[0], *sizes), memory) for grid in grids]
-        return dfb.Multiscale(flow_levels, split, event_shape=shape)
-    grids = common.grid_shapes(shape, num_scales + 1, split is None)[:-1]
-    conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_scales)]
+        flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
+        return common.as_distribution(flow, shape, grey_levels, common.centred)
+    grids = common.grid_shapes(shape, num_levels + 1, split is None)[:-1]
+    conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_levels)]
     flow_levels = [
         dfb.Chain([dfb.Squeeze(), image_steps(4 * grid[-1], depth, width, coupling, condition, seeds, attribution, memory)])
         for grid, condition in zip(grids, conditions)
     ]
     left_channels = [2 * grid[-1] for grid in grids[:-1]]
     exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
-    return dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
+    flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
+    return common.as_distribution(flow, shape, grey_levels, common.centred)
 
 
 def image_steps(
@@ -168,7 +139,7 @@ def vector_steps(
 ) -> list[dfb.FlowBijector]:
     """`depth` steps of flow on vectors, from data to latent; successive couplings transform the one and the other half."""
     if dims < 2:
-        raise ValueError(f"glow: a level with {dims} dimension has nothing to condition on; use fewer num_scales")
+        raise ValueError(f"glow: a level with {dims} dimension has nothing to condition on; use fewer num_levels")
     parts = []
     for k in range(depth):
         flip = k % 2 == 1
@@ -187,9 +158,9 @@ def vector_steps(
     return parts
 
 
-def _coupling(network: Callable[..., tf.Tensor], mask: dfb.masks.Mask, coupling: str, log_scale: str) -> dfb.Coupling:
+def _coupling(network: Callable[..., tf.Tensor], mask: dfb.masks.Mask, coupling: str, scale: str) -> dfb.Coupling:
     if coupling == "affine":
-        return dfb.AffineCoupling(network, mask, log_scale=log_scale, dtype=common.floatx())
+        return dfb.AffineCoupling(network, mask, scale=scale, dtype=common.floatx())
     return dfb.AdditiveCoupling(network, mask)
 
 

@@ -27,9 +27,9 @@ _DOC = """{family} whose factor-outs follow the likelihood contributions of the 
 
     Args:
       event_shape: the event's shape.
-      contributions: one array of the event's shape for each of the `num_scales - 1` factor-outs; `"online"`; or None.
+      contributions: one array of the event's shape for each of the `num_levels - 1` factor-outs; `"online"`; or None.
       keep: `"high"` (LCMA), `"low"` (reversed), or a list with one of them per factor-out: which half stays.
-      granularity: `"channel"`, `"block"`, `"free"` and others, as in `dfb.DimensionFactorization.from_contributions`.
+      granularity: `"channel"`, `"block"` or `"free"`, as in `dfb.DimensionFactorization.from_contributions`.
       **arguments: those of `recipes.{base}`, but for `factorization` and `network`.
 
     Returns:
@@ -51,14 +51,14 @@ def _lcma(base: Callable[..., tfd.Distribution], family: str, configs: dict | No
         granularity: str | None = None,
         **arguments: Any,
     ) -> tfd.Distribution:
-        num_scales = arguments["num_scales"]
-        if num_scales is None:
-            num_scales = common.resolve_config(base.__name__, configs or {}, arguments["config"], arguments)["num_scales"]
-        if num_scales < 2:
-            raise ValueError(f"lcma: got num_scales={num_scales}, needs at least 2: one level has no factor-out")
+        num_levels = arguments["num_levels"]
+        if num_levels is None:
+            num_levels = common.resolve_config(base.__name__, configs or {}, arguments["config"], arguments)["num_levels"]
+        if num_levels < 2:
+            raise ValueError(f"lcma: got num_levels={num_levels}, needs at least 2: one level has no factor-out")
         # Made in the first phase too, so that bad options fail before it has been trained.
         known = None if isinstance(contributions, str) else contributions
-        statistics = list(np.zeros([num_scales - 1, *event_shape])) if known is None else known
+        statistics = list(np.zeros([num_levels - 1, *event_shape])) if known is None else known
         factorization: common.Factorization | None
         factorization = dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
         if contributions is None:

@@ -16,32 +16,32 @@ from tfp_dimflows.recipes.registry import recipe
 def nice(
     event_shape: Sequence[int],
     *,
-    num_couplings: int = 4,
+    depth: int = 4,
     width: int = 64,
     num_hidden: int = 2,
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """NICE: additive couplings between even and odd dimensions, in turns, and a learned scale of every latent dimension.
 
     Images are flattened. The contribution of a dimension to the log-det is its log-scale, whatever the data.
 
-    Reference size: MNIST `num_couplings=4, width=1000, num_hidden=5`.
+    Reference size: MNIST `depth=4, width=1000, num_hidden=5`.
 
     Args:
       event_shape: `[D]` or `[H, W, C]`, of two dimensions or more.
-      num_couplings: number of couplings, at least 2 to transform every dimension.
+      depth: number of couplings, at least 2 to transform every dimension.
       width: width of the networks' hidden layers.
       num_hidden: number of hidden layers.
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: for other shapes or sizes.
@@ -55,16 +55,16 @@ def nice(
     TensorShape([4, 3])
     """
     shape = common.checked_event_shape(event_shape, "nice")
-    common.check_sizes("nice", num_couplings=num_couplings, width=width, num_hidden=num_hidden)
+    common.check_sizes("nice", depth=depth, width=width, num_hidden=num_hidden)
     dims = math.prod(shape)
     if dims < 2:
         raise ValueError(f"nice: got event shape {list(shape)}, needs two dimensions or more")
     condition = common.condition_channels("nice", condition_shape, (dims,))
     even = dfb.masks.Index(range(0, dims, 2), dims)
     parts = common.from_flat(shape)
-    for k, network_seed in enumerate(common.seeds(seed, num_couplings)):
+    for k, network_seed in enumerate(common.seeds(seed, depth)):
         mask = even.complement() if k % 2 else even
         network = networks.MLP(*mask.sizes(dims), hidden=[width] * num_hidden, condition_channels=condition, seed=network_seed)
         parts.append(dfb.AdditiveCoupling(network, mask))
     parts.append(dfb.ElementwiseAffine(0.0, tf.Variable(tf.zeros([dims], common.floatx()), name="log_scale")))
-    return common.as_distribution(dfb.Chain(parts), shape, levels, common.logit(alpha))
+    return common.as_distribution(dfb.Chain(parts), shape, grey_levels, common.logit(alpha))

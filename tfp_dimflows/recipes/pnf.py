@@ -10,7 +10,7 @@ from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows.recipes import common
-from tfp_dimflows.recipes.realnvp import realnvp_flow
+from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import recipe
 
 
@@ -19,8 +19,8 @@ def pnf(
     event_shape: Sequence[int],
     *,
     num_halvings: int = 2,
-    num_scales: int = 2,
-    num_couplings: int = 3,
+    num_levels: int = 2,
+    depth: int = 3,
     width: int | Sequence[int] = 32,
     num_blocks: int | Sequence[int] = 2,
     network: str | None = None,
@@ -29,7 +29,7 @@ def pnf(
     l2: float = 5e-5,
     alpha: float = 0.05,
     adaptive_range: bool = True,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Progressive flow (PNF) of RealNVP stages: a base on small images, then conditional details that double a side each.
@@ -41,14 +41,14 @@ def pnf(
     `adaptive_range=False` it is the share of the whole range, `Delta / n + 1/2`.
 
     Reference sizes: MNIST as 32x32 and CIFAR-10 `num_halvings=2, width=64, num_blocks=8`; MNIST as 32x32, dense:
-    `network="dense", num_scales=1, num_couplings=5, num_blocks=2`; CelebA as 64x64 `num_halvings=2, num_scales=5, width=32,
+    `network="dense", num_levels=1, depth=5, num_blocks=2`; CelebA as 64x64 `num_halvings=2, num_levels=5, width=32,
     num_blocks=2`.
 
     Args:
       event_shape: `[H, W, C]` or `[D]`; the sides must be divisible by `2**num_halvings`.
       num_halvings: how often each side is halved: an image has `2 * num_halvings` details, a signal `num_halvings`.
-      num_scales: number of levels of a stage; fewer where its shorter side does not allow as many.
-      num_couplings: as in `realnvp`.
+      num_levels: number of levels of a stage; fewer where its shorter side does not allow as many.
+      depth: as in `realnvp`.
       width: as in `realnvp`; a list gives one for each stage, the base first.
       num_blocks: as in `realnvp`; a list gives one for each stage, the base first.
       network: `"conv"` (ResNets) or `"dense"` (MLPs); None: `"conv"` for images, `"dense"` for vectors.
@@ -58,11 +58,11 @@ def pnf(
       l2: L2 penalty on the ResNets' weight-norm magnitudes.
       alpha: margin of the logit preprocessing.
       adaptive_range: whether the range of half differences depends on their averages.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed of networks and masks.
 
     Returns:
-      `TransformedDistribution` of standard normal noise with a `dfb.PNF`; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise with a `dfb.PNF`; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: if the sides cannot be halved as often, or the lists have not one entry for each stage.
@@ -76,7 +76,7 @@ def pnf(
     (TensorShape([2, 8, 8, 1]), [(2, 2, 1), (2, 4, 1), (4, 4, 1), (4, 8, 1), (8, 8, 1)])
     """
     shape = common.checked_event_shape(event_shape, "pnf")
-    common.check_sizes("pnf", num_halvings=num_halvings, num_scales=num_scales)
+    common.check_sizes("pnf", num_halvings=num_halvings, num_levels=num_levels)
     num_details = num_halvings * (2 if len(shape) == 3 else 1)
     shapes = dfb.PNF.halved_shapes(shape, num_details)
     shapes = [shapes[0], *shapes[:-1]]
@@ -89,10 +89,10 @@ def pnf(
     seeds = np.random.SeedSequence(seed).generate_state(len(shapes)).tolist()
 
     def stage(k: int, condition_shape: Sequence[int] | None = None) -> tfb.Bijector:
-        return realnvp_flow(
+        return realnvp(
             shapes[k],
-            num_scales=_possible_scales(num_scales, shapes[k], is_dense),
-            num_couplings=num_couplings,
+            num_levels=_possible_levels(num_levels, shapes[k], is_dense),
+            depth=depth,
             width=widths[k],
             num_blocks=depths[k],
             network=network,
@@ -101,7 +101,7 @@ def pnf(
             batch_norm=batch_norm,
             l2=l2,
             seed=seeds[k],
-        )
+        ).bijector
 
     def detail(k: int) -> tfb.Bijector:
         # No logit of the low-resolution image: its range is that of pixels in the data, but not in all samples.
@@ -109,13 +109,13 @@ def pnf(
         embedding = dfb.Chain([*_flattening(shapes[k], is_dense), dfb.ActNorm(low_shape[-1], dtype=common.floatx())])
         return dfb.EmbedCondition(stage(k, low_shape), embedding.inverse, condition_ndims=len(shape))
 
-    pixels = [] if levels is None else [dfb.LogitPreprocess(levels, alpha)]
-    centre = [] if levels is None else [tfb.Shift(tf.constant(-levels / 2.0, common.floatx()))]
-    if levels is not None and adaptive_range:
-        centre = [_share_of_range(levels, len(shape)), *centre]
+    pixels = [] if grey_levels is None else [dfb.LogitPreprocess(grey_levels, alpha)]
+    centre = [] if grey_levels is None else [tfb.Shift(tf.constant(-grey_levels / 2.0, common.floatx()))]
+    if grey_levels is not None and adaptive_range:
+        centre = [_share_of_range(grey_levels, len(shape)), *centre]
     base = dfb.Chain([*pixels, stage(0)])
     details = [dfb.Chain([*centre, *pixels, detail(k)]) for k in range(1, len(shapes))]
-    return common.as_distribution(dfb.PNF(base, details, shape), shape, levels)
+    return common.as_distribution(dfb.PNF(base, details, shape), shape, grey_levels)
 
 
 def _one_each(name: str, value: int | Sequence[int], num_stages: int) -> list[int]:
@@ -125,21 +125,21 @@ def _one_each(name: str, value: int | Sequence[int], num_stages: int) -> list[in
     return values
 
 
-def _possible_scales(num_scales: int, shape: tuple[int, ...], is_dense: bool) -> int:
+def _possible_levels(num_levels: int, shape: tuple[int, ...], is_dense: bool) -> int:
     """As many levels as leave at least two entries per side (of images), or two dimensions (of vectors)."""
     if is_dense:
-        return min(num_scales, max(1, math.prod(shape).bit_length() - 1))
-    scales = 1
-    while scales < num_scales and all(side % 2**scales == 0 and side >= 2 ** (scales + 1) for side in shape[:-1]):
-        scales += 1
-    return scales
+        return min(num_levels, max(1, math.prod(shape).bit_length() - 1))
+    levels = 1
+    while levels < num_levels and all(side % 2**levels == 0 and side >= 2 ** (levels + 1) for side in shape[:-1]):
+        levels += 1
+    return levels
 
 
-def _share_of_range(levels: int, event_ndims: int) -> dfb.ConditionalTransform:
+def _share_of_range(grey_levels: int, event_ndims: int) -> dfb.ConditionalTransform:
     """Divides half differences by the share of the whole range that their average leaves them, 2 min(s, n - s) / n."""
 
     def share(average: tf.Tensor) -> tf.Tensor:
-        return tf.maximum(2.0 / levels * tf.minimum(average, levels - average), 1e-6)
+        return tf.maximum(2.0 / grey_levels * tf.minimum(average, grey_levels - average), 1e-6)
 
     scale = dfb.Transformer(lambda params: tfb.Scale(params[..., 0]), params_per_dim=1)
     return dfb.ConditionalTransform(share, scale, event_ndims)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tensorflow_probability import bijectors as tfb
@@ -19,8 +20,8 @@ masks = dfb.masks
 def realnvp(
     event_shape: Sequence[int],
     *,
-    num_scales: int = 2,
-    num_couplings: int = 3,
+    num_levels: int = 2,
+    depth: int = 3,
     width: int = 32,
     num_blocks: int = 2,
     network: str | None = None,
@@ -30,25 +31,25 @@ def realnvp(
     l2: float = 5e-5,
     alpha: float = 0.05,
     memory: str = "keep",
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """RealNVP with a multi-scale architecture.
 
-    Images `[H, W, C]`: level k of `num_scales` has `num_couplings` checkerboard couplings of ResNet width `width * 2**k`, a
-    squeeze and `num_couplings` channel couplings of twice that width; the last level has `num_couplings + 1` checkerboard
+    Images `[H, W, C]`: level k of `num_levels` has `depth` checkerboard couplings of ResNet width `width * 2**k`, a
+    squeeze and `depth` channel couplings of twice that width; the last level has `depth + 1` checkerboard
     couplings. An ActNorm follows each coupling. Between levels half of the dimensions leave.
 
-    Vectors `[D]`, and images with `network="dense"`, which are flattened: each level has `num_couplings + 1` couplings with
+    Vectors `[D]`, and images with `network="dense"`, which are flattened: each level has `depth + 1` couplings with
     MLPs of `num_blocks` hidden layers of `width` units; the masks are random halves, each followed by its complement.
 
-    Reference sizes: CIFAR-10 `num_scales=2, width=64, num_blocks=8`, ImageNet 32x32 `num_scales=4, width=32, num_blocks=4`,
-    64x64 `num_scales=5, width=32, num_blocks=2`, all with `batch_norm=True`.
+    Reference sizes: CIFAR-10 `num_levels=2, width=64, num_blocks=8`, ImageNet 32x32 `num_levels=4, width=32, num_blocks=4`,
+    64x64 `num_levels=5, width=32, num_blocks=2`, all with `batch_norm=True`.
 
     Args:
       event_shape: `[H, W, C]` or `[D]`.
-      num_scales: number of levels; the image's sides must be divisible by `2**(num_scales - 1)`.
-      num_couplings: couplings in a row.
+      num_levels: number of levels; the image's sides must be divisible by `2**(num_levels - 1)`.
+      depth: couplings in a row.
       width: width of the networks at the finest level.
       num_blocks: residual blocks (`"conv"`) or hidden layers (`"dense"`).
       network: `"conv"` (ResNets) or `"dense"` (MLPs); None: `"conv"` for images, `"dense"` for vectors.
@@ -60,15 +61,15 @@ def realnvp(
       l2: L2 penalty on the ResNets' weight-norm magnitudes.
       alpha: margin of the logit preprocessing.
       memory: `"keep"` the networks' activations for the gradients, or `"recompute"` them, as in `dfb.Chain`: memory that hardly
-        grows with `num_couplings`, at a step time about a third longer (not with `batch_norm`).
-      levels: number of grey levels of integer images; None for continuous events.
+        grows with `depth`, at a step time about a third longer (not with `batch_norm`).
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed of networks, masks and the random factorization.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: if shape, number of scales and factorization do not fit each other.
+      ValueError: if shape, number of levels and factorization do not fit each other.
 
     References: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", 2017.
 
@@ -78,61 +79,28 @@ def realnvp(
     >>> flow.sample(2, seed=0).shape, flow.event_shape
     (TensorShape([2, 8, 8, 1]), TensorShape([8, 8, 1]))
     """
-    flow = realnvp_flow(
-        event_shape,
-        num_scales=num_scales,
-        num_couplings=num_couplings,
-        width=width,
-        num_blocks=num_blocks,
-        network=network,
-        factorization=factorization,
-        condition_shape=condition_shape,
-        batch_norm=batch_norm,
-        l2=l2,
-        memory=memory,
-        seed=seed,
-    )
-    return common.as_distribution(flow, tuple(event_shape), levels, common.logit(alpha))
-
-
-def realnvp_flow(
-    event_shape: Sequence[int],
-    *,
-    num_scales: int,
-    num_couplings: int,
-    width: int,
-    num_blocks: int,
-    network: str | None,
-    factorization: common.Factorization | None,
-    condition_shape: Sequence[int] | None,
-    batch_norm: bool,
-    l2: float,
-    memory: str = "keep",
-    seed: int,
-) -> tfb.Bijector:
-    """The bijector of `realnvp`; arguments as there."""
     shape = common.checked_event_shape(event_shape, "realnvp")
-    common.check_sizes("realnvp", num_scales=num_scales, num_couplings=num_couplings, width=width, num_blocks=num_blocks)
+    common.check_sizes("realnvp", num_levels=num_levels, depth=depth, width=width, num_blocks=num_blocks)
     is_dense = common.is_dense("realnvp", network, shape)
     flat = (math.prod(shape),) if is_dense else shape
-    split = common.resolve_factorization(factorization, flat, num_scales, "channels" if is_dense else "checkerboard", seed)
-    grids = common.grid_shapes(flat, num_scales, split is None)
-    seeds = iter(np.random.SeedSequence(seed).generate_state(4 * num_scales * (num_couplings + 1)).tolist())
-    options = {"num_couplings": num_couplings, "num_blocks": num_blocks, "memory": memory, "seeds": seeds}
-    if not is_dense:
-        flow_levels = []
+    split = common.resolve_factorization(factorization, flat, num_levels, "channels" if is_dense else "checkerboard", seed)
+    grids = common.grid_shapes(flat, num_levels, split is None)
+    seeds = iter(np.random.SeedSequence(seed).generate_state(4 * num_levels * (depth + 1)).tolist())
+    options = {"depth": depth, "num_blocks": num_blocks, "memory": memory, "seeds": seeds}
+    flow_levels = []
+    if is_dense:
+        if condition_shape is not None and len(condition_shape) != 1:
+            raise ValueError(f"realnvp: got condition_shape={list(condition_shape)}, dense networks need a vector [n]")
+        channels = common.condition_channels("realnvp", condition_shape, flat)
+        flow_levels = [_vector_level(grid[0], width, channels, **options) for grid in grids]
+    else:
         for k, grid in enumerate(grids):
             conditions = [common.condition_channels("realnvp", condition_shape, shape, squeezes) for squeezes in (k, k + 1)]
-            last = k == num_scales - 1
-            flow_levels.append(
-                _image_level(grid, width * 2**k, conditions, batch_norm=batch_norm, l2=l2, is_last=last, **options)
-            )
-        return dfb.Multiscale(flow_levels, split, event_shape=shape)
-    if condition_shape is not None and len(condition_shape) != 1:
-        raise ValueError(f"realnvp: got condition_shape={list(condition_shape)}, dense networks need a vector [n]")
-    channels = common.condition_channels("realnvp", condition_shape, flat)
-    flow = dfb.Multiscale([_vector_level(grid[0], width, channels, **options) for grid in grids], split, event_shape=flat)
-    return flow if flat == shape else dfb.Chain([*common.from_flat(shape), flow])
+            more: dict[str, Any] = {"batch_norm": batch_norm, "l2": l2, "is_last": k == num_levels - 1}
+            flow_levels.append(_image_level(grid, width * 2**k, conditions, **more, **options))
+    flow = dfb.Multiscale(flow_levels, split, event_shape=flat)
+    flow = flow if flat == shape else dfb.Chain([*common.from_flat(shape), flow])
+    return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))
 
 
 def _image_level(
@@ -140,7 +108,7 @@ def _image_level(
     width: int,
     condition_channels: Sequence[int],
     *,
-    num_couplings: int,
+    depth: int,
     num_blocks: int,
     batch_norm: bool,
     l2: float,
@@ -170,26 +138,26 @@ def _image_level(
             l2=l2,
             seed=next(seeds) % 2**31,
         )
-        parts.append(dfb.AffineCoupling(network, mask, log_scale="tanh", dtype=common.floatx()))
+        parts.append(dfb.AffineCoupling(network, mask, scale="tanh", dtype=common.floatx()))
         parts.append(dfb.ActNorm(channels, dtype=common.floatx()))
 
-    for i in range(num_couplings + is_last):
+    for i in range(depth + is_last):
         mask = masks.Checkerboard(parity=1 - i % 2)
         add(mask, channels, width, condition_channels[0], mask.array(height, grid_width))
     if not is_last:
         parts.append(dfb.Squeeze())
-        for i in range(num_couplings):
+        for i in range(depth):
             add(masks.Channel(flip=i % 2 == 1), 4 * channels, 2 * width, condition_channels[1], None)
     return dfb.Chain(parts, memory)
 
 
 def _vector_level(
-    dims: int, width: int, condition_channels: int, *, num_couplings: int, num_blocks: int, memory: str, seeds: Iterator[int]
+    dims: int, width: int, condition_channels: int, *, depth: int, num_blocks: int, memory: str, seeds: Iterator[int]
 ) -> dfb.Chain:
     if dims < 2:
-        raise ValueError(f"realnvp: a level with {dims} dimension has nothing to condition on; use fewer num_scales")
+        raise ValueError(f"realnvp: a level with {dims} dimension has nothing to condition on; use fewer num_levels")
     parts: list[tfb.Bijector] = []
-    for i in range(num_couplings + 1):
+    for i in range(depth + 1):
         if i % 2 == 0:
             chosen = np.random.default_rng(next(seeds)).permutation(dims)[: dims // 2]
             mask = masks.Index(chosen.tolist(), dims)
@@ -203,6 +171,6 @@ def _vector_level(
             condition_channels=condition_channels,
             seed=next(seeds) % 2**31,
         )
-        parts.append(dfb.AffineCoupling(network, mask, log_scale="tanh", dtype=common.floatx()))
+        parts.append(dfb.AffineCoupling(network, mask, scale="tanh", dtype=common.floatx()))
         parts.append(dfb.ActNorm(dims, dtype=common.floatx()))
     return dfb.Chain(parts, memory)

@@ -8,7 +8,19 @@ from typing import Any, TypeVar, cast
 
 from tensorflow_probability import distributions as tfd
 
+from tfp_dimflows.renamed import new_names
+
 _Recipe = TypeVar("_Recipe", bound=Callable[..., tfd.Distribution])
+# Arguments' old names. The `depth` of `wavenet-flow` is the old one beside `num_layers`.
+_RENAMED_EVERYWHERE = {"levels": "grey_levels", "num_scales": "num_levels"}
+_RENAMED = {
+    **dict.fromkeys(["nice", "realnvp", "lcma-realnvp", "pnf"], {"num_couplings": "depth"}),
+    **dict.fromkeys(["maf", "iaf", "pixelcnn-flow"], {"num_layers": "depth"}),
+    **dict.fromkeys(["iresnet", "lcma-iresnet", "residual-flow", "lcma-residual-flow", "ffjord"], {"num_blocks": "depth"}),
+    **dict.fromkeys(["flowpp", "vflow"], {"noise_couplings": "noise_depth", "posterior_couplings": "posterior_depth"}),
+    "vae-flow": {"num_flows": "depth"},
+    "wavenet-flow": {"num_layers": "depth", "depth": "num_blocks"},
+}
 _RECIPES: dict[str, Callable[..., tfd.Distribution]] = {}
 
 
@@ -28,6 +40,7 @@ def recipe(function: _Recipe) -> _Recipe:
 
     @functools.wraps(function)
     def build(*args: Any, **kwargs: Any) -> tfd.Distribution:
+        kwargs = present_names(name, kwargs)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -42,6 +55,14 @@ def recipe(function: _Recipe) -> _Recipe:
     build.__signature__ = signature  # type: ignore[attr-defined]
     _RECIPES[name] = build
     return cast(_Recipe, build)
+
+
+def present_names(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a recipe by their present names, with a DeprecationWarning for old ones."""
+    renamed = _RENAMED_EVERYWHERE | _RENAMED.get(name, {})
+    if "depth" in renamed and "num_layers" not in arguments:
+        del renamed["depth"]
+    return new_names(name, arguments, renamed)
 
 
 def names() -> list[str]:

@@ -16,12 +16,12 @@ from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
 IRESNET = {
-    "small": {"num_scales": 2, "num_blocks": 2, "width": 32},
-    "cifar10": {"num_scales": 3, "num_blocks": 16, "width": 512},
+    "small": {"num_levels": 2, "depth": 2, "width": 32},
+    "cifar10": {"num_levels": 3, "depth": 16, "width": 512},
 }
 RESIDUAL_FLOW = {
-    "small": {"num_scales": 2, "num_blocks": 2, "width": 32, "num_dense_blocks": 0},
-    "cifar10": {"num_scales": 3, "num_blocks": 16, "width": 512, "num_dense_blocks": 4},
+    "small": {"num_levels": 2, "depth": 2, "width": 32, "num_dense_blocks": 0},
+    "cifar10": {"num_levels": 3, "depth": 16, "width": 512, "num_dense_blocks": 4},
 }
 DENSE_WIDTH = 128
 
@@ -31,16 +31,16 @@ def iresnet(
     event_shape: Sequence[int],
     *,
     config: str = "small",
-    num_scales: int | None = None,
-    num_blocks: int | None = None,
+    num_levels: int | None = None,
+    depth: int | None = None,
     width: int | None = None,
     coeff: float = 0.9,
     num_terms: int = 5,
     factorization: common.Factorization | None = "conventional",
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
-    """i-ResNet: levels of (squeeze, `num_blocks` of ActNorm and invertible residual block), with truncated log-dets.
+    """i-ResNet: levels of (squeeze, `depth` times ActNorm and an invertible residual block), with truncated log-dets.
 
     The branches are ELU networks of a 3x3, a 1x1 and a 3x3 spectrally normalised convolution, on vectors of three dense
     layers. Between levels half of the dimensions leave. The prior is a Gaussian with learned mean and scale for every
@@ -50,29 +50,29 @@ def iresnet(
     and 6,144 of the prior).
 
     Args:
-      event_shape: `[H, W, C]` whose sides are divisible by `2**num_scales`, or `[D]`.
+      event_shape: `[H, W, C]` whose sides are divisible by `2**num_levels`, or `[D]`.
       config: `"small"` or `"cifar10"`.
-      num_scales: number of levels.
-      num_blocks: blocks per level.
+      num_levels: number of levels.
+      depth: blocks per level.
       width: width of the branches.
       coeff: bound of the spectral norm of each layer.
       num_terms: terms of the log-det's series.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of a diagonal Gaussian; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of a diagonal Gaussian; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: if shape, number of scales and factorization do not fit each other.
+      ValueError: if shape, number of levels and factorization do not fit each other.
 
     References: Behrmann, Grathwohl, Chen, Duvenaud, Jacobsen, "Invertible residual networks", 2019.
 
     #### Example
 
-    >>> flow = dimflows.recipes.iresnet([4, 4, 1], width=4, num_blocks=1)
+    >>> flow = dimflows.recipes.iresnet([4, 4, 1], width=4, depth=1)
     >>> flow.sample(2, seed=0).shape
     TensorShape([2, 4, 4, 1])
     """
@@ -81,16 +81,16 @@ def iresnet(
     sizes = common.resolve_config("iresnet", IRESNET, config, given)
     common.check_sizes("iresnet", **sizes, num_terms=num_terms)
     _check_coeff("iresnet", coeff)
-    num_scales, is_image = sizes["num_scales"], len(shape) == 3
-    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
-    grids = common.grid_shapes(shape, num_scales + is_image, split is None)[:num_scales]
-    seeds = iter(np.random.SeedSequence(seed).generate_state(num_scales * sizes["num_blocks"]).tolist())
+    num_levels, is_image = sizes["num_levels"], len(shape) == 3
+    split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
+    grids = common.grid_shapes(shape, num_levels + is_image, split is None)[:num_levels]
+    seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * sizes["depth"]).tolist())
     log_det = dfb.residual.PowerSeries(num_terms)
     flow_levels = []
     for k, grid in enumerate(grids):
         inner = (grid[0] // 2, grid[1] // 2, 4 * grid[2]) if is_image else grid
         parts = [dfb.Squeeze()] if is_image else []
-        for i in range(sizes["num_blocks"]):
+        for i in range(sizes["depth"]):
             network = _branch(inner, sizes["width"], "elu", coeff, bool(k or i), next(seeds))
             parts += [_actnorm(inner), dfb.InvertibleResidual(network, log_det, len(shape))]
         flow_levels.append(dfb.Chain(parts))
@@ -98,7 +98,8 @@ def iresnet(
         tf.Variable(tf.zeros([math.prod(shape)], common.floatx()), name=f"prior_{n}") for n in ("loc", "log_scale")
     )
     prior = tfd.Independent(tfd.Normal(loc, tfp.util.DeferredTensor(log_scale, tf.exp)), 1)
-    return common.as_distribution(dfb.Multiscale(flow_levels, split, event_shape=shape), shape, levels, common.centred, prior)
+    flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
+    return common.as_distribution(flow, shape, grey_levels, common.centred, prior)
 
 
 @recipe
@@ -106,8 +107,8 @@ def residual_flow(
     event_shape: Sequence[int],
     *,
     config: str = "small",
-    num_scales: int | None = None,
-    num_blocks: int | None = None,
+    num_levels: int | None = None,
+    depth: int | None = None,
     width: int | None = None,
     num_dense_blocks: int | None = None,
     coeff: float = 0.98,
@@ -115,7 +116,7 @@ def residual_flow(
     num_exact: int = 2,
     factorization: common.Factorization | None = "conventional",
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Residual Flow: invertible residual blocks with unbiased log-dets (Russian roulette), an ActNorm after each.
@@ -128,10 +129,10 @@ def residual_flow(
     has `factorization=None`.
 
     Args:
-      event_shape: `[H, W, C]` whose sides are divisible by `2**(num_scales - 1)`, or `[D]`.
+      event_shape: `[H, W, C]` whose sides are divisible by `2**(num_levels - 1)`, or `[D]`.
       config: `"small"` or `"cifar10"`.
-      num_scales: number of levels.
-      num_blocks: blocks per level.
+      num_levels: number of levels.
+      depth: blocks per level.
       width: width of the branches.
       num_dense_blocks: blocks on flattened values, whose branches have two hidden layers of 128 units.
       coeff: bound of the spectral norm of each layer.
@@ -140,44 +141,42 @@ def residual_flow(
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
         `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `TransformedDistribution` of standard normal noise; `Dequantized` if `levels` is given.
+      `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: if shape, number of scales and factorization do not fit each other.
+      ValueError: if shape, number of levels and factorization do not fit each other.
 
     References: Chen, Behrmann, Duvenaud, Jacobsen, "Residual flows for invertible generative modeling", 2019.
 
     #### Example
 
-    >>> flow = dimflows.recipes.residual_flow([4, 4, 1], width=4, num_blocks=1)
+    >>> flow = dimflows.recipes.residual_flow([4, 4, 1], width=4, depth=1)
     >>> flow.sample(2, seed=0).shape
     TensorShape([2, 4, 4, 1])
     """
     given = dict(locals())
     shape = common.checked_event_shape(event_shape, "residual-flow")
     sizes = common.resolve_config("residual-flow", RESIDUAL_FLOW, config, given)
-    common.check_sizes("residual-flow", **{name: sizes[name] for name in ("num_scales", "num_blocks", "width")})
+    common.check_sizes("residual-flow", **{name: sizes[name] for name in ("num_levels", "depth", "width")})
     _check_coeff("residual-flow", coeff)
     if sizes["num_dense_blocks"] < 0:
         raise ValueError(f"residual-flow: got num_dense_blocks={sizes['num_dense_blocks']}, needs 0 or more")
-    num_scales, is_image = sizes["num_scales"], len(shape) == 3
-    split = common.resolve_factorization(factorization, shape, num_scales, "channels", seed)
-    grids = common.grid_shapes(shape, num_scales, split is None)
-    seeds = iter(
-        np.random.SeedSequence(seed).generate_state(num_scales * sizes["num_blocks"] + sizes["num_dense_blocks"]).tolist()
-    )
+    num_levels, is_image = sizes["num_levels"], len(shape) == 3
+    split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
+    grids = common.grid_shapes(shape, num_levels, split is None)
+    seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * sizes["depth"] + sizes["num_dense_blocks"]).tolist())
     log_det = dfb.residual.RussianRoulette(roulette, num_exact=num_exact)
     flow_levels = []
     for k, grid in enumerate(grids):
         parts = [_actnorm(grid)] if k == 0 else []
-        for i in range(sizes["num_blocks"]):
+        for i in range(sizes["depth"]):
             network = _branch(grid, sizes["width"], "lipswish", coeff, bool(k or i), next(seeds))
             parts += [dfb.InvertibleResidual(network, log_det, len(shape)), _actnorm(grid)]
-        if is_image and k < num_scales - 1:
+        if is_image and k < num_levels - 1:
             parts.append(dfb.Squeeze())
         flow_levels.append(parts)
     if sizes["num_dense_blocks"]:
@@ -190,7 +189,7 @@ def residual_flow(
             )
             flow_levels[-1] += [dfb.InvertibleResidual(network, log_det), _actnorm((dims,))]
     flow = dfb.Multiscale([dfb.Chain(parts) for parts in flow_levels], split, event_shape=shape)
-    return common.as_distribution(flow, shape, levels, common.logit(alpha))
+    return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))
 
 
 def _check_coeff(recipe: str, coeff: float) -> None:

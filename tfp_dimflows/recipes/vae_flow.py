@@ -22,18 +22,18 @@ def vae_flow(
     event_shape: Sequence[int],
     *,
     posterior: str = "iaf",
-    num_flows: int = 4,
+    depth: int = 4,
     latent_dims: int = 16,
     features: int = 64,
     width: int = 32,
     hidden: Sequence[int] = (64,),
-    levels: int | None = 2,
+    grey_levels: int | None = 2,
     seed: int = 0,
 ) -> tfd.Distribution:
     """Variational autoencoder of integer images with an amortised flow as posterior.
 
-        q(e | x): noise, scaled and shifted given h(x), then `num_flows` flows given h(x);   p(e) = N(0, I)
-        p(x | e): binomial of `levels - 1` trials for every dimension; with two levels, of binary images, Bernoulli
+        q(e | x): noise, scaled and shifted given h(x), then `depth` flows given h(x);   p(e) = N(0, I)
+        p(x | e): binomial of `grey_levels - 1` trials for every dimension; with two levels, of binary images, Bernoulli
 
     h is a convolutional encoder's vector of `features` numbers. One dense layer of it predicts the parameters of each flow; an
     inverse autoregressive flow takes it as the condition of its networks. Networks as in `recipes.flow_vae`.
@@ -42,19 +42,19 @@ def vae_flow(
       event_shape: `[H, W, C]` with H and W divisible by 4.
       posterior: `"gaussian"` (no flows), `"planar"`, `"radial"`, `"sylvester-orthogonal"`, `"sylvester-householder"`,
         `"sylvester-triangular"` or `"iaf"`.
-      num_flows: number of flows.
+      depth: number of flows.
       latent_dims: latent dimensions.
       features: size of h.
       width: filters of encoder and decoder.
       hidden: widths of the hidden layers of an inverse autoregressive flow's networks.
-      levels: number of grey levels.
+      grey_levels: number of grey levels.
       seed: integer seed.
 
     Returns:
       A `dfd.VAEPrior` of the images themselves.
 
     Raises:
-      ValueError: for another posterior, other shapes or sizes, or without `levels`.
+      ValueError: for another posterior, other shapes or sizes, or without `grey_levels`.
 
     References: Rezende, Mohamed, "Variational inference with normalizing flows", 2015; Kingma et al., "Improving variational
     inference with inverse autoregressive flow", 2016; van den Berg et al., "Sylvester normalizing flows for variational
@@ -67,15 +67,15 @@ def vae_flow(
     TensorShape([3])
     """
     shape = common.checked_event_shape(event_shape, "vae-flow", ranks=(3,))
-    common.check_sizes("vae-flow", num_flows=num_flows, latent_dims=latent_dims, features=features, width=width)
+    common.check_sizes("vae-flow", depth=depth, latent_dims=latent_dims, features=features, width=width)
     if posterior not in POSTERIORS:
         raise ValueError(f"vae-flow: got posterior={posterior!r}, needs one of {POSTERIORS}")
-    if levels is None or levels < 2:
-        raise ValueError(f"vae-flow: got levels={levels!r}, needs the number of grey levels, 2 or more")
+    if grey_levels is None or grey_levels < 2:
+        raise ValueError(f"vae-flow: got grey_levels={grey_levels!r}, needs the number of grey levels, 2 or more")
     common.check_sizes("vae-flow", **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
-    seeds = iter(common.seeds(seed, 5 + 2 * num_flows))
+    seeds = iter(common.seeds(seed, 5 + 2 * depth))
     encoder = networks.conv_encoder(shape, features, width=width, seed=next(seeds))
-    scaled = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(2.0 / (levels - 1), -1.0), *encoder.layers])
+    scaled = keras.Sequential([keras.Input(shape), keras.layers.Rescaling(2.0 / (grey_levels - 1), -1.0), *encoder.layers])
 
     def amortised(transformer: Callable, size: int) -> dfb.ConditionalTransform:
         """A bijector with `size` parameters given h."""
@@ -89,9 +89,9 @@ def vae_flow(
 
     flows = []
     if posterior == "iaf":
-        flows = made_layers(latent_dims, num_flows, hidden, features, dfb.transformers.Gated, tfb.Invert, next(seeds))
+        flows = made_layers(latent_dims, depth, hidden, features, dfb.transformers.Gated, tfb.Invert, next(seeds))
     elif posterior != "gaussian":
-        for k in range(num_flows):
+        for k in range(depth):
             family, size = _family(posterior, latent_dims, bool(k % 2))
             flows.append(amortised(family, size))
     gaussian = amortised(dfb.transformers.Affine("exp"), 2 * latent_dims)
@@ -101,7 +101,7 @@ def vae_flow(
         decoder,
         latent_dims,
         posterior=dfb.Chain([*flows, gaussian]),
-        likelihood=lambda logits: tfd.Independent(tfd.Binomial(levels - 1.0, logits), 3),
+        likelihood=lambda logits: tfd.Independent(tfd.Binomial(grey_levels - 1.0, logits), 3),
         dtype=common.floatx(),
     )
 

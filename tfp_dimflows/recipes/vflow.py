@@ -13,13 +13,13 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.flowpp import CONFIGS as FLOWPP
 from tfp_dimflows.recipes.flowpp import NONNEGATIVE, POSITIVE, Couplings, as_dequantized
-from tfp_dimflows.recipes.glow import glow_flow, image_steps, vector_steps
+from tfp_dimflows.recipes.glow import glow, image_steps, vector_steps
 from tfp_dimflows.recipes.registry import recipe
 
 SMALL = FLOWPP["small"] | {
     "num_extra": 1,
     "layout": ["2 column", "2 channel", "squeeze", "2 channel"],
-    "posterior_couplings": 2,
+    "posterior_depth": 2,
     "posterior_blocks": 1,
 }
 CONFIGS = {
@@ -28,11 +28,11 @@ CONFIGS = {
     | {
         "num_extra": 3,
         "layout": ["2 column", "2 channel", "squeeze", "2 column", "3 channel"],
-        "posterior_couplings": 4,
+        "posterior_depth": 4,
         "posterior_blocks": 3,
     },
-    "imagenet32": FLOWPP["imagenet32"] | {"num_extra": 3, "pointwise": True, "posterior_couplings": 8, "posterior_blocks": 8},
-    "imagenet64": FLOWPP["imagenet64"] | {"num_extra": 3, "pointwise": True, "posterior_couplings": 4, "posterior_blocks": 5},
+    "imagenet32": FLOWPP["imagenet32"] | {"num_extra": 3, "pointwise": True, "posterior_depth": 8, "posterior_blocks": 8},
+    "imagenet64": FLOWPP["imagenet64"] | {"num_extra": 3, "pointwise": True, "posterior_depth": 4, "posterior_blocks": 5},
 }
 CONFIGS |= {f"cifar10-width{width}": CONFIGS["cifar10"] | {"width": width} for width in (64, 56, 32)}
 
@@ -51,23 +51,24 @@ def vflow(
     dropout: float | None = None,
     attention: bool = True,
     pointwise: bool | None = None,
-    noise_couplings: int | None = None,
+    noise_depth: int | None = None,
     noise_blocks: int | None = None,
     noise_attention: bool | None = None,
-    posterior_couplings: int | None = None,
+    posterior_depth: int | None = None,
     posterior_blocks: int | None = None,
     context_blocks: int | None = None,
     smooth: bool = False,
     alpha: float = 0.05,
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """VFlow on Flow++: the flow of `flowpp` on images with extra channels, drawn from a conditional flow given the image.
 
-    The posterior has the form of Flow++'s dequantisation flow, `posterior_couplings` couplings given a context of the logits of
+    The posterior has the form of Flow++'s dequantisation flow, `posterior_depth` couplings given a context of the logits of
     the image; its values are in (0, 1), and the bounds are those of the probability of the image with such extra channels (see
     `dfb.VFlow`). `config` names a set of values for the arguments that are None: `"small"`, `"cifar10"`
-    (39,700,096 parameters on 32x32x3 with `levels`), `"imagenet32"` and `"imagenet64"`, sizes of the release as in `flowpp`;
+    (39,700,096 parameters on 32x32x3 with `grey_levels`), `"imagenet32"` and `"imagenet64"`, sizes of the release as in
+    `flowpp`;
     `"cifar10-width64"`, `"cifar10-width56"` and `"cifar10-width32"` have the widths of the paper's smaller models, of which
     widths and blocks alone are known: 20.6, 16.7 and 7.5 million parameters here, 16.5, 11.9 and 4.0 in the paper. Its model
     with one extra channel is `config="cifar10-width32", num_extra=1, num_blocks=11`.
@@ -85,19 +86,19 @@ def vflow(
       dropout: as in `flowpp`.
       attention: as in `flowpp`.
       pointwise: as in `flowpp`.
-      noise_couplings: as in `flowpp`.
+      noise_depth: as in `flowpp`.
       noise_blocks: as in `flowpp`.
       noise_attention: as in `flowpp`, of the posterior's networks too.
-      posterior_couplings: couplings of the posterior; 0: the extra channels are standard normal noise.
+      posterior_depth: couplings of the posterior; 0: the extra channels are standard normal noise.
       posterior_blocks: blocks of its networks.
       context_blocks: gated convolutions of the context networks.
       smooth: as in `dfb.MixtureLogisticCDF`.
       alpha: margin of the logit preprocessing.
-      levels: number of grey levels of integer images; None for continuous events.
+      grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
     Returns:
-      `Augmented` distribution of `dfb.VFlow`; `Dequantized` if `levels` is given.
+      `Augmented` distribution of `dfb.VFlow`; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: as `flowpp`.
@@ -114,17 +115,17 @@ def vflow(
     shape = common.checked_event_shape(event_shape, "vflow", ranks=(3,))
     sizes = common.resolve_config("vflow", CONFIGS, config, given)
     common.check_sizes("vflow", **{name: sizes[name] for name in (*POSITIVE, "num_extra")})
-    nonnegative = (*NONNEGATIVE, "posterior_couplings", "posterior_blocks")
+    nonnegative = (*NONNEGATIVE, "posterior_depth", "posterior_blocks")
     common.check_sizes("vflow", least=0, **{name: sizes[name] for name in nonnegative})
     build = Couplings(sizes, num_heads, attention, smooth, seed)
     joint = (*shape[:2], shape[-1] + sizes["num_extra"])
     extra = (*shape[:2], sizes["num_extra"])
     flow = dfb.Multiscale([build.flow(joint, sizes["layout"], sizes["num_blocks"])], event_shape=joint)
     posterior = None
-    if sizes["posterior_couplings"]:
-        posterior = build.noise_flow(extra, shape[-1], sizes["posterior_couplings"], sizes["posterior_blocks"], tf.identity)
+    if sizes["posterior_depth"]:
+        posterior = build.noise_flow(extra, shape[-1], sizes["posterior_depth"], sizes["posterior_blocks"], tf.identity)
     augmented = _augmented(flow, posterior, joint, sizes["num_extra"])
-    return as_dequantized(augmented, shape, levels, alpha, build)
+    return as_dequantized(augmented, shape, grey_levels, alpha, build)
 
 
 @recipe
@@ -132,14 +133,14 @@ def vflow_glow(
     event_shape: Sequence[int],
     *,
     num_extra: int = 2,
-    num_scales: int = 1,
+    num_levels: int = 1,
     depth: int = 2,
     posterior_depth: int = 1,
     width: int = 50,
     num_hidden: int = 2,
     coupling: str = "affine",
     factorization: common.Factorization | None = "conventional",
-    levels: int | None = None,
+    grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
     """VFlow on Glow: the flow of `glow` on vectors or images with extra dimensions, drawn from a conditional Glow.
@@ -150,19 +151,19 @@ def vflow_glow(
     Args:
       event_shape: `[H, W, C]` or `[D]`.
       num_extra: number of extra channels or dimensions.
-      num_scales: as in `glow`.
+      num_levels: as in `glow`.
       depth: steps of flow per level.
       posterior_depth: steps of flow of the posterior.
       width: width of the coupling networks.
       num_hidden: hidden layers of the coupling networks of vectors.
       coupling: `"affine"` or `"additive"`.
       factorization: as in `glow`.
-      levels: number of grey levels of integer images, scaled to [-1/2, 1/2) under uniform dequantisation; None for continuous
-        events.
+      grey_levels: number of grey levels of integer images, scaled to [-1/2, 1/2) under uniform dequantisation; None for
+        continuous events.
       seed: integer seed.
 
     Returns:
-      `Augmented` distribution of `dfb.VFlow`; `Dequantized` if `levels` is given.
+      `Augmented` distribution of `dfb.VFlow`; `Dequantized` if `grey_levels` is given.
 
     Raises:
       ValueError: as `glow`.
@@ -179,23 +180,22 @@ def vflow_glow(
     common.check_sizes("vflow-glow", num_extra=num_extra, posterior_depth=posterior_depth)
     joint = (*shape[:-1], shape[-1] + num_extra)
     seeds = iter(np.random.SeedSequence(seed).generate_state(2 * posterior_depth + 2).tolist())
-    flow = glow_flow(
+    flow = glow(
         joint,
-        num_scales=num_scales,
+        num_levels=num_levels,
         depth=depth,
         width=width,
         num_hidden=num_hidden,
         coupling=coupling,
         factorization=factorization,
-        condition_shape=None,
         seed=next(seeds),
-    )
+    ).bijector
     posterior = _glow_posterior(shape, num_extra, posterior_depth, width, num_hidden, coupling, seeds)
     augmented = _augmented(flow, posterior, joint, num_extra)
-    if levels is None:
+    if grey_levels is None:
         return augmented
-    pixels = tfd.TransformedDistribution(augmented, common.centred(levels))
-    return dfd.Dequantized(pixels, levels=levels)
+    pixels = tfd.TransformedDistribution(augmented, common.centred(grey_levels))
+    return dfd.Dequantized(pixels, grey_levels=grey_levels)
 
 
 def _glow_posterior(

@@ -10,7 +10,7 @@ from tfp_dimflows.training.callbacks import (
 )
 from tfp_dimflows.training.model import FlowModel, load
 from tfp_dimflows.training.progressive import fit_progressively
-from tfp_dimflows.training.runs import load_run, read_config, read_metrics, train
+from tfp_dimflows.training.runs import RunConfig, load_run, read_config, read_metrics, train
 
 __all__ = [
     "BitsPerLevel",
@@ -19,6 +19,7 @@ __all__ = [
     "KLWarmup",
     "KeptDimensions",
     "Reconstructions",
+    "RunConfig",
     "SampleImages",
     "fit_progressively",
     "load",

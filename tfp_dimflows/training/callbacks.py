@@ -12,15 +12,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike
-from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import plot, recipes
-from tfp_dimflows.bijectors import Chain, Multiscale, VFlow, per_dimension
-from tfp_dimflows.bijectors.base import probes_from
+from tfp_dimflows.bijectors import Chain, Multiscale
+from tfp_dimflows.bijectors.conditions import condition_kwargs
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
-from tfp_dimflows.distributions import Dequantized
+from tfp_dimflows.bijectors.probes import probes_from
+from tfp_dimflows.bijectors.walk import Summed
+from tfp_dimflows.distributions import structure_of
+from tfp_dimflows.training import batches
 from tfp_dimflows.training.model import FlowModel
-from tfp_dimflows.training.progressive import _parts
 
 
 class KLWarmup(keras.callbacks.Callback):
@@ -94,7 +95,7 @@ class DecideFactorization(keras.callbacks.Callback):
 
     #### Example
 
-    >>> flow = dimflows.recipes.lcma_realnvp([4, 4, 1], width=4, num_blocks=1, contributions="online", levels=4)
+    >>> flow = dimflows.recipes.lcma_realnvp([4, 4, 1], width=4, num_blocks=1, contributions="online", grey_levels=4)
     >>> model = dimflows.FlowModel(flow, seed=0)
     >>> model.compile()
     >>> images = tf.zeros([32, 4, 4, 1], tf.int32)
@@ -115,11 +116,11 @@ class DecideFactorization(keras.callbacks.Callback):
         """Checks model and data."""
         if not isinstance(self.model, FlowModel):
             raise ValueError(f"DecideFactorization: got the model {self.model.name}, needs a FlowModel")
-        multiscale = _find_multiscale(self.model.distribution)
+        multiscale = structure_of(self.model.distribution).multiscale
         if multiscale is None or not multiscale.is_online:
             raise ValueError(f"DecideFactorization: {self.model.name} has no Multiscale with an OnlineFactorization")
         self._multiscale = multiscale
-        self.model._check_first_batch(self._data)
+        batches.check_first(self._data, self.model.distribution)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Decides what is due."""
@@ -222,7 +223,7 @@ class _Pictures(keras.callbacks.Callback):
 def _grey_levels(model: FlowModel) -> int | None:
     """The number of grey levels of a model's images; None for continuous ones."""
     config = recipes.config_of(model.distribution) or {"arguments": {}}
-    return getattr(model.distribution, "levels", config["arguments"].get("levels"))
+    return getattr(model.distribution, "grey_levels", config["arguments"].get("grey_levels"))
 
 
 class SampleImages(_Pictures):
@@ -238,7 +239,7 @@ class SampleImages(_Pictures):
       num: number of samples.
       seed: integer seed of the samples.
       condition: the condition of a conditional model, `num` rows.
-      limits: as in `dimflows.plot.image_grid`; a recipe's `levels` are known.
+      limits: as in `dimflows.plot.image_grid`; a recipe's `grey_levels` are known.
       name: the beginning of the files' names, and the name in TensorBoard.
       overwrite: whether pictures of the epochs to be trained may be replaced, as those of a run that was killed and goes on.
 
@@ -249,7 +250,7 @@ class SampleImages(_Pictures):
 
     #### Example
 
-    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=1, depth=1, width=4, levels=4))
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_levels=1, depth=1, width=4, grey_levels=4))
     >>> model.compile()
     >>> pictures = dimflows.training.SampleImages("samples", every=2, num=9)
     >>> history = model.fit(tf.zeros([8, 4, 4, 1], tf.int32), epochs=4, verbose=0, callbacks=[pictures])
@@ -306,7 +307,7 @@ class Reconstructions(_Pictures):
 
     #### Example
 
-    >>> model = dimflows.FlowModel(dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, levels=4))
+    >>> model = dimflows.FlowModel(dimflows.recipes.flow_vae([4, 4, 1], flow=None, vae_width=4, grey_levels=4))
     >>> model.compile()
     >>> images = tf.zeros([8, 4, 4, 1], tf.int32)
     >>> history = model.fit(images, verbose=0, callbacks=[dimflows.training.Reconstructions(images[:5], "images")])
@@ -361,7 +362,7 @@ class KeptDimensions(_Pictures):
 
     #### Example
 
-    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=2, depth=1, width=4))
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_levels=2, depth=1, width=4))
     >>> model.compile()
     >>> history = model.fit(tf.zeros([8, 4, 4, 1]), verbose=0, callbacks=[dimflows.training.KeptDimensions("maps")])
     >>> tf.io.gfile.listdir("maps")
@@ -379,7 +380,7 @@ class KeptDimensions(_Pictures):
         super().__init__(directory, log_dir, 1, name, overwrite)
 
     def _check(self) -> None:
-        multiscale = _find_multiscale(self.model.distribution)
+        multiscale = structure_of(self.model.distribution).multiscale
         if multiscale is None or multiscale.factorization is None:
             reason = "no Multiscale in it" if multiscale is None else "a Multiscale that no dimension leaves"
             raise ValueError(f"KeptDimensions: {self.model.name} has {reason}, needs one with a DimensionFactorization")
@@ -396,16 +397,6 @@ class KeptDimensions(_Pictures):
 
     def _pixels(self) -> np.ndarray:
         return plot.figure_pixels(1, lambda axes: plot.kept_dimensions(self._factorization, ax=axes))
-
-
-def _find_multiscale(distribution: tfd.Distribution) -> Multiscale | None:
-    while distribution is not None:
-        for part in _parts(getattr(distribution, "bijector", None)):
-            part = part.flow if isinstance(part, VFlow) else part
-            if isinstance(part, Multiscale):
-                return part
-        distribution = getattr(distribution, "distribution", None)
-    return None
 
 
 class BitsPerLevel(keras.callbacks.Callback):
@@ -430,7 +421,7 @@ class BitsPerLevel(keras.callbacks.Callback):
 
     #### Example
 
-    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_scales=2, depth=1, width=4, levels=4))
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_levels=2, depth=1, width=4, grey_levels=4))
     >>> model.compile()
     >>> images = tf.zeros([8, 4, 4, 1], tf.int32)
     >>> history = model.fit(images, verbose=0, callbacks=[dimflows.training.BitsPerLevel(images)])
@@ -446,13 +437,10 @@ class BitsPerLevel(keras.callbacks.Callback):
         """Checks model and data."""
         if not isinstance(self.model, FlowModel):
             raise ValueError(f"BitsPerLevel: got the model {self.model.name}, needs a FlowModel")
-        distribution = self.model.distribution
-        self._dequantized = distribution if isinstance(distribution, Dequantized) else None
-        distribution = distribution if self._dequantized is None else distribution.distribution
-        *self._outer, self._multiscale = _parts(getattr(distribution, "bijector", None))
-        if not isinstance(self._multiscale, Multiscale):
-            raise ValueError(f"BitsPerLevel: {self.model.distribution.name} has no Multiscale next to its latent values")
-        self._noise = distribution.distribution
+        structure = structure_of(self.model.distribution)
+        self._dequantized, self._noise = structure.dequantized, structure.noise
+        owner = f"BitsPerLevel: {self.model.distribution.name}"
+        self._outer, self._multiscale = structure.innermost(Multiscale, owner)
         self._names = [f"bits_level_{k + 1}" for k in range(len(self._multiscale.levels))]
         if self._dequantized is not None or self._outer:
             self._names.append("bits_preprocessing")
@@ -460,7 +448,7 @@ class BitsPerLevel(keras.callbacks.Callback):
         self._check_data()
 
     def _check_data(self) -> None:
-        self.model._check_first_batch(self._data)
+        batches.check_first(self._data, self.model.distribution)
         for batch in self._batches():
             self._terms(tf.nest.map_structure(lambda value: value[:1], batch), self._seeds(0))
             return
@@ -478,7 +466,7 @@ class BitsPerLevel(keras.callbacks.Callback):
 
     def _batches(self) -> Iterator[Any]:
         for batch in self._data if isinstance(self._data, tf.data.Dataset) else [self._data]:
-            yield self.model._tensors(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            yield batches.tensors(batches.events(batch), self.model.distribution)
 
     def _seeds(self, step: int) -> tf.Tensor:
         return tf.constant([0, self._seed + step], tf.int32)
@@ -489,14 +477,12 @@ class BitsPerLevel(keras.callbacks.Callback):
         with probes_from(seed):
             preprocessing = 0.0
             if self._dequantized is not None:
-                x, log_r, _ = self._dequantized._noisy(x, 1, seed)
+                x, log_r, _ = self._dequantized.noisy(x, 1, seed)
                 preprocessing = -log_r
             if self._outer:
-                kwargs = per_dimension.condition_kwargs(Chain(self._outer), condition)
-                x, log_det = per_dimension.inverse_and_log_det(Chain(self._outer), x, len(self.model.event_shape), **kwargs)
-                preprocessing = log_det + preprocessing
-            kwargs = per_dimension.condition_kwargs(self._multiscale, condition)
-            terms = self._multiscale.level_log_prob(x, noise=self._noise, **kwargs)
+                outer = Summed(x, len(self.model.event_shape)).inverse(Chain(self._outer), condition)
+                x, preprocessing = outer.value, outer.log_det + preprocessing
+            terms = self._multiscale.level_log_prob(x, noise=self._noise, **condition_kwargs(self._multiscale, condition))
         if len(self._names) > terms.shape[-1]:
             preprocessing = tf.broadcast_to(tf.cast(preprocessing, terms.dtype), tf.shape(terms)[:-1])
             terms = tf.concat([terms, preprocessing[..., tf.newaxis]], axis=-1)

@@ -1,9 +1,6 @@
 """`FlowModel`: a distribution as a Keras 3 model."""
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import keras
@@ -13,15 +10,17 @@ import tensorflow_probability as tfp
 from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows import keras_bridge, recipes
-from tfp_dimflows.bijectors.base import probes_from
+from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors.chain import Chain
-from tfp_dimflows.distributions import Augmented, Dequantized, variational
+from tfp_dimflows.bijectors.probes import probes_from
+from tfp_dimflows.distributions import structure_of, variational
+from tfp_dimflows.training import batches
+from tfp_dimflows.training.saving import SavedFlow, unchanged_on_error
 from tfp_dimflows.upstream import samplers
 
 
 @keras.saving.register_keras_serializable(package="tfp_dimflows")
-class FlowModel(keras.Model):
+class FlowModel(SavedFlow):
     """Trains a `tfd.Distribution` by maximum likelihood with Keras `fit`.
 
     `model(x)` is `log_prob(x)`, one number per event. The loss is the mean negative log-probability plus the networks' own
@@ -102,14 +101,10 @@ class FlowModel(keras.Model):
         Raises:
           ValueError: if the distribution has none, or it is one of augmented data (`dfd.Augmented`).
         """
-        distribution, bijectors = self._distribution, []
-        while isinstance(distribution, Dequantized) or hasattr(distribution, "bijector"):
-            if hasattr(distribution, "bijector"):
-                bijectors.append(distribution.bijector)
-            distribution = distribution.distribution
-        if not bijectors or isinstance(distribution, Augmented):
+        structure = structure_of(self._distribution)
+        if not structure.bijectors or structure.augmented is not None:
             raise ValueError(f"FlowModel: {self._distribution.name} has no bijector from latent values to data")
-        return bijectors[0] if len(bijectors) == 1 else Chain(bijectors)
+        return structure.bijectors[0] if len(structure.bijectors) == 1 else Chain(structure.bijectors)
 
     @property
     def event_shape(self) -> tf.TensorShape:
@@ -151,14 +146,14 @@ class FlowModel(keras.Model):
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         """As `keras.Model.fit`, after a check of the (first) batch that changes nothing if it fails."""
-        self._check_first_batch(x)
+        batches.check_first(x, self._distribution)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._for_workers(kwargs["validation_data"])
         if self._kl_weight is not None:
             self._kl_weight.assign(1.0)  # a training that was interrupted may have left a warm-up's
-        history = super().fit(self._for_workers(x), *args, **_with_labels(x, args, kwargs))
+        history = super().fit(self._for_workers(x), *args, **batches.with_labels(x, args, kwargs))
         self._converge()
         return history
 
@@ -171,13 +166,13 @@ class FlowModel(keras.Model):
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`."""
         self._converge()
-        return super().evaluate(self._for_workers(x), *args, **_with_labels(x, args, kwargs))
+        return super().evaluate(self._for_workers(x), *args, **batches.with_labels(x, args, kwargs))
 
     def _for_workers(self, data: Any) -> Any:
         """With several workers a dataset's images as int32: Keras reduces a batch over the workers, which uint8 cannot be."""
         if not (isinstance(data, tf.data.Dataset) and self._has_workers()):
             return data
-        return data.map(lambda *batch: tf.nest.map_structure(_without_uint8, batch[0] if len(batch) == 1 else batch))
+        return data.map(batches.without_uint8)
 
     def _has_workers(self) -> bool:
         return isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -195,15 +190,14 @@ class FlowModel(keras.Model):
           ValueError: if the data does not fit the distribution; then nothing has changed.
         """
         if isinstance(data, tf.data.Dataset):
-            batches = [_events(batch) for batch in data.take(steps)]
-            if not batches:
+            parts = [batches.events(batch) for batch in data.take(steps)]
+            if not parts:
                 raise ValueError("FlowModel.adapt: the dataset is empty")
-            batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *batches)
+            batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *parts)
         else:
-            batch = _events(data)
-        batch = self._tensors(batch)
-        self._check(batch)
-        with _unchanged_on_error(self.variables), keras_bridge.adaptation():
+            batch = batches.events(data)
+        batch = self._checked(batch)
+        with unchanged_on_error(self.variables), keras_bridge.adaptation():
             self._log_prob(batch, seed=self._next_seed())
 
     def call(self, x: Any, training: bool | None = None) -> tf.Tensor:
@@ -261,8 +255,7 @@ class FlowModel(keras.Model):
         Raises:
           ValueError: if x does not fit the distribution.
         """
-        x = self._tensors(x)
-        self._check(x)
+        x = self._checked(x)
         ranks = tuple(value.shape.rank for value in tf.nest.flatten(x))
         return self._compiled_log_prob(ranks, x, self._seed(seed), num_samples)
 
@@ -294,9 +287,7 @@ class FlowModel(keras.Model):
         """
         if num_steps < 2:
             raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
-        start, end = self._tensors(start), self._tensors(end)
-        self._check(start)
-        self._check(end)
+        start, end = self._checked(start), self._checked(end)
         if start.shape != end.shape:
             raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
         z_start, z_end = variational.encode(self._distribution, start), variational.encode(self._distribution, end)
@@ -310,13 +301,18 @@ class FlowModel(keras.Model):
         Raises:
           ValueError: if x does not fit the distribution.
         """
-        x = self._tensors(x)
-        self._check(x)
+        x = self._checked(x)
         return variational.encode(self._distribution, x)
 
     def decode(self, z: TensorLike) -> tf.Tensor:
         """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means."""
-        return variational.decode(self._distribution, self._tensors(z))
+        return variational.decode(self._distribution, batches.tensors(z, self._distribution))
+
+    def _checked(self, batch: Any) -> Any:
+        """A batch as tensors, after a check."""
+        batch = batches.tensors(batch, self._distribution)
+        batches.check(batch, self._distribution)
+        return batch
 
     def _log_prob(self, x: Any, seed: Any = None, num_samples: int | None = None) -> tf.Tensor:
         kwargs = {}
@@ -345,186 +341,6 @@ class FlowModel(keras.Model):
 
     def _seed(self, seed: int | None) -> tf.Tensor:
         return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
-
-    # Checks.
-
-    def _check_first_batch(self, x: Any) -> None:
-        if isinstance(x, tf.data.Dataset):
-            for batch in x.take(1):
-                self._check(_events(batch))
-        elif isinstance(x, (np.ndarray, tf.Tensor, dict)):
-            self._check(self._tensors(x))
-
-    def _tensors(self, batch: Any) -> Any:
-        """Arrays, nested lists and dicts of them as tensors, floats in the distribution's precision."""
-        if isinstance(batch, dict):
-            return {key: self._tensors(value) for key, value in batch.items()}
-        batch = tf.convert_to_tensor(batch)
-        dtype = self._distribution.dtype if self._distribution.dtype.is_floating else tf.as_dtype(keras.config.floatx())
-        return tf.cast(batch, dtype) if batch.dtype.is_floating else batch
-
-    def _check(self, batch: Any) -> None:
-        """Raises unless the batch's events have the right shape and finite values within the distribution's levels."""
-        x = batch
-        if isinstance(batch, dict):
-            if set(batch) != {"x", "condition"}:
-                raise ValueError(f"FlowModel: got a batch with {sorted(batch)}, needs 'x' and 'condition'")
-            x = batch["x"]
-        rank = len(self.event_shape)
-        if x.shape.rank < rank or not self.event_shape.is_compatible_with(x.shape[x.shape.rank - rank :]):
-            raise ValueError(
-                f"FlowModel: got data of shape {x.shape}, {self._distribution.name} needs events of shape {self.event_shape}"
-            )
-        for value in tf.nest.flatten(batch):
-            if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
-                raise ValueError(f"FlowModel: {self._distribution.name} got values that are not finite")
-        if hasattr(self._distribution, "check_values"):
-            self._distribution.check_values(x)
-
-    # Saving.
-
-    def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `keras.Model.save`.
-
-        Raises:
-          ValueError: if no recipe made the distribution; then nothing is written.
-        """
-        self.get_config()
-        return super().save(filepath, *args, **kwargs)
-
-    def export(
-        self, filepath: str | os.PathLike, *, num_samples: int | None = None, condition_shape: Sequence[int] | None = None
-    ) -> None:
-        """Writes a TensorFlow SavedModel, which `tf.saved_model.load` reads without this package.
-
-        It has, as methods and signatures, with seeds of two int32 numbers for all noise,
-
-        * `log_prob(x, seed)`, and `sample(num, seed)` with a scalar int32 `num`,
-        * `encode(x)` and `decode(z)`, as in this class,
-
-        of a conditional distribution `log_prob(x, seed, condition)` and `sample(num, seed, condition)` alone. `x` has the
-        distribution's dtype.
-
-        Args:
-          filepath: a folder that does not exist yet.
-          num_samples: noise samples of an importance-weighted bound, if the distribution is one.
-          condition_shape: shape of one condition of a conditional distribution.
-
-        Raises:
-          ValueError: if the folder exists, or `num_samples` is given for an exact density.
-        """
-        if os.path.exists(filepath):
-            raise ValueError(f"FlowModel.export: {filepath} exists already; choose another folder")
-        self._converge()
-        events = tf.TensorSpec([None, *self.event_shape], self._distribution.dtype, name="x")
-        seed, num = tf.TensorSpec([2], tf.int32, name="seed"), tf.TensorSpec([], tf.int32, name="num")
-        archive = keras.export.ExportArchive()
-        archive.track(self)
-
-        def log_prob(x: Any, seed: Any, condition: Any = None) -> tf.Tensor:
-            batch = x if condition is None else {"x": x, "condition": condition}
-            return self._log_prob(batch, seed, num_samples)
-
-        def sample(num: tf.Tensor, seed: Any, condition: Any = None) -> tf.Tensor:
-            return self._sample(num, seed, condition)
-
-        given = []
-        if condition_shape is not None:
-            given = [tf.TensorSpec([None, *condition_shape], keras.config.floatx(), name="condition")]
-        archive.add_endpoint("log_prob", log_prob, [events, seed, *given])
-        archive.add_endpoint("sample", sample, [num, seed, *given])
-        if not given:
-            z = tf.function(lambda x: variational.encode(self._distribution, x), autograph=False)
-            latent = z.get_concrete_function(events).structured_outputs
-            archive.add_endpoint("encode", lambda x: variational.encode(self._distribution, x), [events])
-            decode = [tf.TensorSpec(latent.shape, latent.dtype, name="z")]
-            archive.add_endpoint("decode", lambda z: variational.decode(self._distribution, z), decode)
-        archive.write_out(str(filepath), verbose=False)
-
-    def load_weights(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `keras.Model.load_weights`.
-
-        Raises:
-          ValueError: if the weights do not fit, or belong to another dimension factorization; then nothing has changed.
-        """
-        variables = [*self.variables, *getattr(getattr(self, "optimizer", None), "variables", ())]
-        with _unchanged_on_error(variables):
-            return super().load_weights(filepath, *args, **kwargs)
-
-    def get_config(self) -> dict:
-        """The recipe and its arguments.
-
-        Raises:
-          ValueError: if no recipe made the distribution; `save_weights` and `load_weights` work for any.
-        """
-        config = recipes.config_of(self._distribution)
-        if config is None:
-            raise ValueError(
-                f"FlowModel: {self._distribution.name} was not made by a recipe, so its construction cannot be saved; use "
-                "save_weights, and load_weights on a model made by the same code"
-            )
-        return {**config, "name": self.name}
-
-    @classmethod
-    def from_config(cls, config: dict, custom_objects: dict | None = None) -> "FlowModel":
-        """Builds the recipe anew."""
-        return cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
-
-    def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
-        """Keras's hook for saving; adds the seeds that layers such as dropout draw from, which Keras does not save."""
-        super().save_own_variables(store)
-        for k, state in enumerate(self._seed_states()):
-            store[f"seed_{k}"] = state.numpy()
-
-    def _seed_states(self) -> list[keras.Variable]:
-        layers = self._flatten_layers(include_self=False)
-        return [generator.state for layer in layers for generator in layer._seed_generators]
-
-    def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Keras's hook for loading; first checks that constants of the architecture are those the weights were trained with.
-
-        Raises:
-          ValueError: if the weights belong to another dimension factorization; then nothing has changed.
-        """
-        own = self._trainable_variables + self._non_trainable_variables
-        for index, variable in enumerate(own):
-            is_constant = "dimension_order" in variable.name and str(index) in store
-            if is_constant and not np.array_equal(store[str(index)], variable.numpy()):
-                raise ValueError(
-                    f"FlowModel: the weights were trained with another dimension factorization than that of {self.name}"
-                )
-        super().load_own_variables({key: store[key] for key in store.keys() if not key.startswith("seed_")})
-        for k, state in enumerate(self._seed_states()):
-            if f"seed_{k}" in store:
-                state.assign(store[f"seed_{k}"])
-
-
-@contextlib.contextmanager
-def _unchanged_on_error(variables: Sequence[keras.Variable]) -> Iterator[None]:
-    """Gives the variables their values back if what runs inside fails."""
-    before = [v.numpy() for v in variables]
-    try:
-        yield
-    except Exception:
-        for variable, value in zip(variables, before):
-            variable.assign(value)
-        raise
-
-
-def _without_uint8(value: tf.Tensor) -> tf.Tensor:
-    return tf.cast(value, tf.int32) if value.dtype == tf.uint8 else value
-
-
-def _with_labels(x: Any, args: tuple, kwargs: dict) -> dict:
-    """Adds labels that are not used, without which Keras ignores sample weights."""
-    if kwargs.get("sample_weight") is not None and not args and kwargs.get("y") is None:
-        return kwargs | {"y": np.zeros(len(tf.nest.flatten(x)[0]))}
-    return kwargs
-
-
-def _events(batch: Any) -> Any:
-    """The events of a batch in any form that Keras takes."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def load(path: str) -> FlowModel:

@@ -9,16 +9,15 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import keras_bridge
 from tfp_dimflows.bijectors import PNF, Chain
-from tfp_dimflows.bijectors.per_dimension import condition_kwargs
-from tfp_dimflows.distributions import Dequantized
+from tfp_dimflows.bijectors.conditions import uses_condition
+from tfp_dimflows.distributions import structure_of
+from tfp_dimflows.training import batches
 from tfp_dimflows.training.backup import Backup
 from tfp_dimflows.training.model import FlowModel
-from tfp_dimflows.upstream import TFPChain
 
 
 def fit_progressively(
@@ -161,14 +160,9 @@ class _Stages:
     """The stages of a model's progressive flow as models of their own, and their data."""
 
     def __init__(self, model: FlowModel):
-        self._dequantized, distribution = None, model.distribution
-        if isinstance(distribution, Dequantized):
-            self._dequantized, distribution = distribution, distribution.distribution
-        self._dtype = distribution.dtype
-        *outer, self._flow = _parts(getattr(distribution, "bijector", None))
-        if not isinstance(self._flow, PNF):
-            raise ValueError(f"fit_progressively: {model.distribution.name} has no PNF next to its latent values")
-        noise = distribution.distribution
+        structure = structure_of(model.distribution)
+        self._dequantized, noise = structure.dequantized, structure.noise
+        outer, self._flow = structure.innermost(PNF, f"fit_progressively: {model.distribution.name}")
         if not isinstance(noise, tfd.Sample) or noise.distribution.event_shape.rank != 0:
             raise ValueError(
                 f"fit_progressively: the latent values are {noise.name}, needs a tfd.Sample of one scalar distribution, since "
@@ -198,13 +192,13 @@ class _Stages:
             raise ValueError(
                 f"fit_progressively: got data of type {type(dataset).__name__}, needs a tf.data.Dataset of batches"
             )
-        self._whole._check_first_batch(dataset)
+        batches.check_first(dataset, self._whole.distribution)
         for batch in dataset.take(1):
             first = tf.nest.map_structure(lambda value: value[:1], batch)
             for k in range(self.num):
                 model, part = self.model(k), self._batch(first, k, tf.constant([0, seed], tf.int64))
                 if model is not None:
-                    model._log_prob(part[0] if isinstance(part, tuple) else part)
+                    model(part[0] if isinstance(part, tuple) else part)
 
     def data(self, dataset: tf.data.Dataset, k: int, seed: int) -> tf.data.Dataset:
         """Batches of a stage's values from batches of events."""
@@ -216,19 +210,12 @@ class _Stages:
         events, *rest = batch if isinstance(batch, tuple) else (batch,)
         x, condition = (events["x"], events["condition"]) if isinstance(events, dict) else (events, None)
         if self._dequantized is None:
-            x = tf.cast(x, self._dtype)
+            x = tf.cast(x, self._noise.dtype)
         else:
             x = self._dequantized.dequantize(x, tf.cast(seed % 2**31, tf.int32))
         value, given = self._flow.stage_data(self._outer.inverse(x), k, condition)
-        if given is None or not condition_kwargs(self._flow.stages[k], given):
+        if given is None or not uses_condition(self._flow.stages[k]):
             events = value
         else:
             events = {"x": value, "condition": given}
         return (events, *rest) if rest else events
-
-
-def _parts(bijector: tfb.Bijector | None) -> list[tfb.Bijector]:
-    """The parts of nested chains, from the data's side to the latent one."""
-    if isinstance(bijector, (Chain, TFPChain)):
-        return [part for b in bijector.bijectors for part in _parts(b)]
-    return [bijector]

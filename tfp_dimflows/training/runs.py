@@ -1,24 +1,31 @@
 """Run directories: a recipe trained from start to end, resumable at every epoch."""
 
+import argparse
 import contextlib
 import csv
+import dataclasses
 import errno
 import fcntl
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import plot, recipes
-from tfp_dimflows.bijectors import Multiscale
+from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
+from tfp_dimflows.distributions import structure_of
+from tfp_dimflows.recipes import registry
+from tfp_dimflows.renamed import new_names
 from tfp_dimflows.training.backup import Backup, least_of_workers
-from tfp_dimflows.training.callbacks import DecideFactorization, _find_multiscale
+from tfp_dimflows.training.callbacks import DecideFactorization
 from tfp_dimflows.training.model import FlowModel, load
 from tfp_dimflows.version import __version__
 
@@ -31,24 +38,101 @@ CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
 )
 
 
+def _option(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A field that is an option of the command line too, with what argparse is told of it."""
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RunConfig:
+    """What a run trains, and how: the options of `train`, most of them options of the command line, and `config.json`.
+
+    Args:
+      recipe: a recipe's name.
+      event_shape: shape of one image.
+      grey_levels: number of grey levels.
+      arguments: further arguments of the recipe.
+      epochs: epochs of training.
+      steps_per_epoch: optimisation steps per epoch, and at most as many batches of validation after it; None: one pass over the
+        data.
+      learning_rate: Adam's.
+      seed: integer seed of initial weights, noise and samples.
+      pretrain_epochs: epochs of LCMA's first phase; None: half of `epochs`, rounded up.
+      online_steps: LCMA in one phase: a factor-out is decided after every so many steps, by as many batches
+        (`DecideFactorization`). `contributions.npz` is then of the trained model.
+      baseline: whether an LCMA recipe also trains the conventional factorization.
+      notes: further entries of `config.json`, such as the dataset's name.
+
+    Raises:
+      ValueError: if the recipe does not exist or does not take the arguments; for `online_steps` with `pretrain_epochs` or a
+        recipe without LCMA.
+
+    #### Example
+
+    >>> config = dimflows.training.RunConfig(recipe="glow", event_shape=[8, 8, 1], grey_levels=17, epochs=2)
+    >>> config.to_json()["arguments"], config.build().event_shape
+    ({'seed': 0}, TensorShape([8, 8, 1]))
+    """
+
+    recipe: str
+    event_shape: Sequence[int]
+    grey_levels: int
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    epochs: int = _option(help="number of epochs")
+    steps_per_epoch: int | None = _option(None, help="default: the whole training split")
+    learning_rate: float = _option(1e-3, help="Adam's", type=float)
+    seed: int = _option(0, help="of initial weights, noise and samples", type=int)
+    pretrain_epochs: int | None = _option(None, help="lcma recipes: epochs of phase 1; default: half of --epochs")
+    online_steps: int | None = _option(
+        None, help="lcma recipes: no phase 1; a factor-out is decided after every N steps of the training", metavar="N"
+    )
+    baseline: bool = _option(
+        True, help="lcma recipes: train the conventional one beside", action=argparse.BooleanOptionalAction
+    )
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        arguments = {"seed": self.seed} | registry.present_names(self.recipe, self.arguments)
+        if reserved := {"event_shape", "grey_levels", "contributions"} & set(arguments):
+            raise ValueError(
+                f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide"
+            )
+        if self.online_steps is not None and (self.base is None or self.pretrain_epochs is not None):
+            raise ValueError(f"train: got online_steps for {self.recipe}, needs an lcma recipe and no pretrain_epochs")
+        object.__setattr__(self, "event_shape", list(self.event_shape))
+        object.__setattr__(self, "arguments", arguments)
+        if self.base is not None and self.online_steps is None:
+            object.__setattr__(self, "pretrain_epochs", self.pretrain_epochs or (self.epochs + 1) // 2)
+
+    @property
+    def base(self) -> str | None:
+        """The recipe on which an LCMA recipe stands, None for others."""
+        return recipes.base_of(self.recipe)
+
+    def build(self, recipe: str | None = None, **more: Any) -> tfd.Distribution:
+        """The distribution of the recipe, or of another one, with these further arguments."""
+        return recipes.get(recipe or self.recipe)(self.event_shape, grey_levels=self.grey_levels, **self.arguments | more)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of `config.json`."""
+        entries = dataclasses.asdict(self)
+        notes = entries.pop("notes")
+        if self.base is None:
+            del entries["baseline"]
+        for phase in ("pretrain_epochs", "online_steps"):
+            if entries[phase] is None:
+                del entries[phase]
+        return {"version": __version__, **entries, **notes}
+
+
 def train(
     recipe: str,
     directory: str | os.PathLike,
     train_data: tf.data.Dataset,
     test_data: tf.data.Dataset,
     *,
-    event_shape: Sequence[int],
-    levels: int,
-    epochs: int,
-    steps_per_epoch: int | None = None,
-    pretrain_epochs: int | None = None,
-    online_steps: int | None = None,
-    baseline: bool = True,
-    arguments: dict | None = None,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
     resume: bool = False,
-    notes: dict | None = None,
+    **options: Any,
 ) -> FlowModel:
     """Trains a recipe on integer images into a run directory.
 
@@ -69,121 +153,66 @@ def train(
       directory: the run directory.
       train_data: batches of integer images; endless, or repeated if `steps_per_epoch` is given.
       test_data: batches of integer images.
-      event_shape: shape of one image.
-      levels: number of grey levels.
-      epochs: epochs of training.
-      steps_per_epoch: optimisation steps per epoch, and at most as many batches of validation after it; default: one pass
-        over the data.
-      pretrain_epochs: epochs of LCMA's first phase; default: half of `epochs`, rounded up.
-      online_steps: LCMA in one phase: a factor-out is decided after every so many steps, by as many batches
-        (`DecideFactorization`). `contributions.npz` is then of the trained model.
-      baseline: whether an LCMA recipe also trains the conventional factorization.
-      arguments: further arguments of the recipe.
-      learning_rate: Adam's.
-      seed: integer seed of initial weights, noise and samples.
       resume: whether to go on with an existing run of the same configuration.
-      notes: further entries of the configuration, such as the dataset's name.
+      **options: the other fields of `RunConfig`, such as `event_shape`, `grey_levels` and `epochs`.
 
     Returns:
       The trained model.
 
     Raises:
       ValueError: if the directory cannot be written, is written by another process, holds a run and `resume` is False, or holds
-        one of another configuration; if the recipe does not exist or does not take the arguments; for `online_steps` with
-        `pretrain_epochs` or a recipe without LCMA, or too many for the epochs.
+        one of another configuration; for more `online_steps` than there are; or as `RunConfig`.
     """
-    if reserved := {"event_shape", "levels", "contributions"} & set(arguments or {}):
-        raise ValueError(f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide")
-    if steps_per_epoch is None and train_data.cardinality() == tf.data.INFINITE_CARDINALITY:
+    config = RunConfig(recipe=recipe, **new_names("train", options, {"levels": "grey_levels"}))
+    if config.steps_per_epoch is None and train_data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError("train: got endless train_data, needs steps_per_epoch")
-    if online_steps is not None and (recipes.base_of(recipe) is None or pretrain_epochs is not None):
-        raise ValueError(f"train: got online_steps for {recipe}, needs an lcma recipe and no pretrain_epochs")
     plot.require_matplotlib()  # now rather than after hours of training
-    arguments = {"seed": seed} | (arguments or {})
-    if online_steps is None:
-        pretrain_epochs = pretrain_epochs or (epochs + 1) // 2
-    distribution = recipes.get(recipe)(event_shape, levels=levels, **arguments)  # bad arguments fail before anything is written
-    if online_steps is not None and (multiscale := _find_multiscale(distribution)) is not None:
+    multiscale = structure_of(config.build()).multiscale  # bad arguments fail before anything is written
+    if config.online_steps is not None and multiscale is not None:
         factor_outs = len(multiscale.levels) - 1
-        steps = epochs * (steps_per_epoch or int(train_data.cardinality()))
-        if 0 < steps <= online_steps * factor_outs:
+        steps = config.epochs * (config.steps_per_epoch or int(train_data.cardinality()))
+        if 0 < steps <= config.online_steps * factor_outs:
             raise ValueError(
-                f"train: got online_steps={online_steps} for {factor_outs} factor-outs in {steps} steps, needs at most "
+                f"train: got online_steps={config.online_steps} for {factor_outs} factor-outs in {steps} steps, needs at most "
                 f"{(steps - 1) // factor_outs}"
             )
-    budget = {
-        "epochs": epochs,
-        "steps_per_epoch": steps_per_epoch,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
-    config = {"version": __version__, "recipe": recipe, "event_shape": list(event_shape), "levels": levels}
-    config |= {"arguments": arguments, **budget}
-    if recipes.base_of(recipe):
-        phase: dict[str, Any] = {"pretrain_epochs": pretrain_epochs} if online_steps is None else {"online_steps": online_steps}
-        config |= phase | {"baseline": baseline}
-    with _run_directory(directory, config | (notes or {}), resume) as directory:
-        phase = {"pretrain_epochs": pretrain_epochs, "online_steps": online_steps, "baseline": baseline}
-        return _train(recipe, directory, (train_data, test_data), event_shape, levels, arguments, budget, **phase)
+    with _run_directory(directory, config.to_json(), resume) as directory:
+        return _train(config, directory, train_data, test_data)
 
 
-def _train(
-    recipe: str,
-    directory: pathlib.Path,
-    datasets: tuple[tf.data.Dataset, tf.data.Dataset],
-    event_shape: Sequence[int],
-    levels: int | None,
-    arguments: dict[str, Any],
-    budget: dict[str, Any],
-    *,
-    pretrain_epochs: int | None,
-    online_steps: int | None,
-    baseline: bool,
-) -> FlowModel:
+def _train(config: RunConfig, directory: pathlib.Path, train_data: tf.data.Dataset, test_data: tf.data.Dataset) -> FlowModel:
     """All phases of a run, each resumed or loaded if it is there."""
-    seed = budget["seed"]
 
     def fit(
-        name: str,
-        where: pathlib.Path,
-        arguments: dict[str, Any],
-        epochs: int | None = budget["epochs"],
-        callbacks: Sequence[keras.callbacks.Callback] = (),
+        where: pathlib.Path, config: RunConfig, callbacks: Sequence[keras.callbacks.Callback] = (), **more: Any
     ) -> FlowModel:
-        build = recipes.get(name)
-        return _fit(
-            where,
-            lambda: FlowModel(build(event_shape, levels=levels, **arguments), seed=seed),
-            *datasets,
-            **{**budget, "epochs": epochs},
-            callbacks=callbacks,
-        )
-
-    base = recipes.base_of(recipe)
-    if base is None:
-        model = fit(recipe, directory, arguments)
-        _save_samples(directory / "samples.png", model, levels, seed)
-        return model
+        return _fit(where, config, lambda: config.build(**more), train_data, test_data, callbacks)
 
     def contributions_of(model: FlowModel) -> list[np.ndarray]:
-        return _contributions(directory / CONTRIBUTIONS, model, datasets[0], budget["steps_per_epoch"])
+        return _contributions(directory / CONTRIBUTIONS, model, train_data, config.steps_per_epoch)
 
-    if online_steps is None:
-        fit(recipe, directory / "pretraining", arguments, pretrain_epochs)
+    if config.base is None:
+        model = fit(directory, config)
+    elif config.online_steps is None:
+        fit(directory / "pretraining", dataclasses.replace(config, epochs=config.pretrain_epochs or config.epochs))
         contributions = contributions_of(load(str(directory / "pretraining" / MODEL)))  # as a run that goes on from here has it
-        model = fit(recipe, directory, arguments | {"contributions": contributions})
+        model = fit(directory, config, contributions=contributions)
     else:
-        decide = DecideFactorization(datasets[0].take(online_steps), online_steps, seed)
-        model = fit(recipe, directory, arguments | {"contributions": "online"}, callbacks=[decide])
+        decide = DecideFactorization(train_data.take(config.online_steps), config.online_steps, config.seed)
+        model = fit(directory, config, [decide], contributions="online")
         contributions = contributions_of(model)
-    factorizations: dict[str, Any] = {recipe: _multiscale(model).factorization}
-    if baseline:
-        own = {key: value for key, value in arguments.items() if key not in ("keep", "granularity")}
-        conventional = fit(base, directory / "conventional", own)
-        factorizations[f"{base} (conventional)"] = _multiscale(conventional).factorization
-    if not (directory / "factorization.png").is_file():
-        plot.save_factorizations(directory / "factorization.png", factorizations, contributions)
-    _save_samples(directory / "samples.png", model, levels, seed)
+    if config.base is not None:
+        factorizations: dict[str, Any] = {config.recipe: _factorization(model)}
+        if config.baseline:
+            own = {key: value for key, value in config.arguments.items() if key not in ("keep", "granularity")}
+            conventional = fit(
+                directory / "conventional", dataclasses.replace(config, recipe=config.base, arguments=own, online_steps=None)
+            )
+            factorizations[f"{config.base} (conventional)"] = _factorization(conventional)
+        if not (directory / "factorization.png").is_file():
+            plot.save_factorizations(directory / "factorization.png", factorizations, contributions)
+    if not (directory / "samples.png").is_file():
+        plot.save_grid(directory / "samples.png", model.sample(64, seed=config.seed), config.grey_levels)
     return model
 
 
@@ -202,7 +231,12 @@ def read_config(directory: str | os.PathLike) -> dict:
     path = pathlib.Path(directory) / CONFIG
     if not path.is_file():
         raise ValueError(f"run: {directory} holds no run (no {CONFIG})")
-    return json.loads(path.read_text())
+    config = json.loads(path.read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that had other names when it was written
+        config = new_names("run", config, {"levels": "grey_levels"})
+        config["data"] = new_names("run", config.get("data", {}), {"levels": "grey_levels"})
+        return config | {"arguments": registry.present_names(config["recipe"], config["arguments"])}
 
 
 def load_run(directory: str | os.PathLike) -> FlowModel:
@@ -258,7 +292,7 @@ def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> Non
     if (directory / CONFIG).is_file():
         if not resume:
             raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
-        stored = json.loads((directory / CONFIG).read_text())
+        stored = read_config(directory)
         config = config | {"version": stored.get("version")}
         changed = sorted(key for key in stored | config if stored.get(key) != config.get(key))
         if changed:
@@ -272,14 +306,10 @@ def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> Non
 
 def _fit(
     directory: pathlib.Path,
-    build: Callable[[], FlowModel],
+    config: RunConfig,
+    build: Callable[[], tfd.Distribution],
     train_data: tf.data.Dataset,
     test_data: tf.data.Dataset,
-    *,
-    epochs: int,
-    steps_per_epoch: int | None,
-    learning_rate: float,
-    seed: int,
     callbacks: Sequence[keras.callbacks.Callback],
 ) -> FlowModel:
     """Trains into `directory`, goes on with what is there, or loads what is finished."""
@@ -292,19 +322,20 @@ def _fit(
     if done == 1:
         model = load(str(directory / MODEL))
     else:
-        keras.utils.set_random_seed(seed)
-        model = build()
-        model.compile(keras.optimizers.Adam(learning_rate, global_clipnorm=100.0))
+        keras.utils.set_random_seed(config.seed)
+        model = FlowModel(build(), seed=config.seed)
+        model.compile(keras.optimizers.Adam(config.learning_rate, global_clipnorm=100.0))
         finished_epochs = backup.restore(model)
         if not finished_epochs:
             model.adapt(train_data, steps=4)
         _keep_rows(directory / HISTORY, finished_epochs)
+        steps = config.steps_per_epoch
         model.fit(
-            train_data.repeat().skip(finished_epochs * steps_per_epoch) if steps_per_epoch else train_data,
+            train_data.repeat().skip(finished_epochs * steps) if steps else train_data,
             initial_epoch=finished_epochs,
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
-            validation_data=test_data.take(steps_per_epoch) if steps_per_epoch else test_data,
+            epochs=config.epochs,
+            steps_per_epoch=steps,
+            validation_data=test_data.take(steps) if steps else test_data,
             callbacks=[
                 *callbacks,
                 keras.callbacks.TerminateOnNaN(),
@@ -354,13 +385,9 @@ def _contributions(
     return contributions
 
 
-def _multiscale(model: FlowModel) -> Multiscale:
-    return model.bijector.bijectors[-1]
-
-
-def _save_samples(path: pathlib.Path, model: FlowModel, levels: int | None, seed: int) -> None:
-    if not path.is_file():
-        plot.save_grid(path, model.sample(64, seed=seed), levels)
+def _factorization(model: FlowModel) -> DimensionFactorization | None:
+    multiscale = structure_of(model.distribution).multiscale
+    return None if multiscale is None else multiscale.factorization
 
 
 def _write_json(path: pathlib.Path, value: dict) -> None:

@@ -10,14 +10,17 @@ from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows.bijectors import per_dimension
-from tfp_dimflows.bijectors.base import FlowBijector, _fill, append_condition, log_det_dtype, to_tensor, vector_condition
+from tfp_dimflows.bijectors.base import Composite, to_tensor
+from tfp_dimflows.bijectors.conditions import append_condition, uses_condition, vector_condition
+from tfp_dimflows.bijectors.factor_out import flat_latents
 from tfp_dimflows.bijectors.haar import HaarSplit
+from tfp_dimflows.bijectors.log_dets import sum_event
+from tfp_dimflows.bijectors.walk import AnyWalk, Parts, Summed, Walk
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
 
 
-class PNF(FlowBijector):
+class PNF(Composite):
     r"""Progressive normalizing flow between a flat latent vector `[D]` and an event, an image `[H, W, C]` or a signal `[D]`.
 
     From data to latent, `HaarSplit`s halve the event y = h_K again and again; what is lost in a halving is modelled given what
@@ -43,7 +46,6 @@ class PNF(FlowBijector):
         if it can use a condition, is given h_{k-1}.
       event_shape: `[H, W, C]` or `[D]`.
       orthonormal: whether the halvings divide by sqrt(2) (orthonormal Haar transform) rather than 2 (averages).
-      validate_args: as in `tfb.Bijector`.
       name: the name of the operations.
 
     Raises:
@@ -69,7 +71,6 @@ class PNF(FlowBijector):
         details: Sequence[tfb.Bijector],
         event_shape: Sequence[int],
         orthonormal: bool = False,
-        validate_args: bool = False,
         name: str = "pnf",
     ):
         parameters = dict(locals())
@@ -78,18 +79,14 @@ class PNF(FlowBijector):
         self._event_shape = tuple(int(size) for size in event_shape)
         self._stages = [base, *details]
         self._splits = [HaarSplit(axis, orthonormal) for axis in _axes(len(details), len(self._event_shape))]
-        self._shapes = self._no_dependency(self.halved_shapes(self._event_shape, len(details)))
-        values = [self._shapes[0], *self._shapes[:-1]]
+        self._shapes = tfb.Reshape(self._event_shape, [math.prod(self._event_shape)])
+        self._stage_shapes = self._no_dependency(self.halved_shapes(self._event_shape, len(details)))
+        values = [self._stage_shapes[0], *self._stage_shapes[:-1]]
         self._latent_shapes = self._no_dependency(
             [_latent_shape(k, stage, shape) for k, (stage, shape) in enumerate(zip(self._stages, values))]
         )
-        self._sizes = self._no_dependency([math.prod(shape) for shape in values])
         super().__init__(
-            forward_min_event_ndims=1,
-            inverse_min_event_ndims=len(self._event_shape),
-            validate_args=validate_args,
-            parameters=parameters,
-            name=name,
+            forward_min_event_ndims=1, inverse_min_event_ndims=len(self._event_shape), parameters=parameters, name=name
         )
 
     @staticmethod
@@ -126,7 +123,7 @@ class PNF(FlowBijector):
     @property
     def stage_shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the images h_0 ... h_K, from coarse to fine."""
-        return list(self._shapes)
+        return list(self._stage_shapes)
 
     # Down- and up-scaling.
 
@@ -143,7 +140,8 @@ class PNF(FlowBijector):
         Raises:
           ValueError: for another event shape or stage.
         """
-        h = self._checked_event(self._tensor(x))
+        h = self._tensor(x)
+        self._check_event(h.shape, self._event_shape)
         self._check_stage(stage)
         for split in reversed(self._splits[stage:]):
             h, _ = split.split(h)
@@ -162,11 +160,7 @@ class PNF(FlowBijector):
         Raises:
           ValueError: if the images have the shape of no stage.
         """
-        h, start = self._located(low_resolution)
-        condition = self._condition(condition, h, len(self._event_shape))
-        for k in range(start + 1, len(self._stages)):
-            h = self._grow(k, h, tf.zeros(self._latent_batch_shape(k, h), h.dtype), condition)
-        return h
+        return self._upscale(low_resolution, condition, lambda k, shape, dtype: tf.zeros(shape, dtype))
 
     def project(self, x: tf.Tensor, condition: Any = None) -> tf.Tensor:
         """Exact projection of events onto the images that `decode` gives of the coarsest ones: `decode(encode(x))`.
@@ -197,16 +191,27 @@ class PNF(FlowBijector):
         Raises:
           ValueError: if the images have the shape of no stage, or the temperature is negative.
         """
-        h, start = self._located(low_resolution)
         static = tf.get_static_value(temperature)
         if static is not None and not (np.ndim(static) == 0 and 0.0 <= static < np.inf):
             raise ValueError(f"{self.name}: got temperature={temperature!r}, needs a number >= 0")
-        condition = self._condition(condition, h, len(self._event_shape))
         seeds = samplers.split_seed(seed, n=len(self._splits), salt="pnf_upscale")
+
+        def details(k: int, shape: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+            return tf.cast(temperature, dtype) * samplers.normal(shape, dtype=dtype, seed=seeds[k - 1])
+
+        return self._upscale(low_resolution, condition, details)
+
+    def _upscale(self, low_resolution: tf.Tensor, condition: Any, details: Callable) -> tf.Tensor:
+        """Events of images of any stage, and of latent details of the later ones: a function of stage, shape and dtype."""
+        value, start = self._located(low_resolution)
+        event_ndims = len(self._event_shape)
+        condition = self._condition(condition, value, event_ndims)
+        h = Summed(value, event_ndims)
         for k in range(start + 1, len(self._stages)):
-            u = samplers.normal(self._latent_batch_shape(k, h), dtype=h.dtype, seed=seeds[k - 1])
-            h = self._grow(k, h, tf.cast(temperature, h.dtype) * u, condition)
-        return h
+            shape = ps.concat([ps.shape(h.value)[:-event_ndims], self._latent_shapes[k]], axis=0)
+            u = Summed(details(k, shape, value.dtype), len(self._latent_shapes[k]))
+            h = self._grow(k, h, u, condition)
+        return h.value
 
     def stage_log_prob(self, x: tf.Tensor, condition: Any = None) -> tf.Tensor:
         """Log-density of every stage under standard normal latent values; their sum is the log-density of the flow.
@@ -222,13 +227,13 @@ class PNF(FlowBijector):
         Returns:
           `batch + [number of stages]`, from coarse to fine.
         """
-        x = self._checked_event(self._tensor(x))
-        event_ndims = len(self._event_shape)
+        x = self._tensor(x)
+        self._check_event(x.shape, self._event_shape)
         terms = []
-        for k, (value, given) in enumerate(self._analyze(x, condition)):
-            u, log_det = self._inverse_stage(k, value, given, event_ndims)
-            normal = tfd.Normal(tf.zeros([], log_det.dtype), tf.ones([], log_det.dtype))
-            terms.append(tf.reduce_sum(normal.log_prob(tf.cast(u, log_det.dtype)), axis=-1) + log_det)
+        for u in self._walk_stages(Summed(x, len(self._event_shape)), condition):
+            normal = tfd.Normal(tf.zeros([], u.log_det.dtype), tf.ones([], u.log_det.dtype))
+            log_prob = normal.log_prob(tf.cast(u.value, u.log_det.dtype))
+            terms.append(sum_event(log_prob, log_prob, u.event_ndims) + u.log_det)
         return tf.stack(terms, axis=-1)
 
     def stage_data(self, x: tf.Tensor, stage: int, condition: Any = None) -> tuple[tf.Tensor, Any]:
@@ -251,124 +256,48 @@ class PNF(FlowBijector):
 
     # Data to latent.
 
-    def _analyze(self, y: tf.Tensor, condition: Any) -> list[tuple[tf.Tensor, Any]]:
-        """What every stage models and is given, from coarse to fine."""
-        condition = self._condition(condition, y, len(self._event_shape))
+    def _walk_inverse(self, y: Walk, condition: Any) -> Walk:
+        self._check_event(y.shape, self._event_shape)
+        base, *details = self._walk_stages(y, condition)
+        return base.join(*details, by=flat_latents(self._latent_shapes))
+
+    def _walk_stages(self, h: AnyWalk, condition: Any) -> list[AnyWalk]:
+        """The latent values of every stage, each in its own shape, from coarse to fine."""
+        condition = self._condition(condition, h.value, len(self._event_shape))
         parts = []
-        for split in reversed(self._splits):
-            y, detail = split.split(y)
-            parts.append((detail, self._given(y, condition)))
-        return [(y, condition), *reversed(parts)]
-
-    def _inverse_stage(self, k: int, value: tf.Tensor, given: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        """Flat latent values of a stage, and its summed log-det with that of its halving."""
-        kwargs = per_dimension.condition_kwargs(self._stages[k], given)
-        u, log_det = per_dimension.inverse_and_log_det(self._stages[k], value, event_ndims, **kwargs)
-        return self._to_vector(u, k), log_det + self._halving_log_det(k, value, event_ndims)
-
-    def _inverse_and_log_det(self, y: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        stages = enumerate(self._analyze(self._checked_event(y), condition))
-        parts, log_dets = zip(*(self._inverse_stage(k, value, given, event_ndims) for k, (value, given) in stages))
-        return tf.concat(parts, axis=-1), sum(log_dets)
-
-    def _inverse_and_log_det_per_dim(self, y: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        parts, log_dets = [], []
-        for k, (value, given) in enumerate(self._analyze(self._checked_event(y), condition)):
-            kwargs = per_dimension.condition_kwargs(self._stages[k], given)
-            u, log_det = per_dimension.inverse_and_log_det_per_dim(self._stages[k], value, **kwargs)
-            parts.append(self._to_vector(u, k))
-            log_dets.append(_fill(log_det, value))
-        total = log_dets[0]
-        for split, log_det in zip(self._splits, log_dets[1:]):
-            total = split.interleave(total, log_det) + split.log_det_per_dim
-        return tf.concat(parts, axis=-1), total
+        for detail, split in zip(self._stages[:0:-1], self._splits[::-1]):
+            h, difference = h.split(_halves(split))
+            parts.append(difference.inverse(detail, self._given(h.value, condition)))
+        return [h.inverse(self._stages[0], condition), *parts[::-1]]
 
     # Latent to data.
 
-    def _forward_stage(
-        self, k: int, u: tf.Tensor, h: tf.Tensor | None, condition: Any, fused: Callable, *event_ndims: int
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        kwargs = per_dimension.condition_kwargs(self._stages[k], condition if k == 0 else self._given(h, condition))
-        return fused(self._stages[k], u, *event_ndims, **kwargs)
+    def _walk_forward(self, x: Walk, condition: Any) -> Walk:
+        self._check_event(x.shape, [math.prod(self._event_shape)])
+        condition = self._condition(condition, x.value, 1)
+        h, *parts = x.split(flat_latents(self._latent_shapes))
+        h = h.forward(self._stages[0], condition)
+        for k, u in enumerate(parts, start=1):
+            h = self._grow(k, h, u, condition)
+        return h
 
-    def _grow(self, k: int, h: tf.Tensor, u: tf.Tensor, condition: Any) -> tf.Tensor:
+    def _grow(self, k: int, h: AnyWalk, u: AnyWalk, condition: Any) -> AnyWalk:
         """h_k from h_{k-1} and latent details."""
-        event_ndims = len(self._latent_shapes[k])
-        detail, _ = self._forward_stage(k, u, h, condition, per_dimension.forward_and_log_det, event_ndims)
-        return self._splits[k - 1].merge(h, detail)
-
-    def _forward_and_log_det(self, x: tf.Tensor, condition: Any, event_ndims: int) -> tuple[tf.Tensor, tf.Tensor]:
-        condition = self._condition(condition, x, 1)
-        h, log_dets = None, []
-        for k, u in enumerate(self._split_latent(self._checked_latent(x))):
-            batch_ndims = event_ndims - 1
-            value, log_det = self._forward_stage(
-                k, u, h, condition, per_dimension.forward_and_log_det, batch_ndims + len(self._latent_shapes[k])
-            )
-            log_dets.append(log_det - self._halving_log_det(k, value, batch_ndims + len(self._event_shape)))
-            h = value if k == 0 else self._splits[k - 1].merge(h, value)
-        return h, sum(log_dets)
-
-    def _forward_and_log_det_per_dim(self, x: tf.Tensor, condition: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        condition = self._condition(condition, x, 1)
-        h, log_dets = None, []
-        for k, u in enumerate(self._split_latent(self._checked_latent(x))):
-            value, log_det = self._forward_stage(k, u, h, condition, per_dimension.forward_and_log_det_per_dim)
-            halvings = sum(split.log_det_per_dim for split in self._splits[max(k - 1, 0) :])
-            log_dets.append(self._to_vector(_fill(log_det, u), k) - halvings)
-            h = value if k == 0 else self._splits[k - 1].merge(h, value)
-        return h, tf.concat(log_dets, axis=-1)
+        return h.join(u.forward(self._stages[k], self._given(h.value, condition)), by=_halves(self._splits[k - 1]))
 
     # What the stages share.
 
-    def _halving_log_det(self, k: int, value: tf.Tensor, event_ndims: int) -> tf.Tensor | float:
-        """The constant of the halving that gave a stage's value; further event axes multiply it."""
-        if k == 0:
-            return 0.0
-        size = tf.cast(ps.reduce_prod(ps.shape(value)[-event_ndims:]), log_det_dtype(value.dtype))
-        return 2.0 * self._splits[k - 1].log_det_per_dim * size
-
-    def _given(self, low: tf.Tensor, condition: Any) -> Any:
+    def _given(self, low: tf.Tensor | None, condition: Any) -> Any:
         """The condition of a detail: its low-resolution image, with the flow's condition as further channels."""
-        return append_condition(low, condition, len(self._event_shape))
+        return None if low is None else append_condition(low, condition, len(self._event_shape))
 
-    def _condition(self, condition: Any, value: tf.Tensor, event_ndims: int) -> Any:
+    def _condition(self, condition: Any, value: tf.Tensor | None, event_ndims: int) -> Any:
         return vector_condition(self._route(condition, {}), value, event_ndims, self.name)
 
-    def _split_latent(self, x: tf.Tensor) -> list[tf.Tensor]:
-        parts = tf.split(x, self._sizes, axis=-1)
-        return [self._to_grid(part, k) for k, part in enumerate(parts)]
-
-    def _to_vector(self, u: tf.Tensor, k: int) -> tf.Tensor:
-        rank = len(self._latent_shapes[k])
-        if rank == 1:
-            return u
-        return tf.reshape(u, ps.concat([ps.shape(u)[:-rank], [self._sizes[k]]], axis=0))
-
-    def _to_grid(self, part: tf.Tensor, k: int) -> tf.Tensor:
-        if len(self._latent_shapes[k]) == 1:
-            return part
-        return tf.reshape(part, ps.concat([ps.shape(part)[:-1], self._latent_shapes[k]], axis=0))
-
-    def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:
-        parts = []
-        for split in reversed(self._splits):
-            per_dim, detail = split.deinterleave(per_dim)
-            parts.append(detail)
-        parts = [per_dim, *reversed(parts)]
-        moved = (per_dimension.transport_inverse(stage, part) for stage, part in zip(self._stages, parts))
-        return tf.concat([self._to_vector(part, k) for k, part in enumerate(moved)], axis=-1)
-
-    def _transport_forward(self, per_dim: tf.Tensor) -> tf.Tensor:
-        parts = self._split_latent(per_dim)
-        total, *details = (per_dimension.transport_forward(stage, part) for stage, part in zip(self._stages, parts))
-        for split, detail in zip(self._splits, details):
-            total = split.interleave(total, detail)
-        return total
-
     @property
-    def _uses_condition(self) -> bool:
-        return any(per_dimension.condition_kwargs(stage, True) for stage in self._stages)
+    def uses_condition(self) -> bool:
+        """Whether some stage can use a condition; the details are given the images before them anyway."""
+        return any(uses_condition(stage) for stage in self._stages)
 
     # Shapes.
 
@@ -381,40 +310,19 @@ class PNF(FlowBijector):
     def _located(self, low_resolution: tf.Tensor) -> tuple[tf.Tensor, int]:
         """The images and their stage."""
         h = self._tensor(low_resolution)
-        for stage, shape in enumerate(self._shapes):
+        for stage, shape in enumerate(self._stage_shapes):
             if tuple(h.shape[-len(shape) :]) == shape:
                 return h, stage
-        shapes = ", ".join(str(list(shape)) for shape in self._shapes)
+        shapes = ", ".join(str(list(shape)) for shape in self._stage_shapes)
         raise ValueError(f"{self.name}: got images of shape {h.shape}, needs those of a stage: {shapes}")
-
-    def _latent_batch_shape(self, k: int, h: tf.Tensor) -> tf.Tensor:
-        return ps.concat([ps.shape(h)[: -len(self._event_shape)], self._latent_shapes[k]], axis=0)
 
     def _check_stage(self, stage: int) -> None:
         if not isinstance(stage, (int, np.integer)) or not 0 <= stage < len(self._stages):
             raise ValueError(f"{self.name}: got stage {stage!r}, needs 0 to {len(self._stages) - 1}")
 
-    def _checked_event(self, y: tf.Tensor) -> tf.Tensor:
-        if tuple(y.shape[-len(self._event_shape) :]) != self._event_shape:
-            raise ValueError(f"{self.name}: got data of shape {y.shape}, needs events of shape {list(self._event_shape)}")
-        return y
 
-    def _checked_latent(self, x: tf.Tensor) -> tf.Tensor:
-        if x.shape[-1] != sum(self._sizes):
-            raise ValueError(f"{self.name}: got latent values of shape {x.shape}, needs {sum(self._sizes)} dimensions")
-        return x
-
-    def _forward_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
-        return tf.TensorShape(self._event_shape)
-
-    def _inverse_event_shape(self, shape: tf.TensorShape) -> tf.TensorShape:
-        return tf.TensorShape([sum(self._sizes)])
-
-    def _forward_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
-        return tf.constant(self._event_shape, tf.int32)
-
-    def _inverse_event_shape_tensor(self, shape: tf.Tensor) -> tf.Tensor:
-        return tf.constant([sum(self._sizes)], tf.int32)
+def _halves(split: HaarSplit) -> Parts:
+    return Parts(split.split, split.merge, split.deinterleave, split.interleave, split.log_det_per_dim)
 
 
 def _axes(num_details: int, rank: int) -> list[int]:
