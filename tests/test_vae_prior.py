@@ -331,7 +331,8 @@ def test_training_from_a_fresh_start_lowers_the_bound(trained):
 
 
 def test_evaluate_reports_the_terms(digits):
-    model = dimflows.FlowModel(dimflows.recipes.flow_vae([8, 8, 1], flow=None, latent_dims=4, vae_width=4, levels=17), seed=0)
+    vae = dimflows.recipes.flow_vae([8, 8, 1], flow=None, latent_dims=4, vae_width=4, grey_levels=17)
+    model = dimflows.FlowModel(vae, seed=0)
     model.compile()
     metrics = model.evaluate(digits, return_dict=True, verbose=0)
     assert metrics["nll"] > metrics["kl"] > 0.0
