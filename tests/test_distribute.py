@@ -20,11 +20,11 @@ def train(strategy, name, event_shape, grey_levels=None, **arguments):
     import tfp_dimflows as dimflows
     generator = np.random.default_rng(0)
     x = generator.normal(size=[64, *event_shape]).astype("float32") * 3.0 + 1.0
-    x = x if levels is None else generator.integers(0, levels, [64, *event_shape]).astype("int32")
+    x = x if grey_levels is None else generator.integers(0, grey_levels, [64, *event_shape]).astype("int32")
     data = tf.data.Dataset.from_tensor_slices(x).batch(16)
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        model = dimflows.FlowModel(dimflows.recipes.get(name)(event_shape, grey_levels=levels, **arguments), seed=0)
+        model = dimflows.FlowModel(dimflows.recipes.get(name)(event_shape, grey_levels=grey_levels, **arguments), seed=0)
         model.adapt(data, steps=4)
         model.compile(keras.optimizers.Adam(1e-2))
     losses = model.fit(data, epochs=2, verbose=0).history["loss"]

@@ -241,9 +241,8 @@ def test_the_trained_density_is_that_of_the_factorization_without_online(trained
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lcma-glow", "lcma-iresnet", "lcma-residual-flow"])
 def test_other_families(name):
-    sizes = {"lcma-glow": {"depth": 1}}.get(name, {"num_blocks": 1})
     flow_model = dimflows.FlowModel(
-        dimflows.recipes.get(name)([4, 4, 1], num_levels=2, width=4, contributions="online", grey_levels=4, **sizes), seed=0
+        dimflows.recipes.get(name)([4, 4, 1], num_levels=2, width=4, contributions="online", grey_levels=4, depth=1), seed=0
     )
     flow_model.compile("sgd")
     decide = dimflows.training.DecideFactorization(images(16), steps=1)
