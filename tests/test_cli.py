@@ -614,7 +614,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_written(tmp_path, data_dir
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(training.runs, "_save_samples", full)
+    monkeypatch.setattr(training.runs.plot, "save_grid", full)
     assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1")) == 2
     assert f"cannot write to the run directory {out}: No space left on device" in capsys.readouterr().err
     monkeypatch.undo()

@@ -159,6 +159,7 @@ def test_errors():
         dfb.ffjord(tf.tanh, event_ndims=2)
 
 
+@pytest.mark.slow
 def test_probes_come_from_the_seed_that_is_given(net):
     flow = dfb.ffjord(net, solver=dfb.continuous.RungeKutta4(3), dtype=tf.float64)
 

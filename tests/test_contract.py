@@ -237,7 +237,7 @@ def test_xla_equals_eager(entry):
         assert_close(actual, expected)
 
 
-@every_entry
+@entries(core=WITH_GRAPHS)
 def test_batch_shapes_are_equivalent(entry):
     bijector, kwargs = built(entry.name, entry.states[-1]), entry.kwargs([2, 3])
     whole = both_directions(bijector, entry)(entry.data([2, 3]), entry.latent([2, 3]), **kwargs)
@@ -273,7 +273,7 @@ def test_a_distribution_samples_and_scores_events(entry):
     assert_close(flow.log_prob(fresh(sample), bijector_kwargs=kwargs), expected)
 
 
-@every_entry
+@entries(core=WITH_GRAPHS)
 def test_float32_agrees_with_float64(entry):
     single, double = (built(entry.name, "initial", dtype) for dtype in ("float32", "float64"))
     for direction, value in (("inverse", entry.data()), ("forward", entry.latent())):

@@ -245,6 +245,7 @@ def test_the_optimum_is_the_gaussian(optima):
     np.testing.assert_allclose(progressive.log_prob(elsewhere), gaussian.log_prob(elsewhere), atol=0.05)
 
 
+@pytest.mark.slow
 def test_every_step_is_that_of_joint_training():
     joint, progressive = model_of(small_flow()), model_of(small_flow())
     data = batches(signals())
@@ -422,6 +423,7 @@ def data_forms():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [form if form == "conditions_weights" else slow(form) for form in data_forms()])
 def test_batches_of_every_form_train_as_jointly(form):
     data, condition_size = batches(data_forms()[form], 24), 3 * form.startswith("conditions")

@@ -732,6 +732,7 @@ class Interrupt(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_backup_and_restore(tmp_path):
     def model():
         model = dimflows.FlowModel(keras_networks())
