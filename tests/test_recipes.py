@@ -1076,6 +1076,12 @@ def test_the_configuration_of_a_run_of_before_has_the_present_names(tmp_path):
     }
 
 
+def test_the_configuration_that_is_read_is_the_one_that_was_written(tmp_path):
+    config = dimflows.training.RunConfig(recipe="glow", event_shape=[8, 8, 1], grey_levels=17, epochs=1).to_json()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert dimflows.training.read_config(tmp_path) == config
+
+
 def test_what_the_data_decide_is_no_argument_by_its_old_name_either():
     sizes = {"recipe": "glow", "event_shape": [8, 8, 1], "grey_levels": 17, "epochs": 1}
     with (

@@ -109,9 +109,9 @@ class RunConfig:
         """The recipe on which an LCMA recipe stands, None for others."""
         return recipes.base_of(self.recipe)
 
-    def build(self, recipe: str | None = None, **more: Any) -> tfd.Distribution:
-        """The distribution of the recipe, or of another one, with these further arguments."""
-        return recipes.get(recipe or self.recipe)(self.event_shape, grey_levels=self.grey_levels, **self.arguments | more)
+    def build(self, **more: Any) -> tfd.Distribution:
+        """The distribution of the recipe with these further arguments."""
+        return recipes.get(self.recipe)(self.event_shape, grey_levels=self.grey_levels, **self.arguments | more)
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `config.json`."""
@@ -235,7 +235,8 @@ def read_config(directory: str | os.PathLike) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that had other names when it was written
         config = new_names("run", config, {"levels": "grey_levels"})
-        config["data"] = new_names("run", config.get("data", {}), {"levels": "grey_levels"})
+        if "data" in config:
+            config["data"] = new_names("run", config["data"], {"levels": "grey_levels"})
         return config | {"arguments": registry.present_names(config["recipe"], config["arguments"])}
 
 
