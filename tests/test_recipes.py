@@ -1093,7 +1093,7 @@ def test_what_the_data_decide_is_no_argument_by_its_old_name_either():
 
 def test_phases_are_in_the_configuration_of_lcma_recipes_only():
     sizes = {"event_shape": [8, 8, 1], "grey_levels": 17, "epochs": 3}
-    plain = dimflows.training.RunConfig(recipe="glow", **sizes).to_json()
+    plain = dimflows.training.RunConfig(recipe="glow", pretrain_epochs=1, **sizes).to_json()
     assert not {"pretrain_epochs", "online_steps", "baseline"} & plain.keys()
     phases = dimflows.training.RunConfig(recipe="lcma-glow", **sizes).to_json()
     assert (phases["pretrain_epochs"], phases["baseline"]) == (2, True) and "online_steps" not in phases

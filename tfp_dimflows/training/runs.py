@@ -117,11 +117,9 @@ class RunConfig:
         """The entries of `config.json`."""
         entries = dataclasses.asdict(self)
         notes = entries.pop("notes")
-        if self.base is None:
-            del entries["baseline"]
-        for phase in ("pretrain_epochs", "online_steps"):
-            if entries[phase] is None:
-                del entries[phase]
+        for option in ("pretrain_epochs", "online_steps", "baseline"):
+            if self.base is None or entries[option] is None:
+                del entries[option]
         return {"version": __version__, **entries, **notes}
 
 
