@@ -413,7 +413,7 @@ def test_an_unwritable_directory_is_refused(tmp_path, data_dir, capsys):
 def test_bad_arguments_are_refused_before_anything_is_written(command, more, message, tmp_path, data_dir, capsys):
     out = tmp_path / "run"
     assert cli.main(arguments(command, out, data_dir, *more)) == 2
-    assert re.match(f"dimflows: error: .*({message})", capsys.readouterr().err)
+    assert re.search(f"(?m)^dimflows: error: .*({message})", capsys.readouterr().err)
     assert not out.exists()
 
 
