@@ -82,9 +82,13 @@ class ActNorm(base.FlowBijector):
     def _moments(self, value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         value = tf.cast(value, log_det_dtype(value.dtype))
         shape = self._shift.shape
-        # Relative to one of the values, the moments of a constant channel are exact, however large the batch.
+        axes = list(range(value.shape.rank - shape.rank))
+        # Relative to one of the values, and to the largest deviation from it, moments are as good at every scale; those of a
+        # constant channel are exact, however large the batch.
         some = tf.reshape(value, [-1, *shape])[0]
-        mean, variance = tf.nn.moments(value - some, axes=list(range(value.shape.rank - shape.rank)))
-        mean += some
-        # A constant channel keeps its scale: normalising it would blow up the first value that differs.
-        return mean, tf.where(variance > 1e-12, 0.5 * tf.math.log(tf.maximum(variance, 1e-12)), 0.0)
+        size = tf.reduce_max(tf.abs(value - some), axis=axes)
+        mean, variance = tf.nn.moments(tf.math.divide_no_nan(value - some, size), axes=axes)
+        mean, std = some + size * mean, size * tf.sqrt(variance)
+        # A constant channel, but for rounding, keeps its scale: normalising it would blow up the first value that differs.
+        rounding = 4.0 * np.finfo(value.dtype.as_numpy_dtype).eps * tf.reduce_max(tf.abs(value), axis=axes)
+        return mean, tf.where(std > rounding, tf.math.log(tf.where(std > rounding, std, 1.0)), 0.0)

@@ -8,6 +8,7 @@ from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import walk
 from tfp_dimflows.bijectors.cache import FreshCache, Origin
+from tfp_dimflows.bijectors.conditions import from_lists
 from tfp_dimflows.bijectors.log_dets import fill, sum_event
 from tfp_dimflows.upstream import nest_util
 
@@ -100,7 +101,7 @@ class FlowBijector(tfb.Bijector):
             raise TypeError(f"{self.name}: got unexpected keyword arguments {sorted(kwargs)}, knows only `condition`")
         if condition is not None and not self.uses_condition:
             raise ValueError(f"{self.name}: got a condition, but no part of this bijector can use one")
-        return condition
+        return from_lists(condition)
 
     # The per-dimension hook.
 

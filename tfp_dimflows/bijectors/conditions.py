@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 
@@ -43,6 +44,28 @@ def condition_kwargs(bijector: tfb.Bijector, condition: Any) -> dict[str, Any]:
 
 def _parts(bijector: tfb.Bijector) -> list[tfb.Bijector]:
     return tf.nest.flatten(getattr(bijector, "bijectors", ()))
+
+
+def from_lists(condition: Any) -> Any:
+    """A condition in which (nested) lists of numbers are arrays, and not structures of them."""
+    if isinstance(condition, dict):
+        return {key: from_lists(value) for key, value in condition.items()}
+    if isinstance(condition, (list, tuple)) and condition:
+        if all(isinstance(leaf, (bool, int, float, np.generic)) for leaf in tf.nest.flatten(condition)):
+            return np.asarray(condition)
+        values = [from_lists(value) for value in condition]
+        return condition._make(values) if hasattr(condition, "_make") else type(condition)(values)
+    return condition
+
+
+def as_tensors(condition: Any, dtype: tf.DType) -> Any:
+    """A condition, or a structure of them, as tensors: floats of this dtype, and integers, which may be labels."""
+
+    def as_tensor(value: Any) -> tf.Tensor:
+        value = tf.convert_to_tensor(value if tf.is_tensor(value) else np.asarray(value))
+        return tf.cast(value, dtype) if value.dtype.is_floating else value
+
+    return tf.nest.map_structure(as_tensor, from_lists(condition))
 
 
 def vector_condition(condition: Any, value: tf.Tensor, event_ndims: int, name: str) -> tf.Tensor | None:

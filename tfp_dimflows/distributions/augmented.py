@@ -72,15 +72,15 @@ class Augmented(VariationalDistribution):
         """The number of extra dimensions or channels."""
         return self._num_extra
 
-    def encode(self, x: TensorLike, **bijector_kwargs: Any) -> tf.Tensor:
+    def encode(self, x: TensorLike, condition: Any = None) -> tf.Tensor:
         """Latent values of events joined with e = 0, the median of the noise."""
         x = tf.convert_to_tensor(x, dtype=self.dtype)
         e = tf.zeros(self._noise_shape(x), x.dtype)
-        return encode(self._distribution, tf.concat([x, e], axis=-1), **bijector_kwargs)
+        return encode(self._distribution, tf.concat([x, e], axis=-1), condition)
 
-    def decode(self, z: TensorLike, **bijector_kwargs: Any) -> tf.Tensor:
+    def decode(self, z: TensorLike, condition: Any = None) -> tf.Tensor:
         """Events of latent values, without the extra dimensions."""
-        return self._drop(decode(self._joint(), z, **bijector_kwargs))
+        return self._drop(decode(self._joint(), z, condition))
 
     def _log_weights(self, x: tf.Tensor, num_samples: int, seed: Any, **kwargs: Any) -> tf.Tensor:
         x = tf.cast(x, self.dtype)

@@ -87,14 +87,14 @@ class Dequantized(VariationalDistribution):
         """The flow of the noise; None: uniform noise."""
         return self._noise
 
-    def encode(self, x: TensorLike, **bijector_kwargs: Any) -> tf.Tensor:
+    def encode(self, x: TensorLike, condition: Any = None) -> tf.Tensor:
         """Latent values of integer events: the bijector's inverse at the middle, x + 1/2, of their cells."""
         x = tf.cast(self._checked(tf.convert_to_tensor(x)), self._distribution.dtype) + 0.5
-        return variational.encode(self._distribution, x, **bijector_kwargs)
+        return variational.encode(self._distribution, x, condition)
 
-    def decode(self, z: TensorLike, **bijector_kwargs: Any) -> tf.Tensor:
+    def decode(self, z: TensorLike, condition: Any = None) -> tf.Tensor:
         """Integer events of latent values: the bijector's forward, rounded down to a level."""
-        return self._quantize(variational.decode(self._distribution, z, **bijector_kwargs))
+        return self._quantize(variational.decode(self._distribution, z, condition))
 
     def dequantize(self, x: TensorLike, seed: TensorLike | None = None) -> tf.Tensor:
         """Continuous events x + u of integer ones; `seed` as in `sample`."""

@@ -11,6 +11,7 @@ from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
+from tfp_dimflows.bijectors import conditions
 from tfp_dimflows.bijectors.probes import probe_seed, probes_from
 from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
@@ -215,21 +216,52 @@ def with_noise(distribution: tfd.Distribution, kwargs: dict, **noise: Any) -> di
     return kwargs | {"distribution_kwargs": below}
 
 
-def encode(distribution: tfd.Distribution, x: tf.Tensor, **bijector_kwargs: Any) -> tf.Tensor:
+def uses_condition(distribution: tfd.Distribution) -> bool:
+    """Whether some bijector of nested distributions can use a condition."""
+    below = getattr(distribution, "distribution", None)
+    own = isinstance(distribution, TFPTransformedDistribution) and conditions.uses_condition(distribution.bijector)
+    return own or (below is not None and uses_condition(below))
+
+
+def with_condition(distribution: tfd.Distribution, condition: Any) -> dict:
+    """Keyword arguments of `log_prob` and `sample` by which a condition reaches all bijectors that can use it.
+
+    Raises:
+      ValueError: if none can.
+    """
+    if not uses_condition(distribution):
+        raise ValueError(f"{distribution.name}: got a condition, but no part of it can use one")
+    if not isinstance(distribution, TFPTransformedDistribution):
+        return with_condition(distribution.distribution, condition)
+    kwargs = {}
+    if own := conditions.condition_kwargs(distribution.bijector, condition):
+        kwargs["bijector_kwargs"] = own
+    if uses_condition(distribution.distribution):
+        kwargs["distribution_kwargs"] = with_condition(distribution.distribution, condition)
+    return kwargs
+
+
+def encode(distribution: tfd.Distribution, x: tf.Tensor, condition: Any = None) -> tf.Tensor:
     """Latent values of events: through the bijector of a `TransformedDistribution`, and of those below it."""
     if isinstance(distribution, VariationalDistribution):
-        return distribution.encode(x, **bijector_kwargs)
-    x, below = distribution.bijector.inverse(x, **bijector_kwargs), distribution.distribution
-    return encode(below, x) if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)) else x
+        return distribution.encode(x, **_given(distribution, condition))
+    x = distribution.bijector.inverse(x, **conditions.condition_kwargs(distribution.bijector, condition))
+    below = distribution.distribution
+    return encode(below, x, condition) if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)) else x
 
 
-def decode(distribution: tfd.Distribution, z: tf.Tensor, **bijector_kwargs: Any) -> tf.Tensor:
+def decode(distribution: tfd.Distribution, z: tf.Tensor, condition: Any = None) -> tf.Tensor:
     """Events of latent values; see `encode`."""
     if isinstance(distribution, VariationalDistribution):
-        return distribution.decode(z, **bijector_kwargs)
+        return distribution.decode(z, **_given(distribution, condition))
     below = distribution.distribution
-    z = decode(below, z) if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)) else z
-    return distribution.bijector.forward(z, **bijector_kwargs)
+    if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)):
+        z = decode(below, z, condition)
+    return distribution.bijector.forward(z, **conditions.condition_kwargs(distribution.bijector, condition))
+
+
+def _given(distribution: tfd.Distribution, condition: Any) -> dict:
+    return {} if condition is None or not uses_condition(distribution) else {"condition": condition}
 
 
 def with_sample_axis(kwargs: dict) -> dict:

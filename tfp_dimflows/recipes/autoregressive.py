@@ -142,7 +142,7 @@ def _made_flow(
     common.check_sizes(name, **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
     layers = made_layers(dims, depth, hidden, condition, transformer, wrap, seed)
     parts = [part for layer in layers for part in (layer, dfb.ActNorm(dims, dtype=common.floatx()))]
-    return common.as_distribution(dfb.Chain([*common.from_flat(shape), *parts[:-1]]), shape, grey_levels, common.logit(alpha))
+    return common.as_distribution(dfb.Chain([*common.data_side(shape), *parts[:-1]]), shape, grey_levels, common.logit(alpha))
 
 
 @recipe
@@ -247,7 +247,7 @@ def wavenet_flow(
     common.check_sizes("wavenet-flow", depth=depth, width=width, **({} if num_blocks is None else {"num_blocks": num_blocks}))
     condition = common.condition_channels("wavenet-flow", condition_shape, shape)
     sizes: dict[str, Any] = {"width": width, "num_blocks": num_blocks, "condition_channels": condition}
-    layers = []
+    layers = common.data_side(shape)
     for k, layer_seed in enumerate(common.seeds(seed, depth)):
         network = networks.WaveNet(shape[0], 2 * shape[0], reverse=bool(k % 2), seed=layer_seed, **sizes)
         layers.append(dfb.Autoregressive(network, dfb.transformers.Affine(dtype=common.floatx())))

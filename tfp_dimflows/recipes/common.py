@@ -155,8 +155,16 @@ def grid_shapes(event_shape: tuple[int, ...], num_levels: int, nothing_leaves: b
 
 
 def from_flat(event_shape: tuple[int, ...]) -> list[tfb.Bijector]:
-    """The parts of a chain that lay a flat vector out as the event: none if it is one."""
-    return [tfb.Reshape(event_shape_out=event_shape, event_shape_in=[math.prod(event_shape)])] if len(event_shape) == 3 else []
+    """The part of a chain that lays a flat vector out as an image."""
+    return [tfb.Reshape(event_shape_out=event_shape, event_shape_in=[math.prod(event_shape)])]
+
+
+def data_side(event_shape: tuple[int, ...]) -> list[tfb.Bijector]:
+    """The part of a flow of flat vectors that is next to the data: for images their layout, for vectors an ActNorm.
+
+    Once that is initialised, networks see columns of unit scale.
+    """
+    return from_flat(event_shape) if len(event_shape) == 3 else [dfb.ActNorm(event_shape[0], dtype=floatx())]
 
 
 def centred(grey_levels: int) -> tfb.Bijector:

@@ -89,4 +89,5 @@ def ffjord(
             parts.append(dfb.Squeeze())
         flow_levels.append(dfb.Chain(parts))
     flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
+    flow = flow if is_image else dfb.Chain([*common.data_side(shape), flow])
     return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))

@@ -61,7 +61,7 @@ def nice(
         raise ValueError(f"nice: got event shape {list(shape)}, needs two dimensions or more")
     condition = common.condition_channels("nice", condition_shape, (dims,))
     even = dfb.masks.Index(range(0, dims, 2), dims)
-    parts = common.from_flat(shape)
+    parts = common.data_side(shape)
     for k, network_seed in enumerate(common.seeds(seed, depth)):
         mask = even.complement() if k % 2 else even
         network = networks.MLP(*mask.sizes(dims), hidden=[width] * num_hidden, condition_channels=condition, seed=network_seed)

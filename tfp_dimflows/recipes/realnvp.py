@@ -99,7 +99,7 @@ def realnvp(
             more: dict[str, Any] = {"batch_norm": batch_norm, "l2": l2, "is_last": k == num_levels - 1}
             flow_levels.append(_image_level(grid, width * 2**k, conditions, **more, **options))
     flow = dfb.Multiscale(flow_levels, split, event_shape=flat)
-    flow = flow if flat == shape else dfb.Chain([*common.from_flat(shape), flow])
+    flow = dfb.Chain([*common.data_side(shape), flow]) if is_dense else flow
     return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))
 
 

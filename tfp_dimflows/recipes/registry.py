@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import keras
 from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.renamed import new_names
@@ -49,7 +50,8 @@ def recipe(function: _Recipe) -> _Recipe:
         bound.apply_defaults()
         arguments = _plain(dict(bound.arguments), name)
         distribution = function(**bound.arguments)
-        distribution._recipe_config = json.dumps({"recipe": name, "arguments": arguments})
+        in_precision = {"floatx": keras.config.floatx(), "dtype_policy": keras.config.dtype_policy().name}
+        distribution._recipe_config = json.dumps({"recipe": name, "arguments": arguments, "precision": in_precision})
         return distribution
 
     build.__signature__ = signature  # type: ignore[attr-defined]
@@ -113,7 +115,7 @@ def base_of(name: str) -> str | None:
 
 
 def config_of(distribution: tfd.Distribution) -> dict | None:
-    """`{"recipe": name, "arguments": {...}}` of a distribution that a recipe made, else None.
+    """`{"recipe": name, "arguments": {...}, "precision": {...}}` of a distribution that a recipe made, else None.
 
     Args:
       distribution: any distribution.

@@ -1,5 +1,8 @@
 """Batches in the forms that Keras takes, as a distribution needs them."""
 
+import itertools
+import types
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -7,46 +10,198 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+from tfp_dimflows.bijectors.conditions import as_tensors
+from tfp_dimflows.distributions import structure_of
+from tfp_dimflows.upstream import prefer_static as ps
+
 
 def events(batch: Any) -> Any:
     """The events of a batch in any form that Keras takes."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+    is_packed = (
+        isinstance(batch, (tuple, list)) and len(batch) > 0 and (isinstance(batch[0], dict) or hasattr(batch[0], "shape"))
+    )
+    return batch[0] if is_packed else batch
+
+
+def float_dtype(distribution: tfd.Distribution) -> tf.DType:
+    """The dtype in which a distribution computes."""
+    for dtype in (distribution.dtype, structure_of(distribution).noise.dtype):
+        if isinstance(dtype, tf.DType) and dtype.is_floating:
+            return dtype
+    return tf.as_dtype(keras.config.floatx())
 
 
 def tensors(batch: Any, distribution: tfd.Distribution) -> Any:
-    """Arrays, nested lists and dicts of them as tensors, floats in the distribution's precision."""
-    if isinstance(batch, dict):
-        return {key: tensors(value, distribution) for key, value in batch.items()}
-    batch = tf.convert_to_tensor(batch)
-    dtype = distribution.dtype if distribution.dtype.is_floating else tf.as_dtype(keras.config.floatx())
-    return tf.cast(batch, dtype) if batch.dtype.is_floating else batch
+    """Events in any numeric container, or a dict with their condition, as tensors of the dtype that the distribution needs.
 
-
-def check(batch: Any, distribution: tfd.Distribution) -> None:
-    """Raises unless the batch's events have the right shape and finite values within the distribution's levels."""
-    x = batch
+    Raises:
+      ValueError: for other dicts, or values that are no numbers.
+    """
+    dtype = float_dtype(distribution)
     if isinstance(batch, dict):
         if set(batch) != {"x", "condition"}:
-            raise ValueError(f"FlowModel: got a batch with {sorted(batch)}, needs 'x' and 'condition'")
-        x = batch["x"]
+            raise ValueError(
+                f"FlowModel: got a batch with the keys {sorted(batch)}, needs events, or a dict of 'x' and 'condition'; one "
+                f"entry is chosen by `dataset.map(lambda batch: batch[{next(iter(sorted(batch)), 'x')!r}])`"
+            )
+        return {"x": _events(batch["x"], distribution, dtype), "condition": as_tensors(batch["condition"], dtype)}
+    return _events(batch, distribution, dtype)
+
+
+def _events(x: Any, distribution: tfd.Distribution, dtype: tf.DType) -> tf.Tensor:
+    x = x if tf.is_tensor(x) else np.asarray(x)
+    if not (tf.as_dtype(x.dtype).is_floating or tf.as_dtype(x.dtype).is_integer or tf.as_dtype(x.dtype).is_bool):
+        raise ValueError(f"FlowModel: got data of dtype {x.dtype}, {distribution.name} needs numbers")
+    x = tf.convert_to_tensor(x)
+    return tf.cast(x, dtype) if x.dtype.is_floating or distribution.dtype.is_floating else x
+
+
+def broadcast(batch: Any, event_ndims: int, condition_shape: Sequence[int] | None) -> Any:
+    """A batch of `tensors` whose events and condition have the same batch axes, broadcast from the right as in TFP.
+
+    A condition keeps the size 1 where it broadcasts, so that networks of it alone are evaluated once.
+
+    Raises:
+      ValueError: if they do not broadcast, or the condition has another shape.
+    """
+    if not isinstance(batch, dict):
+        return batch
+    x, condition = batch["x"], batch["condition"]
+    leaves = tf.nest.flatten(condition)
+    batch_axes = x.shape.rank - event_ndims
+    ndims = [condition_ndims(leaf, condition_shape, batch_axes) for leaf in leaves]
+    shape = ps.shape(x)[:batch_axes]
+    for leaf, own in zip(leaves, ndims):
+        try:
+            shape = ps.broadcast_shape(shape, ps.shape(leaf)[: leaf.shape.rank - own])
+        except ValueError:
+            raise ValueError(
+                f"FlowModel: got events of shape {x.shape} and a condition of shape {leaf.shape}, needs batch axes that "
+                "broadcast"
+            ) from None
+    rank = ps.size(shape)
+    leaves = [with_batch_axes(leaf, rank, own) for leaf, own in zip(leaves, ndims)]
+    return {"x": _broadcast_to(x, shape, event_ndims), "condition": tf.nest.pack_sequence_as(condition, leaves)}
+
+
+def condition_ndims(condition: tf.Tensor, condition_shape: Sequence[int] | None, batch_axes: int = 1) -> int:
+    """Number of axes of one condition in a tensor of them.
+
+    If its shape is not known, a condition has as many batch axes as the events, or one, unless it were no vector then; integers
+    may be labels.
+
+    Raises:
+      ValueError: if conditions have another shape.
+    """
+    rank = condition.shape.rank
+    if condition_shape is None:
+        ndims = rank - max(batch_axes, 1)
+        return max(ndims, 0) if condition.dtype.is_integer or ndims > 0 else max(rank - 1, 1)
+    ndims = len(condition_shape)
+    if rank < ndims or not condition.shape[rank - ndims :].is_compatible_with(condition_shape):
+        raise ValueError(
+            f"FlowModel: got a condition of shape {condition.shape}, needs conditions of shape {list(condition_shape)}, behind "
+            "batch axes or alone"
+        )
+    return ndims
+
+
+def with_batch_axes(condition: tf.Tensor, batch_axes: int, ndims: int) -> tf.Tensor:
+    """A condition with so many batch axes, new ones of size 1 in front."""
+    new = batch_axes + ndims - condition.shape.rank
+    return tf.reshape(condition, ps.concat([[1] * new, ps.shape(condition)], axis=0)) if new else condition
+
+
+def sample_shape_of(sample_shape: Any, condition: Any, condition_shape: Sequence[int] | None) -> tuple[Any, Any]:
+    """The shape of so many samples for each condition of a batch, and the condition with axes for it.
+
+    Raises:
+      ValueError: if conditions have another shape, or the tensors of a structure different batch axes.
+    """
+    leaves = tf.nest.flatten(condition)
+    ndims = [condition_ndims(leaf, condition_shape) for leaf in leaves]
+    sample_shape = sample_shape if tf.is_tensor(sample_shape) else np.asarray(sample_shape, np.int32)
+    shape: Any = np.zeros([0], np.int32)
+    for leaf, own in zip(leaves, ndims):
+        shape = ps.broadcast_shape(shape, ps.shape(leaf)[: leaf.shape.rank - own])
+    shape = ps.concat([ps.reshape(sample_shape, [-1]), shape], axis=0)
+    leaves = [with_batch_axes(leaf, ps.size(shape), own) for leaf, own in zip(leaves, ndims)]
+    return shape, tf.nest.pack_sequence_as(condition, leaves)
+
+
+def is_far_from_unit_scale(values: tf.Tensor, event_ndims: int) -> bool:
+    """Whether some dimension of events has a root mean square above 10, or below 0.01 without being 0."""
+    values = tf.cast(values, tf.float64)
+    sizes = tf.sqrt(tf.reduce_mean(values**2, axis=list(range(values.shape.rank - event_ndims))))
+    return bool(tf.reduce_any((sizes > 10.0) | ((sizes > 0.0) & (sizes < 0.01))))
+
+
+def _broadcast_to(x: tf.Tensor, batch_shape: Any, event_ndims: int) -> tf.Tensor:
+    shape = ps.concat([batch_shape, ps.shape(x)[x.shape.rank - event_ndims :]], axis=0)
+    static = tf.get_static_value(shape)
+    is_whole = x.shape.rank == ps.size(shape) and (static is None or tuple(static) == tuple(x.shape))
+    return x if is_whole and static is not None else tf.broadcast_to(x, shape)
+
+
+def check_shape(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> None:
+    """Raises unless tensors of `tensors` have the distribution's event shape behind so many axes at least."""
+    shape = (batch["x"] if isinstance(batch, dict) else batch).shape
     event_shape = distribution.event_shape
-    rank = len(event_shape)
-    if x.shape.rank < rank or not event_shape.is_compatible_with(x.shape[x.shape.rank - rank :]):
-        raise ValueError(f"FlowModel: got data of shape {x.shape}, {distribution.name} needs events of shape {event_shape}")
+    rank = event_shape.rank
+    if shape.rank is None:
+        return
+    if shape.rank < rank or not event_shape.is_compatible_with(shape[shape.rank - rank :]):
+        raise ValueError(f"FlowModel: got data of shape {shape}, {distribution.name} needs events of shape {event_shape}")
+    if shape.rank < rank + batch_axes:
+        raise ValueError(
+            f"FlowModel: got one event of shape {shape}, needs batches of them: `dataset.batch(size)`, or an array of events"
+        )
+
+
+def of_event_shape(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> Any:
+    """The tensors of `tensors` after `check_shape`, with the static event shape that those of a generator may not have."""
+    check_shape(batch, distribution, batch_axes)
+    x = batch["x"] if isinstance(batch, dict) else batch
+    if x.shape.rank is not None and not x.shape[1:].is_fully_defined():
+        unknown = [None] * (x.shape.rank - distribution.event_shape.rank)
+        x = tf.ensure_shape(x, [*unknown, *distribution.event_shape])
+    return batch | {"x": x} if isinstance(batch, dict) else x
+
+
+def check(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> None:
+    """Raises unless tensors of `tensors` have the right shape and finite values within the distribution's levels."""
+    check_shape(batch, distribution, batch_axes)
     for value in tf.nest.flatten(batch):
         if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
             raise ValueError(f"FlowModel: {distribution.name} got values that are not finite")
     if hasattr(distribution, "check_values"):
-        distribution.check_values(x)
+        distribution.check_values(batch["x"] if isinstance(batch, dict) else batch)
 
 
-def check_first(data: Any, distribution: tfd.Distribution) -> None:
-    """`check` of the first batch of a dataset, or of arrays."""
-    if isinstance(data, tf.data.Dataset):
-        for batch in data.take(1):
-            check(events(batch), distribution)
-    elif isinstance(data, (np.ndarray, tf.Tensor, dict)):
-        check(tensors(data, distribution), distribution)
+def checked_first(data: Any, distribution: tfd.Distribution) -> tuple[Any, Any]:
+    """The first batch of what Keras takes, as tensors and after `check`, and the data, which still begins with it.
+
+    Of arrays the first batch is all of them; None, if there is none to see.
+    """
+    first = data
+    if isinstance(data, tf.distribute.DistributedDataset):
+        return None, data
+    if isinstance(data, keras.utils.PyDataset):
+        first = data[0]
+    elif isinstance(data, types.GeneratorType):
+        first = next(data, None)
+        data = _chained([] if first is None else [first], data)
+    elif isinstance(data, Iterable) and not isinstance(data, (dict, list, tuple)) and not hasattr(data, "shape"):
+        first = next(iter(data), None)  # datasets, and loaders of other libraries
+    if first is not None:
+        first = tensors(events(first), distribution)
+        check(first, distribution, batch_axes=1)
+    return first, data
+
+
+def _chained(first: Sequence[Any], rest: Iterable[Any]) -> types.GeneratorType:
+    # Keras knows a generator by its type, which `itertools.chain` has not.
+    return (batch for batch in itertools.chain(first, rest))
 
 
 def without_uint8(*batch: Any) -> Any:

@@ -120,7 +120,7 @@ class DecideFactorization(keras.callbacks.Callback):
         if multiscale is None or not multiscale.is_online:
             raise ValueError(f"DecideFactorization: {self.model.name} has no Multiscale with an OnlineFactorization")
         self._multiscale = multiscale
-        batches.check_first(self._data, self.model.distribution)
+        batches.checked_first(self._data, self.model.distribution)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Decides what is due."""
@@ -238,7 +238,7 @@ class SampleImages(_Pictures):
       every: number of epochs from one picture to the next.
       num: number of samples.
       seed: integer seed of the samples.
-      condition: the condition of a conditional model, `num` rows.
+      condition: conditions of a conditional model, one for each sample, whose number is then theirs.
       limits: as in `dimflows.plot.image_grid`; a recipe's `grey_levels` are known.
       name: the beginning of the files' names, and the name in TensorBoard.
       overwrite: whether pictures of the epochs to be trained may be replaced, as those of a run that was killed and goes on.
@@ -281,7 +281,8 @@ class SampleImages(_Pictures):
         self._pixels()
 
     def _pixels(self) -> np.ndarray:
-        return self._grid(self.model.sample(self._num, seed=self._seed, condition=self._condition), self._limits)
+        sample_shape = self._num if self._condition is None else ()
+        return self._grid(self.model.sample(sample_shape, seed=self._seed, condition=self._condition), self._limits)
 
 
 class Reconstructions(_Pictures):
@@ -448,7 +449,7 @@ class BitsPerLevel(keras.callbacks.Callback):
         self._check_data()
 
     def _check_data(self) -> None:
-        batches.check_first(self._data, self.model.distribution)
+        batches.checked_first(self._data, self.model.distribution)
         for batch in self._batches():
             self._terms(tf.nest.map_structure(lambda value: value[:1], batch), self._seeds(0))
             return

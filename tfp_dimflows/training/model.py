@@ -1,6 +1,8 @@
 """`FlowModel`: a distribution as a Keras 3 model."""
 
 import math
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -10,9 +12,11 @@ import tensorflow_probability as tfp
 from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows import keras_bridge
+from tfp_dimflows import keras_bridge, recipes
 from tfp_dimflows.bijectors.chain import Chain
+from tfp_dimflows.bijectors.conditions import as_tensors
 from tfp_dimflows.bijectors.probes import probes_from
+from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.distributions import structure_of, variational
 from tfp_dimflows.training import batches
 from tfp_dimflows.training.saving import SavedFlow, unchanged_on_error
@@ -33,16 +37,24 @@ class FlowModel(SavedFlow):
     `tf.Variable`s, `tfp.util.TransformedVariable`s and TFP's tf_keras networks.
 
     Batches are events `x`, tuples `(x, y)` or `(x, y, sample_weight)` as Keras has them (labels y are not used), or, for a
-    conditional distribution, dicts `{"x": x, "condition": condition}`.
+    conditional distribution, dicts `{"x": x, "condition": condition}`. Numbers of any dtype are cast to the distribution's.
+    The batch axes of events and condition broadcast from the right, as in TFP.
+
+    A batch whose loss or gradients are not finite is trained on as one without gradients, and leaves the statistics of
+    layers, such as a batch normalisation's, as they are. The loss of its epoch is NaN; `keras.callbacks.TerminateOnNaN` stops
+    the training there.
 
     Args:
       distribution: any `tfd.Distribution` with a scalar batch shape; integer images: a `dfd.Dequantized`.
       seed: integer seed of the noise of bounds (dequantisation), of the probes of stochastic log-dets, and of `sample`; None: a
         random one.
+      condition_shape: shape of one condition of a conditional distribution, `[n]` for vectors, `[]` for labels; default: the
+        recipe's. If it is not known, conditions are taken to have as many batch axes as the events.
       name: the model's name.
 
     Raises:
-      ValueError: if the distribution has no trainable variable, or a batch shape.
+      ValueError: if the distribution has no trainable variable, or a batch shape; if it has unbuilt networks and no static
+        event shape, or a condition of unknown shape.
 
     #### Example
 
@@ -54,12 +66,21 @@ class FlowModel(SavedFlow):
     True
     """
 
-    def __init__(self, distribution: tfd.Distribution, seed: int | None = None, name: str | None = None):
+    def __init__(
+        self,
+        distribution: tfd.Distribution,
+        seed: int | None = None,
+        name: str | None = None,
+        condition_shape: Sequence[int] | None = None,
+    ):
         # No autocasting: a low-precision policy is for the networks, not for the data and the densities.
         super().__init__(name=name, dtype=keras.config.floatx(), autocast=False)
         if isinstance(distribution.batch_shape, tf.TensorShape) and distribution.batch_shape.rank not in (None, 0):
             raise ValueError(f"FlowModel: {distribution.name} has batch shape {distribution.batch_shape}, needs an empty one")
         self._distribution = distribution
+        self._condition_shape = _condition_shape_of(distribution) if condition_shape is None else list(condition_shape)
+        self._uses_condition = variational.uses_condition(distribution)
+        self._is_adapted = self._is_trained = False
         self._seed_generator = keras.random.SeedGenerator(seed)
         self._seed_state = self._seed_generator.state  # saved with the weights, unlike a SeedGenerator
         holdings = keras_bridge.collect(distribution)
@@ -76,18 +97,24 @@ class FlowModel(SavedFlow):
         self._terms = {name: keras.metrics.Mean(name=name) for name in variational.terms_of(distribution)}
         self._kl_weight = tf.Variable(1.0, trainable=False) if "kl" in self._terms else None
         self._kl = None
-        self._compiled_sample = tf.function(self._sample, autograph=False, reduce_retracing=True)
+        self._compiled_sample = tf.function(self._sample_by_rank, autograph=False, reduce_retracing=True)
         self._compiled_log_prob = tf.function(self._log_prob_by_rank, autograph=False, reduce_retracing=True)
         self.built = True
 
     def _build_networks(self) -> None:
         """Lets unbuilt Keras layers make their variables here; inside Keras's training function it would be too late."""
-        shape = self._distribution.event_shape
+        name, shape = self._distribution.name, self._distribution.event_shape
         if not shape.is_fully_defined():
-            raise ValueError(f"FlowModel: {self._distribution.name} has unbuilt networks and no static event shape; build them")
-        dtype = self._distribution.dtype
+            raise ValueError(f"FlowModel: {name} has unbuilt networks and no static event shape; build them")
+        batch = tf.zeros([1, *shape], self._distribution.dtype)
+        if self._uses_condition:
+            if self._condition_shape is None:
+                raise ValueError(
+                    f"FlowModel: {name} has unbuilt networks and a condition; build them, or give its condition_shape"
+                )
+            batch = {"x": batch, "condition": tf.zeros([1, *self._condition_shape], batches.float_dtype(self._distribution))}
         with tf.init_scope():
-            self._distribution.log_prob(tf.zeros([1, *shape], dtype))
+            self._log_prob(batch)
 
     @property
     def distribution(self) -> tfd.Distribution:
@@ -112,6 +139,11 @@ class FlowModel(SavedFlow):
         return self._distribution.event_shape
 
     @property
+    def condition_shape(self) -> list[int] | None:
+        """Shape of one condition, if it is known."""
+        return self._condition_shape
+
+    @property
     def kl_weight(self) -> tf.Variable | None:
         """Weight of the KL term in the training loss, 1 but for a `KLWarmup`; None if the distribution has no such term."""
         return self._kl_weight
@@ -124,18 +156,28 @@ class FlowModel(SavedFlow):
         """As `keras.Model.compile`; the loss is fixed.
 
         Args:
-          optimizer: as in Keras.
+          optimizer: as in Keras. If networks compute in float16, it scales the loss, as Keras's own models do.
           jit_compile: whether to compile the training step with XLA; `"auto"`: if there is a GPU. On a CPU compiling takes
             longer than it saves in short runs.
           **kwargs: as in Keras.
 
         Raises:
-          ValueError: if a loss is given.
+          ValueError: if a loss or metrics are given.
         """
         if kwargs.get("loss") is not None:
             raise ValueError("FlowModel.compile: got a loss; the loss is the negative log-probability")
+        if given := [name for name in ("metrics", "weighted_metrics", "loss_weights") if kwargs.get(name)]:
+            raise ValueError(
+                f"FlowModel.compile: got {', '.join(given)}; the metrics are those of the log-probability, "
+                f"{', '.join(metric.name for metric in self._metrics)}, and others are for a callback"
+            )
         if jit_compile == "auto":
             jit_compile = bool(tf.config.list_physical_devices("GPU"))
+        optimizer = keras.optimizers.get(optimizer)
+        layers = self._flatten_layers(include_self=False)
+        is_half = any(getattr(layer.dtype_policy, "compute_dtype", None) == "float16" for layer in layers)
+        if is_half and kwargs.get("auto_scale_loss", True) and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
         super().compile(optimizer=optimizer, jit_compile=jit_compile, **kwargs)
         # Slots made inside the training function would have it traced twice.
         self.optimizer.build(self.trainable_variables)
@@ -145,17 +187,69 @@ class FlowModel(SavedFlow):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        """As `keras.Model.fit`, after a check of the (first) batch that changes nothing if it fails."""
-        batches.check_first(x, self._distribution)
+        """As `keras.Model.fit`, after a check of the (first) batch that changes nothing if it fails.
+
+        So is `validation_data` checked. A first batch whose latent values are far from unit scale gives a warning, unless the
+        model was adapted or trained before.
+        """
+        first, x = batches.checked_first(x, self._distribution)
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)
         if kwargs.get("validation_data") is not None:
-            kwargs["validation_data"] = self._for_workers(kwargs["validation_data"])
+            _, validation_data = batches.checked_first(kwargs["validation_data"], self._distribution)
+            kwargs["validation_data"] = self._for_workers(validation_data)
+        if first is not None and not (self._is_adapted or self._is_trained):
+            self._warn_of_scale(first)
         if self._kl_weight is not None:
             self._kl_weight.assign(1.0)  # a training that was interrupted may have left a warm-up's
+        self._is_trained = True
         history = super().fit(self._for_workers(x), *args, **batches.with_labels(x, args, kwargs))
         self._converge()
         return history
+
+    def _warn_of_scale(self, batch: Any) -> None:
+        """Warns of a start whose latent values are far from those of standard normal noise."""
+        structure = structure_of(self._distribution)
+        if not structure.bijectors or structure.augmented is not None or not self._distribution.dtype.is_floating:
+            return
+        batch = tf.nest.map_structure(lambda value: value[:256], batch)
+        x, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
+        if not batches.is_far_from_unit_scale(x, len(self.event_shape)):
+            return
+        z = Summed(x, len(self.event_shape)).inverse(self.bijector, condition).value
+        if batches.is_far_from_unit_scale(z, structure.noise.event_shape.rank):
+            warnings.warn(
+                f"FlowModel.fit: the latent values of {self._distribution.name} are far from unit scale for the first batch; "
+                "call `adapt` on the data before `fit`, or standardise it",
+                stacklevel=3,
+            )
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Keras's step, but that a batch whose loss or gradients are not finite counts as one without gradients."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        weights = self.trainable_weights
+        statistics = [v for v in self.non_trainable_weights if tf.as_dtype(v.dtype).is_floating]
+        before = [tf.identity(v) for v in statistics]
+        with tf.GradientTape() as tape:
+            log_prob = self(x, training=True)
+            loss = self.compute_loss(x, y, log_prob, sample_weight)
+            scaled = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled, weights)
+        must_be_finite = [loss]
+        if not isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):  # which has to see that it scales too much
+            must_be_finite += [tf.nn.l2_loss(g) for g in gradients if g is not None]
+        is_finite = tf.reduce_all([tf.math.is_finite(value) for value in must_be_finite])
+        for variable, value in zip(statistics, before):
+            variable.assign(tf.where(is_finite, variable, value))
+        gradients = [g if g is None else tf.where(is_finite, g, tf.zeros([], g.dtype)) for g in gradients]
+        self.optimizer.apply_gradients(zip(gradients, weights))
+        self._update_loss(loss, x)
+        return self.compute_metrics(x, y, log_prob, sample_weight)
+
+    def _update_loss(self, loss: tf.Tensor, x: Any) -> None:
+        tracker = next(metric for metric in self.metrics if metric.name == "loss")
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        tracker.update_state(loss * replicas, sample_weight=tf.shape(tf.nest.flatten(x)[0])[0])
 
     def _converge(self) -> None:
         """Brings what layers estimate iteratively in training (spectral norms) to convergence."""
@@ -180,7 +274,7 @@ class FlowModel(SavedFlow):
     def adapt(self, data: Any, steps: int = 1) -> None:
         """Data-dependent initialisation: one eager pass in which every ActNorm normalises what it sees.
 
-        Call it once, before `fit`.
+        Call it once, before `fit`. It warns if nothing in the distribution adapts, or if it overwrites what was trained.
 
         Args:
           data: a dataset of batches, or one batch.
@@ -190,18 +284,33 @@ class FlowModel(SavedFlow):
           ValueError: if the data does not fit the distribution; then nothing has changed.
         """
         if isinstance(data, tf.data.Dataset):
-            parts = [batches.events(batch) for batch in data.take(steps)]
+            parts = [batches.tensors(batches.events(batch), self._distribution) for batch in data.take(steps)]
             if not parts:
                 raise ValueError("FlowModel.adapt: the dataset is empty")
             batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *parts)
+            batches.check(batch, self._distribution, batch_axes=1)
         else:
-            batch = batches.events(data)
-        batch = self._checked(batch)
+            batch, _ = batches.checked_first(data, self._distribution)
+        if self._is_trained:
+            warnings.warn(
+                "FlowModel.adapt: the model was trained before; its ActNorms are now initialised from this data", stacklevel=2
+            )
+        weights = self.trainable_variables
+        before = [weight.numpy() for weight in weights]
         with unchanged_on_error(self.variables), keras_bridge.adaptation():
             self._log_prob(batch, seed=self._next_seed())
+        self._is_adapted = True
+        if all(np.array_equal(weight, value) for weight, value in zip(weights, before)):
+            warnings.warn(
+                f"FlowModel.adapt: nothing in {self._distribution.name} was initialised: it has no part, such as a "
+                "dfb.ActNorm, that takes its scale from the data",
+                stacklevel=2,
+            )
 
     def call(self, x: Any, training: bool | None = None) -> tf.Tensor:
         """`log_prob(x)`, shape `[batch]`."""
+        x = batches.tensors(batches.events(x), self._distribution)
+        x = batches.of_event_shape(x, self._distribution, batch_axes=1)
         with variational.reports() as terms:
             log_prob = self._log_prob(x, seed=self._next_seed())
         for name, metric in self._terms.items():
@@ -240,43 +349,93 @@ class FlowModel(SavedFlow):
     # Use.
 
     def log_prob(
-        self, x: TensorLike | dict[str, TensorLike], num_samples: int | None = None, seed: int | None = None
+        self,
+        x: TensorLike | dict[str, TensorLike],
+        num_samples: int | None = None,
+        seed: int | None = None,
+        condition: Any = None,
     ) -> tf.Tensor:
         """Log-probability of events, compiled.
 
         Args:
-          x: events (or a dict with `x` and `condition`), a whole batch.
+          x: events, `batch + event`, or a dict with `x` and `condition`.
           num_samples: noise samples of an importance-weighted bound, if the distribution is one.
           seed: integer seed of that noise, and of the probes of stochastic log-dets; None: the model's own stream.
+          condition: the condition of a conditional distribution. Its batch axes and those of x broadcast from the right.
 
         Returns:
-          `[batch]`.
+          `batch`, or what it and the condition's batch broadcast to.
 
         Raises:
-          ValueError: if x does not fit the distribution.
+          ValueError: if x or the condition does not fit the distribution.
         """
-        x = self._checked(x)
-        ranks = tuple(value.shape.rank for value in tf.nest.flatten(x))
-        return self._compiled_log_prob(ranks, x, self._seed(seed), num_samples)
+        batch = self._checked(x, condition)
+        return self._compiled_log_prob(_ranks(batch), batch, self._seed(seed), num_samples)
+
+    def score(self, data: Any, num_samples: int | None = None, seed: int = 0, batch_size: int = 64) -> dict[str, np.ndarray]:
+        """Log-probability of each event, such as to find those that are unlike the training data.
+
+        Args:
+          data: a dataset of batches, or events (dicts of `x` and `condition`) at once.
+          num_samples: as in `log_prob`.
+          seed: integer seed of the noise, with which the same batches always have the same scores.
+          batch_size: size of the batches in which events are evaluated that are no dataset.
+
+        Returns:
+          Columns of the same length, in the order of the data: `log_prob` in nats, for images `bits_per_dim`, and `y` of a
+          dataset of pairs `(x, y)`, such as labels or files. `pandas.DataFrame` takes them.
+
+        Raises:
+          ValueError: if the data does not fit the distribution.
+
+        #### Example
+
+        >>> model = dimflows.FlowModel(dimflows.recipes.maf([2], depth=1, hidden=[8]))
+        >>> model.score([[0.0, 0.0], [3.0, -3.0]])["log_prob"].round(2)
+        array([ -1.84, -10.84], dtype=float32)
+        """
+        if not isinstance(data, tf.data.Dataset):
+            data = tf.data.Dataset.from_tensor_slices(self._checked(data)).batch(batch_size)
+        log_probs, others = [], []
+        for step, batch in enumerate(data):
+            log_probs.append(self.log_prob(batches.events(batch), num_samples, seed + step).numpy())
+            others += [batch[1].numpy()] if isinstance(batch, tuple) and len(batch) > 1 else []
+        if not log_probs:
+            raise ValueError("FlowModel.score: the dataset is empty")
+        columns = {"log_prob": np.concatenate(log_probs)}
+        if self._bits_per_dim is not None:
+            columns["bits_per_dim"] = -columns["log_prob"] / (self.event_shape.num_elements() * math.log(2.0))
+        return columns | ({"y": np.concatenate(others)} if others else {})
 
     def sample(self, sample_shape: TensorLike = (), seed: int | None = None, condition: Any = None) -> tf.Tensor:
         """Samples of the distribution, compiled.
 
         Args:
-          sample_shape: as in `tfd.Distribution.sample`; for a conditional distribution `[n]` for a condition of n rows.
+          sample_shape: as in `tfd.Distribution.sample`.
           seed: integer seed; None: the model's own stream.
-          condition: the condition of a conditional distribution.
+          condition: the condition of a conditional distribution, one or a batch of them.
+
+        Returns:
+          `sample_shape + batch of the condition + event`: of n conditions `sample(condition=c)` has one sample for each, and
+          `sample(10, condition=c)` ten.
+
+        Raises:
+          ValueError: if the condition does not fit the distribution.
         """
         sample_shape = tuple(np.atleast_1d(np.asarray(sample_shape, dtype=np.int32)).tolist())
-        return self._compiled_sample(sample_shape, self._seed(seed), condition)
+        if condition is not None:
+            condition = self._checked_condition(condition)
+            sample_shape, condition = self._sample_shape_of(sample_shape, condition)
+        return self._compiled_sample(_ranks(condition), tuple(sample_shape), self._seed(seed), condition)
 
-    def interpolate(self, start: TensorLike, end: TensorLike, num_steps: int = 8) -> tf.Tensor:
+    def interpolate(self, start: TensorLike, end: TensorLike, num_steps: int = 8, condition: Any = None) -> tf.Tensor:
         """Events on the straight line between two events' latent values.
 
         Args:
           start: events at the beginning, `batch + event` or one event.
           end: events at the end, of the same shape.
           num_steps: number of points, both ends included.
+          condition: the condition of a conditional distribution, for start, end and what is between.
 
         Returns:
           `[num_steps] + shape of start`; the first and last are `start` and `end` up to rounding, or, if the latent values have
@@ -287,50 +446,81 @@ class FlowModel(SavedFlow):
         """
         if num_steps < 2:
             raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
-        start, end = self._checked(start), self._checked(end)
+        start, end = batches.tensors(start, self._distribution), batches.tensors(end, self._distribution)
         if start.shape != end.shape:
             raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
-        z_start, z_end = variational.encode(self._distribution, start), variational.encode(self._distribution, end)
+        z_start, z_end = self.encode(start, condition), self.encode(end, condition)
         weights = tf.reshape(tf.linspace(0.0, 1.0, num_steps), [num_steps] + [1] * z_start.shape.rank)
         weights = tf.cast(weights, z_start.dtype)
-        return self.decode((1.0 - weights) * z_start + weights * z_end)
+        return self.decode((1.0 - weights) * z_start + weights * z_end, condition)
 
-    def encode(self, x: TensorLike) -> tf.Tensor:
+    def encode(self, x: TensorLike | dict[str, TensorLike], condition: Any = None) -> tf.Tensor:
         """Latent values of events `batch + event`; under a `dfd.VAEPrior` the posterior's means, `batch + [latent_dims]`.
 
+        Args:
+          x: events, or a dict with `x` and `condition`.
+          condition: as in `log_prob`.
+
         Raises:
-          ValueError: if x does not fit the distribution.
+          ValueError: if x or the condition does not fit the distribution.
         """
-        x = self._checked(x)
-        return variational.encode(self._distribution, x)
+        return self._encode(self._checked(x, condition))
 
-    def decode(self, z: TensorLike) -> tf.Tensor:
-        """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means."""
-        return variational.decode(self._distribution, batches.tensors(z, self._distribution))
+    def decode(self, z: TensorLike, condition: Any = None) -> tf.Tensor:
+        """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means. `condition` as in `log_prob`."""
+        z = tf.cast(tf.convert_to_tensor(z), batches.float_dtype(self._distribution))
+        return self._decode(z if condition is None else {"x": z, "condition": self._checked_condition(condition)})
 
-    def _checked(self, batch: Any) -> Any:
-        """A batch as tensors, after a check."""
-        batch = batches.tensors(batch, self._distribution)
+    def _checked(self, x: Any, condition: Any = None) -> Any:
+        """Events, or a dict of them and their condition, as tensors, after a check."""
+        batch = batches.tensors(x if condition is None else {"x": x, "condition": condition}, self._distribution)
         batches.check(batch, self._distribution)
-        return batch
+        return self._broadcast(batch, self.event_shape.rank)
 
-    def _log_prob(self, x: Any, seed: Any = None, num_samples: int | None = None) -> tf.Tensor:
-        kwargs = {}
-        if isinstance(x, dict):
-            x, kwargs = x["x"], {"bijector_kwargs": {"condition": x["condition"]}}
+    def _checked_condition(self, condition: Any) -> Any:
+        condition = as_tensors(condition, batches.float_dtype(self._distribution))
+        if not all(bool(tf.reduce_all(tf.math.is_finite(c))) for c in tf.nest.flatten(condition) if c.dtype.is_floating):
+            raise ValueError(f"FlowModel: {self._distribution.name} got a condition that is not finite")
+        return condition
+
+    def _broadcast(self, batch: Any, event_ndims: int) -> Any:
+        if isinstance(batch, dict) and not self._uses_condition:
+            raise ValueError(f"FlowModel: got a condition, but no part of {self._distribution.name} can use one")
+        return batches.broadcast(batch, event_ndims, self._condition_shape)
+
+    def _encode(self, batch: Any) -> tf.Tensor:
+        batch = self._broadcast(batch, self.event_shape.rank)
+        x, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
+        return variational.encode(self._distribution, x, condition)
+
+    def _decode(self, batch: Any) -> tf.Tensor:
+        batch = self._broadcast(batch, structure_of(self._distribution).noise.event_shape.rank)
+        z, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
+        return variational.decode(self._distribution, z, condition)
+
+    def _log_prob(self, batch: Any, seed: Any = None, num_samples: int | None = None) -> tf.Tensor:
+        batch, kwargs = self._broadcast(batch, self.event_shape.rank), {}
+        if isinstance(batch, dict):
+            batch, kwargs = batch["x"], variational.with_condition(self._distribution, batch["condition"])
         if num_samples is not None and not variational.is_bound(self._distribution):
             raise ValueError(f"FlowModel.log_prob: got num_samples, but the density of {self._distribution.name} is exact")
         kwargs = variational.with_noise(self._distribution, kwargs, seed=seed, num_samples=num_samples)
         with probes_from(seed):
-            return self._distribution.log_prob(x, **kwargs)
+            return self._distribution.log_prob(batch, **kwargs)
 
     def _log_prob_by_rank(self, ranks: tuple[int, ...], x: Any, seed: Any, num_samples: int | None) -> tf.Tensor:
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
         return self._log_prob(x, seed, num_samples)
 
-    def _sample(self, sample_shape: tf.Tensor | tuple[int, ...], seed: Any, condition: Any) -> tf.Tensor:
-        kwargs = {} if condition is None else {"bijector_kwargs": {"condition": condition}}
+    def _sample_by_rank(self, ranks: tuple[int, ...], sample_shape: tuple[int, ...], seed: Any, condition: Any) -> tf.Tensor:
+        return self._sample(sample_shape, seed, condition)
+
+    def _sample(self, sample_shape: Any, seed: Any, condition: Any) -> tf.Tensor:
+        kwargs = {} if condition is None else variational.with_condition(self._distribution, condition)
         return self._distribution.sample(sample_shape, seed=seed, **kwargs)
+
+    def _sample_shape_of(self, sample_shape: Any, condition: Any) -> tuple[Any, Any]:
+        return batches.sample_shape_of(sample_shape, condition, self._condition_shape)
 
     def _next_seed(self) -> tf.Tensor:
         seed = tf.cast(self._seed_generator.next(), tf.int32)
@@ -341,6 +531,19 @@ class FlowModel(SavedFlow):
 
     def _seed(self, seed: int | None) -> tf.Tensor:
         return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
+
+
+def _condition_shape_of(distribution: Any) -> list[int] | None:
+    """That of the recipe which made a distribution, or one below its bijectors."""
+    while distribution is not None:
+        if (config := recipes.config_of(distribution)) is not None:
+            return config["arguments"].get("condition_shape")
+        distribution = getattr(distribution, "distribution", None)
+    return None
+
+
+def _ranks(batch: Any) -> tuple[int, ...]:
+    return tuple(value.shape.rank for value in tf.nest.flatten(batch) if value is not None)
 
 
 def load(path: str) -> FlowModel:

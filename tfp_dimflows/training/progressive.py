@@ -192,7 +192,7 @@ class _Stages:
             raise ValueError(
                 f"fit_progressively: got data of type {type(dataset).__name__}, needs a tf.data.Dataset of batches"
             )
-        batches.check_first(dataset, self._whole.distribution)
+        batches.checked_first(dataset, self._whole.distribution)
         for batch in dataset.take(1):
             first = tf.nest.map_structure(lambda value: value[:1], batch)
             for k in range(self.num):

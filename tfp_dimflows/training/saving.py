@@ -13,12 +13,14 @@ from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import recipes
 from tfp_dimflows.distributions import variational
+from tfp_dimflows.training import batches
 
 
 class SavedFlow(keras.Model):
     """What `FlowModel` saves, loads and exports: the recipe of its distribution, its weights, its functions."""
 
     _distribution: tfd.Distribution
+    condition_shape: Sequence[int] | None
 
     def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`.
@@ -39,17 +41,20 @@ class SavedFlow(keras.Model):
         * `log_prob(x, seed)`, and `sample(num, seed)` with a scalar int32 `num`,
         * `encode(x)` and `decode(z)`, as in this class,
 
-        of a conditional distribution `log_prob(x, seed, condition)` and `sample(num, seed, condition)` alone. `x` has the
+        of a conditional distribution `log_prob(x, seed, condition)`, `sample(num, seed, condition)` and so on. `x` has the
         distribution's dtype.
 
         Args:
           filepath: a folder that does not exist yet.
           num_samples: noise samples of an importance-weighted bound, if the distribution is one.
-          condition_shape: shape of one condition of a conditional distribution.
+          condition_shape: shape of one condition of a conditional distribution; default: the model's.
 
         Raises:
-          ValueError: if the folder exists, or `num_samples` is given for an exact density.
+          ValueError: if the folder exists, `num_samples` is given for an exact density, or `condition_shape` is not known.
         """
+        condition_shape = self.condition_shape if condition_shape is None else condition_shape
+        if condition_shape is None and variational.uses_condition(self._distribution):
+            raise ValueError(f"FlowModel.export: {self._distribution.name} has a condition; pass its condition_shape")
         if os.path.exists(filepath):
             raise ValueError(f"FlowModel.export: {filepath} exists already; choose another folder")
         self._converge()
@@ -63,19 +68,23 @@ class SavedFlow(keras.Model):
             return self._log_prob(batch, seed, num_samples)
 
         def sample(num: tf.Tensor, seed: Any, condition: Any = None) -> tf.Tensor:
-            return self._sample(num, seed, condition)
+            sample_shape, condition = (num, None) if condition is None else self._sample_shape_of(num, condition)
+            return self._sample(sample_shape, seed, condition)
+
+        def encode(x: Any, condition: Any = None) -> tf.Tensor:
+            return self._encode(x if condition is None else {"x": x, "condition": condition})
+
+        def decode(z: Any, condition: Any = None) -> tf.Tensor:
+            return self._decode(z if condition is None else {"x": z, "condition": condition})
 
         given = []
         if condition_shape is not None:
-            given = [tf.TensorSpec([None, *condition_shape], keras.config.floatx(), name="condition")]
+            given = [tf.TensorSpec([None, *condition_shape], batches.float_dtype(self._distribution), name="condition")]
         archive.add_endpoint("log_prob", log_prob, [events, seed, *given])
         archive.add_endpoint("sample", sample, [num, seed, *given])
-        if not given:
-            z = tf.function(lambda x: variational.encode(self._distribution, x), autograph=False)
-            latent = z.get_concrete_function(events).structured_outputs
-            archive.add_endpoint("encode", lambda x: variational.encode(self._distribution, x), [events])
-            decode = [tf.TensorSpec(latent.shape, latent.dtype, name="z")]
-            archive.add_endpoint("decode", lambda z: variational.decode(self._distribution, z), decode)
+        latent = tf.function(encode, autograph=False).get_concrete_function(events, *given).structured_outputs
+        archive.add_endpoint("encode", encode, [events, *given])
+        archive.add_endpoint("decode", decode, [tf.TensorSpec(latent.shape, latent.dtype, name="z"), *given])
         archive.write_out(str(filepath), verbose=False)
 
     def load_weights(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +98,7 @@ class SavedFlow(keras.Model):
             return super().load_weights(filepath, *args, **kwargs)
 
     def get_config(self) -> dict:
-        """The recipe and its arguments.
+        """The recipe and its arguments, the precision it was made in, and which layers are frozen.
 
         Raises:
           ValueError: if no recipe made the distribution; `save_weights` and `load_weights` work for any.
@@ -100,14 +109,19 @@ class SavedFlow(keras.Model):
                 f"FlowModel: {self._distribution.name} was not made by a recipe, so its construction cannot be saved; use "
                 "save_weights, and load_weights on a model made by the same code"
             )
-        return {**config, "name": self.name}
+        frozen = [k for k, layer in enumerate(self._flatten_layers()) if not layer.trainable]
+        return {**config, "name": self.name, "frozen": frozen}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> "SavedFlow":
-        """Builds the recipe anew."""
-        with warnings.catch_warnings():
+        """Builds the recipe anew, in the precision it was made in."""
+        with warnings.catch_warnings(), _precision(**config.get("precision", {})):
             warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that had other names when it was saved
-            return cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
+            model = cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
+        layers = list(model._flatten_layers())
+        for k in config.get("frozen", []):
+            layers[k].trainable = False
+        return model
 
     def save_own_variables(self, store: MutableMapping[str, Any]) -> None:
         """Keras's hook for saving; adds the seeds that layers such as dropout draw from, which Keras does not save."""
@@ -132,10 +146,27 @@ class SavedFlow(keras.Model):
                 raise ValueError(
                     f"FlowModel: the weights were trained with another dimension factorization than that of {self.name}"
                 )
+        self._is_trained = True
         super().load_own_variables({key: store[key] for key in store.keys() if not key.startswith("seed_")})
         for k, state in enumerate(self._seed_states()):
             if f"seed_{k}" in store:
                 state.assign(store[f"seed_{k}"])
+
+
+@contextlib.contextmanager
+def _precision(floatx: str | None = None, dtype_policy: str | None = None) -> Iterator[None]:
+    """Context with other settings of Keras's float type and policy, those of None as they are."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx(floatx or before[0])
+    is_other_policy = dtype_policy not in (None, keras.config.dtype_policy().name)  # one that is not set follows the float type
+    if is_other_policy:
+        keras.config.set_dtype_policy(dtype_policy)
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        if is_other_policy:
+            keras.config.set_dtype_policy(before[1])
 
 
 @contextlib.contextmanager
