@@ -146,11 +146,17 @@ def test_bad_data_changes_nothing(container, kind, model):
 
 
 def test_a_wrong_width_of_a_later_batch_gets_our_message(model):
-    with pytest.raises((ValueError, tf.errors.InvalidArgumentError), match=r"(?s)shape .*\[2,3\].* expected shape \[\?,4\]"):
+    with pytest.raises(
+        (ValueError, tf.errors.InvalidArgumentError), match=r"\[2,3\] is not compatible with expected shape \[\?,4\]"
+    ):
         fitted(model, ((x,) for x in (X[:2], X[:2, :3])))
 
 
-@pytest.mark.parametrize("mode", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=["graph", "eager", "xla"])
+@pytest.mark.parametrize(
+    "mode",
+    [{}, {"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow)],
+    ids=["graph", "eager", "xla"],
+)
 def test_weights_survive_a_later_batch_that_is_not_finite(mode):
     late = np.concatenate([X[:96], np.full([32, 4], np.nan), X[96:160]])
     model = new()
@@ -236,9 +242,10 @@ def columns(name):
     return size, (shapes | more).get(name, {})
 
 
-@pytest.mark.parametrize(
-    "name", ["maf", "iaf", "realnvp", "glow", "nice", "ffjord", "wavenet-flow", "iresnet", "residual-flow", "lcma-realnvp"]
-)
+SLOWER = ["iaf", "glow", "ffjord", "wavenet-flow", "iresnet", "residual-flow", "lcma-realnvp"]
+
+
+@pytest.mark.parametrize("name", ["maf", "realnvp", "nice", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
 def test_columns_of_any_scale_start_like_standardised_ones(name):
     size, options = columns(name)
     flow = dimflows.recipes.get(name)([size], **options)
@@ -344,6 +351,7 @@ def test_a_condition_is_given_by_keyword_or_in_a_dict(conditional):
 def test_a_list_is_a_condition_of_a_bijector():
     shift = dfb.ConditionalTransform(lambda c: c, dfb.transformers.Additive(), event_ndims=1)
     np.testing.assert_allclose(shift.inverse([[1.0, 1.0]], condition=[[2.0, 3.0]]), [[3.0, 4.0]])
+    np.testing.assert_allclose(shift.inverse([[1.0, 1.0]], condition=np.float64([[2.0, 3.0]])), [[3.0, 4.0]])
 
 
 def test_batch_axes_broadcast_from_the_right(conditional):
@@ -398,6 +406,11 @@ def test_wrong_conditions_are_refused(conditional):
         conditional.log_prob(X, condition=C[:7])
     with pytest.raises(ValueError, match="not finite"):
         conditional.sample(3, condition=[0.0, 1.0, float("nan")])
+    for lacking in (conditional.log_prob, conditional.encode, conditional.adapt, conditional.decode, conditional.fit):
+        with pytest.raises(ValueError, match=r"needs conditions of shape \[3\], by `condition=`"):
+            lacking(X)
+    with pytest.raises(ValueError, match=r"needs conditions of shape \[3\]"):
+        conditional.sample(3)
     plain = new()
     for refused in (
         lambda: plain.log_prob(X, condition=C),

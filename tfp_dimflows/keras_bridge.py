@@ -108,6 +108,7 @@ class Network(tf.Module):
         Args:
           x: tensor whose last `event_ndims` axes are the event.
           condition: tensor or structure of tensors; the leading axes, as many as `x` has batch axes, broadcast to the batch.
+            Floats are cast to the dtype of `x`.
           event_ndims: number of event axes of `x`.
 
         Returns:
@@ -118,7 +119,7 @@ class Network(tf.Module):
         batch = ps.shape(x)[: ps.rank(x) - event_ndims]
         batch_rank = int(ps.rank(x)) - event_ndims
         if condition is not None:
-            condition = tf.nest.map_structure(lambda c: _broadcast_batch(c, batch, batch_rank), condition)
+            condition = tf.nest.map_structure(lambda c: _broadcast_batch(c, batch, batch_rank, x.dtype), condition)
         if batch_rank == 1:
             return self._evaluate(x, condition)
         x = _fold_batch(x, batch_rank)
@@ -191,8 +192,10 @@ def _condition_convention(network: Callable) -> str:
     return "positional" if positional and positional[0].default is inspect.Parameter.empty else "none"
 
 
-def _broadcast_batch(condition: Any, batch: tf.Tensor, batch_rank: int) -> tf.Tensor:
+def _broadcast_batch(condition: Any, batch: tf.Tensor, batch_rank: int, dtype: tf.DType) -> tf.Tensor:
     condition = tf.convert_to_tensor(condition)
+    if condition.dtype.is_floating and dtype.is_floating:
+        condition = tf.cast(condition, dtype)
     if batch_rank == 0:
         return condition
     given, wanted = condition.shape[:batch_rank], tf.TensorShape(tf.get_static_value(batch))

@@ -168,18 +168,24 @@ def of_event_shape(batch: Any, distribution: tfd.Distribution, batch_axes: int =
     return batch | {"x": x} if isinstance(batch, dict) else x
 
 
-def check(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> None:
-    """Raises unless tensors of `tensors` have the right shape and finite values within the distribution's levels."""
+def checked(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> Any:
+    """A batch as by `tensors`.
+
+    Raises:
+      ValueError: unless it has the right shape, and finite values within the distribution's levels.
+    """
+    batch = tensors(batch, distribution)
     check_shape(batch, distribution, batch_axes)
     for value in tf.nest.flatten(batch):
         if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
             raise ValueError(f"FlowModel: {distribution.name} got values that are not finite")
     if hasattr(distribution, "check_values"):
         distribution.check_values(batch["x"] if isinstance(batch, dict) else batch)
+    return batch
 
 
 def checked_first(data: Any, distribution: tfd.Distribution) -> tuple[Any, Any]:
-    """The first batch of what Keras takes, as tensors and after `check`, and the data, which still begins with it.
+    """The first batch of what Keras takes, as by `checked`, and the data, which still begins with it.
 
     Of arrays the first batch is all of them; None, if there is none to see.
     """
@@ -194,8 +200,7 @@ def checked_first(data: Any, distribution: tfd.Distribution) -> tuple[Any, Any]:
     elif isinstance(data, Iterable) and not isinstance(data, (dict, list, tuple)) and not hasattr(data, "shape"):
         first = next(iter(data), None)  # datasets, and loaders of other libraries
     if first is not None:
-        first = tensors(events(first), distribution)
-        check(first, distribution, batch_axes=1)
+        first = checked(events(first), distribution, batch_axes=1)
     return first, data
 
 

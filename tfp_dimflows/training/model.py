@@ -198,8 +198,10 @@ class FlowModel(SavedFlow):
         if kwargs.get("validation_data") is not None:
             _, validation_data = batches.checked_first(kwargs["validation_data"], self._distribution)
             kwargs["validation_data"] = self._for_workers(validation_data)
-        if first is not None and not (self._is_adapted or self._is_trained):
-            self._warn_of_scale(first)
+        if first is not None:
+            first = self._broadcast(first, self.event_shape.rank)
+            if not (self._is_adapted or self._is_trained):
+                self._warn_of_scale(first)
         if self._kl_weight is not None:
             self._kl_weight.assign(1.0)  # a training that was interrupted may have left a warm-up's
         self._is_trained = True
@@ -288,7 +290,7 @@ class FlowModel(SavedFlow):
             if not parts:
                 raise ValueError("FlowModel.adapt: the dataset is empty")
             batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *parts)
-            batches.check(batch, self._distribution, batch_axes=1)
+            batch = batches.checked(batch, self._distribution, batch_axes=1)
         else:
             batch, _ = batches.checked_first(data, self._distribution)
         if self._is_trained:
@@ -423,6 +425,7 @@ class FlowModel(SavedFlow):
           ValueError: if the condition does not fit the distribution.
         """
         sample_shape = tuple(np.atleast_1d(np.asarray(sample_shape, dtype=np.int32)).tolist())
+        self._check_use(condition is not None)
         if condition is not None:
             condition = self._checked_condition(condition)
             sample_shape, condition = self._sample_shape_of(sample_shape, condition)
@@ -446,7 +449,7 @@ class FlowModel(SavedFlow):
         """
         if num_steps < 2:
             raise ValueError(f"FlowModel.interpolate: got num_steps={num_steps}, needs at least 2")
-        start, end = batches.tensors(start, self._distribution), batches.tensors(end, self._distribution)
+        start, end = (batches.checked(x, self._distribution) for x in (start, end))
         if start.shape != end.shape:
             raise ValueError(f"FlowModel.interpolate: got events of shapes {start.shape} and {end.shape}, needs equal shapes")
         z_start, z_end = self.encode(start, condition), self.encode(end, condition)
@@ -473,8 +476,7 @@ class FlowModel(SavedFlow):
 
     def _checked(self, x: Any, condition: Any = None) -> Any:
         """Events, or a dict of them and their condition, as tensors, after a check."""
-        batch = batches.tensors(x if condition is None else {"x": x, "condition": condition}, self._distribution)
-        batches.check(batch, self._distribution)
+        batch = batches.checked(x if condition is None else {"x": x, "condition": condition}, self._distribution)
         return self._broadcast(batch, self.event_shape.rank)
 
     def _checked_condition(self, condition: Any) -> Any:
@@ -483,9 +485,17 @@ class FlowModel(SavedFlow):
             raise ValueError(f"FlowModel: {self._distribution.name} got a condition that is not finite")
         return condition
 
-    def _broadcast(self, batch: Any, event_ndims: int) -> Any:
-        if isinstance(batch, dict) and not self._uses_condition:
+    def _check_use(self, has_condition: bool) -> None:
+        if has_condition and not self._uses_condition:
             raise ValueError(f"FlowModel: got a condition, but no part of {self._distribution.name} can use one")
+        if not has_condition and self._condition_shape is not None:
+            raise ValueError(
+                f"FlowModel: {self._distribution.name} needs conditions of shape {self._condition_shape}, by `condition=` or "
+                "in batches {'x': x, 'condition': condition}"
+            )
+
+    def _broadcast(self, batch: Any, event_ndims: int) -> Any:
+        self._check_use(isinstance(batch, dict))
         return batches.broadcast(batch, event_ndims, self._condition_shape)
 
     def _encode(self, batch: Any) -> tf.Tensor:
