@@ -200,8 +200,8 @@ def vflow_glow(
 
 def _glow_posterior(
     shape: tuple[int, ...], num_extra: int, depth: int, width: int, num_hidden: int, coupling: str, seeds: Iterator[int]
-) -> dfb.Chain:
-    """From noise to the extra dimensions: a Gaussian given x, then steps of Glow given x."""
+) -> dfb.FlowBijector:
+    """From noise to the extra dimensions: a Gaussian given x, then steps of Glow given x, of vectors at unit scale."""
     if len(shape) == 3:
         network = networks.GlowConvNet(shape[-1], 2 * num_extra, width=width, seed=next(seeds) % 2**31)
         squeezed = image_steps(4 * num_extra, depth, width, coupling, 4 * shape[-1], seeds)
@@ -211,7 +211,11 @@ def _glow_posterior(
         network = networks.MLP(shape[0], 2 * num_extra, hidden=hidden, seed=next(seeds) % 2**31)
         steps = vector_steps(num_extra, depth, width, num_hidden, coupling, shape[0], seeds) if num_extra > 1 else []
     gaussian = dfb.ConditionalTransform(network, dfb.transformers.Affine("exp"), len(shape))
-    return dfb.Chain([gaussian, *steps])
+    posterior = dfb.Chain([gaussian, *steps])
+    if len(shape) == 3:
+        return posterior
+    columns = dfb.ActNorm(shape[0], dtype=common.floatx())
+    return dfb.EmbedCondition(posterior, columns.inverse, condition_ndims=1)
 
 
 def _augmented(flow: tfb.Bijector, posterior: tfb.Bijector | None, joint: tuple[int, ...], num_extra: int) -> dfd.Augmented:
