@@ -530,7 +530,7 @@ def test_a_conditional_model_of_augmented_vectors():
     for num_samples in (None, 3):
         log_prob = model.log_prob({"x": x, "condition": condition}, num_samples=num_samples)
         np.testing.assert_allclose(log_prob, expected, rtol=1e-6)
-    assert model.sample([7], condition=condition).shape == [7, 3]
+    assert model.sample(condition=condition).shape == [7, 3]
 
 
 # Chunks of samples.

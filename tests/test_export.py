@@ -64,14 +64,17 @@ def test_an_exported_conditional_model(tmp_path):
     for v in flow.trainable_variables:
         v.assign_add(0.1 * tf.ones_like(v))
     model = dimflows.FlowModel(flow, seed=0)
-    model.export(tmp_path / "exported", condition_shape=[2])
+    model.export(tmp_path / "exported")
     loaded = tf.saved_model.load(str(tmp_path / "exported"))
     condition = tf.constant([[0.0, 1.0], [2.0, -1.0]])
     x = loaded.sample(2, [0, 4], condition)
+    assert x.shape == [2, 2, 3]
     np.testing.assert_allclose(x, model.sample(2, seed=4, condition=condition), rtol=1e-5)
     expected = model.log_prob({"x": x, "condition": condition})
     np.testing.assert_allclose(loaded.log_prob(x, [0, 0], condition), expected, rtol=1e-5)
-    assert not hasattr(loaded, "encode")
+    z = loaded.encode(x, condition)
+    np.testing.assert_allclose(z, model.encode(x, condition=condition), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(loaded.decode(z, condition), x, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
