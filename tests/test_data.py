@@ -575,6 +575,12 @@ def orientation(value):
     return exif
 
 
+def without_adobe_marker(jpeg):
+    """A JPEG in CMYK of which TensorFlow and Pillow see other colours."""
+    begin = jpeg.index(b"\xff\xee")
+    return jpeg[:begin] + jpeg[begin + 2 + int.from_bytes(jpeg[begin + 2 : begin + 4], "big") :]
+
+
 def shown(pixels, alpha, background):
     """Pixels in front of a background, in 8 bits."""
     alpha = alpha[:, :, None] / 255.0
@@ -600,11 +606,10 @@ def kinds_of_images(seed):
     alpha[:2] = [[0, 255, 0, 255], [255, 0, 255, 0]]
     hole = np.where(indices == 1, 0, 255).astype(np.uint8)
     white = [255, 255, 255]
-    bits = indices[:, 0] > 1  # one grey level of four per row
-    two_bits = [bytes([0b01010110 if bit else 0b00011011]) for bit in bits]
-    levels = np.array([[1, 1, 1, 2] if bit else [0, 1, 2, 3] for bit in bits])
+    two_bits = [bytes([row @ [64, 16, 4, 1]]) for row in indices.astype(int)]  # one byte holds a row
     sixteen = generator.integers(0, 2**16, size=(6, 4), dtype=np.uint16)
     deep = generator.integers(0, 2**16, size=(6, 4, 3), dtype=np.uint16)
+    in_cmyk = encoded(Image.fromarray(smooth[::-1, ::-1]).convert("CMYK"), "JPEG", quality=100, subsampling=0)
     key = struct.pack(">H", int(sixteen[0, 0]))
     return {
         "colour.bmp": (encoded(colour, "BMP"), colour, True),
@@ -633,11 +638,8 @@ def kinds_of_images(seed):
             False,
         ),
         "turned.png": (encoded(np.rot90(colour, 2), "PNG", exif=orientation(3)), colour, True),
-        "cmyk.jpg": (
-            encoded(Image.fromarray(255 - smooth[:, ::-1]).convert("CMYK"), "JPEG", quality=100, subsampling=0),
-            255 - smooth[:, ::-1],
-            False,
-        ),
+        "cmyk.jpg": (in_cmyk, smooth[::-1, ::-1], False),
+        "unmarked cmyk.jpg": (without_adobe_marker(in_cmyk), smooth[::-1, ::-1], False),
         "rgba.png": (encoded(np.dstack([other, alpha]), "PNG"), shown(other, alpha, white), True),
         "half.png": (
             encoded(np.dstack([other, np.full_like(alpha, 51)]), "PNG"),
@@ -658,7 +660,7 @@ def kinds_of_images(seed):
         ),
         "two bits.png": (
             png((4, 6, 2, 0), two_bits, (b"tRNS", b"\0\1")),
-            np.where(levels == 1, 255, levels * 85)[:, :, None].astype(np.uint8),
+            np.where(indices == 1, 255, indices * 85)[:, :, None],
             True,
         ),
         "one bit.png": (encoded(Image.fromarray(indices > 1), "PNG"), np.where(indices > 1, 255, 0)[:, :, None], True),
@@ -714,6 +716,7 @@ class TestFilesOfFolder:
             for name, (_, pixels, is_exact) in images.items():
                 differences = np.abs(read - pixels).max(axis=(1, 2, 3))
                 assert differences.min() <= (0 if is_exact else 6), (split, name, differences.min())
+                read = np.delete(read, differences.argmin(), axis=0)
 
     def test_plain_photographs_are_stored_as_they_are(self, photos, tmp_path):
         pixels = np.arange(0, 240, 5, dtype=np.uint8).reshape(4, 4, 3)
@@ -772,10 +775,11 @@ class TestFilesOfFolder:
             "bomb.png": png((20_000, 20_000, 1, 0), []),
             "float.tif": encoded(np.zeros([4, 4], np.float32), "TIFF"),
             "empty.webp": b"",
+            "pixmap.png": b"P6 4 4 255\n" + bytes(48),
         }
         bad = {first + name: content for name, content in bad.items()}
         self.write(photos, bad)
-        with pytest.raises(ValueError, match=f"Folder {photos}: cannot use 6 of its images") as raised:
+        with pytest.raises(ValueError, match=f"Folder {photos}: cannot use 7 of its images") as raised:
             data.info(photos, data_dir=tmp_path / "tfds")
         lines = str(raised.value).splitlines()[1:]
         assert [line.strip().split(" ")[0] for line in lines] == sorted(bad)
