@@ -1,17 +1,22 @@
-"""Data pipelines: shapes, values, order, splits, embedded datasets, errors."""
+"""Data pipelines: shapes, values, order, splits, embedded datasets, folders, errors."""
 
+import io
+import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from tfp_dimflows import data
+from tfp_dimflows import cli, data, training
 from tfp_dimflows.data import embedded
 
 
@@ -538,15 +543,281 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("shapes", "message"),
         [
-            ([(4, 4, 3)], r"has 1 images \(.bmp, .jpeg, .jpg, .png\), needs two or more"),
+            ([(4, 4, 3)], r"has 1 images \(.bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp\), needs two or more"),
             ([(4, 4, 3), (5, 4, 3)], r"(is 5 x 4, .* has another size|is 4 x 4, .* has another size): pass image_size"),
-            ([(4, 4, 1), (4, 4, 3)], r"image 1.png is in colour, .*image 0.png is grey"),
-            ([(4, 4, 3), None], r"broken.png is no image that TensorFlow decodes"),
+            ([(4, 4, 1), (4, 4, 3)], r"inside/image 1.png is in colour, image 0.png is grey"),
         ],
     )
     def test_errors(self, shapes, message, tmp_path):
-        write_images(tmp_path / "photos", [shape for shape in shapes if shape])
-        if None in shapes:
-            (tmp_path / "photos" / "z_broken.png").write_bytes(b"no image")
+        write_images(tmp_path / "photos", shapes)
         with pytest.raises(ValueError, match=message):
             data.info(f"{tmp_path}/photos", data_dir=tmp_path / "tfds")
+
+
+def encoded(pixels, file_format, **options):
+    """The content of an image file."""
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(stream := io.BytesIO(), file_format, **options)
+    return stream.getvalue()
+
+
+def png(header, rows, *chunks):
+    """A PNG of a bit depth or colour type that Pillow does not write; `header` is width, height, depth, type."""
+    parts = [(b"IHDR", struct.pack(">IIBBxxx", *header)), *chunks]
+    parts += [(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
+    chunk = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + chunk
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def without_adobe_marker(jpeg):
+    """A JPEG in CMYK of which TensorFlow and Pillow see other colours."""
+    begin = jpeg.index(b"\xff\xee")
+    return jpeg[:begin] + jpeg[begin + 2 + int.from_bytes(jpeg[begin + 2 : begin + 4], "big") :]
+
+
+def shown(pixels, alpha, background):
+    """Pixels in front of a background, in 8 bits."""
+    alpha = alpha[:, :, None] / 255.0
+    return np.floor(pixels * alpha + np.asarray(background) * (1.0 - alpha) + 0.5).astype(np.uint8)
+
+
+def kinds_of_images(seed):
+    """Files of every kind, their pixels `[6, 4, 1 or 3]` on white and whether these are exact."""
+    generator = np.random.default_rng(seed)
+
+    def random(*shape):
+        return generator.integers(0, 256, size=shape, dtype=np.uint8)
+
+    smooth = np.add.outer(np.arange(6) * 10, np.arange(4) * 20)[:, :, None] + generator.integers(0, 90, 3)
+    smooth = smooth.astype(np.uint8)  # what JPEG keeps
+    grey, colour, other = random(6, 4), random(6, 4, 3), random(6, 4, 3)
+    palette = random(4, 3)
+    palette[1] = [255, 0, 0]
+    indices = generator.permuted(np.arange(24).reshape(6, 4) % 4, axis=1).astype(np.uint8)
+    in_palette = Image.fromarray(indices)
+    in_palette.putpalette(palette.tobytes())
+    alpha = generator.choice([0, 255], size=(6, 4)).astype(np.uint8)
+    alpha[:2] = [[0, 255, 0, 255], [255, 0, 255, 0]]
+    hole = np.where(indices == 1, 0, 255).astype(np.uint8)
+    white = [255, 255, 255]
+    two_bits = [bytes([row @ [64, 16, 4, 1]]) for row in indices.astype(int)]  # one byte holds a row
+    sixteen = generator.integers(0, 2**16, size=(6, 4), dtype=np.uint16)
+    deep = generator.integers(0, 2**16, size=(6, 4, 3), dtype=np.uint16)
+    in_cmyk = encoded(Image.fromarray(smooth[::-1, ::-1]).convert("CMYK"), "JPEG", quality=100, subsampling=0)
+    key = struct.pack(">H", int(sixteen[0, 0]))
+    return {
+        "colour.bmp": (encoded(colour, "BMP"), colour, True),
+        "grey.BMP": (encoded(grey, "BMP"), grey[:, :, None], True),
+        "palette.bmp": (encoded(in_palette, "BMP"), palette[indices], True),
+        "first of two.gif": (
+            encoded(in_palette, "GIF", save_all=True, append_images=[in_palette.rotate(180)]),
+            palette[indices],
+            True,
+        ),
+        "a gif.png": (encoded(in_palette, "GIF"), palette[indices], True),
+        "a webp.jpg": (encoded(other, "WEBP", lossless=True), other, True),
+        "webp.webp": (encoded(colour, "WEBP", lossless=True), colour, True),
+        "transparent.webp": (
+            encoded(np.dstack([colour, alpha]), "WEBP", lossless=True, exact=True),
+            shown(colour, alpha, white),
+            True,
+        ),
+        "tiff.tif": (encoded(other, "TIFF", compression="tiff_lzw"), other, True),
+        "turned.tiff": (encoded(np.rot90(other), "TIFF", exif=orientation(6)), other, True),
+        "photo.jpeg": (encoded(smooth, "JPEG", quality=100, subsampling=0), smooth, False),
+        "grey photo.jpg": (encoded(smooth[:, :, 0], "JPEG", quality=100), smooth[:, :, :1], False),
+        "turned.jpg": (
+            encoded(np.rot90(smooth[::-1]), "JPEG", quality=100, subsampling=0, exif=orientation(6)),
+            smooth[::-1],
+            False,
+        ),
+        "turned.png": (encoded(np.rot90(colour, 2), "PNG", exif=orientation(3)), colour, True),
+        "cmyk.jpg": (in_cmyk, smooth[::-1, ::-1], False),
+        "unmarked cmyk.jpg": (without_adobe_marker(in_cmyk), smooth[::-1, ::-1], False),
+        "rgba.png": (encoded(np.dstack([other, alpha]), "PNG"), shown(other, alpha, white), True),
+        "half.png": (
+            encoded(np.dstack([other, np.full_like(alpha, 51)]), "PNG"),
+            shown(other, np.full_like(alpha, 51), white),
+            True,
+        ),
+        "la.png": (encoded(np.dstack([grey, alpha]), "PNG"), shown(grey[:, :, None], alpha, [255]), True),
+        "palette.png": (
+            encoded(in_palette, "PNG", transparency=bytes([255, 0, 255, 255])),
+            shown(palette[indices], hole, white),
+            True,
+        ),
+        "transparent.gif": (encoded(in_palette, "GIF", transparency=1), shown(palette[indices], hole, white), True),
+        "colour key.png": (
+            encoded(palette[indices], "PNG", transparency=(255, 0, 0)),
+            shown(palette[indices], hole, white),
+            True,
+        ),
+        "two bits.png": (
+            png((4, 6, 2, 0), two_bits, (b"tRNS", b"\0\1")),
+            np.where(indices == 1, 255, indices * 85)[:, :, None],
+            True,
+        ),
+        "one bit.png": (encoded(Image.fromarray(indices > 1), "PNG"), np.where(indices > 1, 255, 0)[:, :, None], True),
+        "16 bits.png": (encoded(sixteen, "PNG"), (sixteen >> 8)[:, :, None], True),
+        "16 bits.tif": (encoded(sixteen[::-1].copy(), "TIFF"), (sixteen[::-1] >> 8)[:, :, None], True),
+        "16 bits and a hole.png": (
+            png((4, 6, 16, 0), [row.astype(">u2").tobytes() for row in sixteen], (b"tRNS", key)),
+            np.where(sixteen == sixteen[0, 0], 255, sixteen >> 8)[:, :, None],
+            True,
+        ),
+        "16 bits of colour.png": (tf.io.encode_png(deep).numpy(), deep >> 8, True),
+    }
+
+
+class TestFilesOfFolder:
+    """What may lie in a folder, and what a flow sees of it."""
+
+    @staticmethod
+    def write(folder, files):
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return folder
+
+    @pytest.fixture
+    def photos(self, tmp_path):
+        """Two whole images of 4 x 4 pixels."""
+        write_images(tmp_path / "photos", [(4, 4, 3)] * 2)
+        return tmp_path / "photos"
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_every_kind_is_read_as_it_is_shown(self, channels, tmp_path):
+        kinds = {split: kinds_of_images(seed) for seed, split in enumerate(["train", "test"])}
+        if channels == 1:
+            kinds = {
+                split: {name: kind for name, kind in images.items() if kind[1].shape[-1] == 1}
+                for split, images in kinds.items()
+            }
+            for images in kinds.values():  # formats without grey
+                pixels = images["grey.BMP"][1] // 2
+                in_colour = np.repeat(pixels, 3, axis=-1)
+                images |= {"grey.webp": (encoded(in_colour, "WEBP", lossless=True), pixels, True)}
+                images |= {"grey.gif": (encoded(255 - pixels[:, :, 0], "GIF"), 255 - pixels, True)}
+        first = "16 bits.png" if channels == 1 else "16 bits of colour.png"  # in the order of the names
+        for split, images in kinds.items():
+            images["!" + first] = images.pop(first)
+            self.write(tmp_path / "photos" / split, {name: content for name, (content, _, _) in images.items()})
+        options = {"data_dir": tmp_path / "tfds", "drop_remainder": False}
+        assert data.info(tmp_path / "photos", data_dir=tmp_path / "tfds").event_shape == (6, 4, channels)
+        for split, images in kinds.items():
+            read = images_of(data.load(tmp_path / "photos", split, batch_size=10, **options)).astype(int)
+            assert len(read) == len(images)
+            for name, (_, pixels, is_exact) in images.items():
+                differences = np.abs(read - pixels).max(axis=(1, 2, 3))
+                assert differences.min() <= (0 if is_exact else 6), (split, name, differences.min())
+                read = np.delete(read, differences.argmin(), axis=0)
+
+    def test_plain_photographs_are_stored_as_they_are(self, photos, tmp_path):
+        pixels = np.arange(0, 240, 5, dtype=np.uint8).reshape(4, 4, 3)
+        plain = encoded(pixels, "JPEG")
+        turned = encoded(pixels, "JPEG", exif=orientation(6))
+        palette = encoded(Image.fromarray(pixels).quantize(4), "PNG")
+        self.write(photos, {"plain.jpg": plain, "turned.jpg": turned, "palette.png": palette})
+        data.info(photos, data_dir=tmp_path / "tfds")
+        (directory,) = (tmp_path / "tfds" / "folder_images").glob("*/*")
+        builder = tfds.builder_from_directory(directory)
+        splits = builder.as_dataset(decoders={"image": tfds.decode.SkipDecoding()}).values()
+        stored = {example["image"].numpy() for split in splits for example in split}
+        assert plain in stored and turned not in stored and len(stored) == 5
+        assert stored >= {path.read_bytes() for path in photos.rglob("*.png")}
+
+    def test_background(self, tmp_path):
+        pixels = np.random.default_rng(0).integers(0, 256, size=(2, 4, 4, 2), dtype=np.uint8)
+        pixels[..., 1] //= 2
+        folder = self.write(tmp_path / "logos", {f"{k}.png": encoded(image, "PNG") for k, image in enumerate(pixels)})
+        options = {"batch_size": 1, "drop_remainder": False, "data_dir": tmp_path / "tfds"}
+
+        def read(**more):
+            return images_of(data.load(folder, "train+test", **options, **more))
+
+        colours = {"white": [255], "black": [0], "#ff8000": [255, 128, 0]}
+        for name, colour in colours.items():
+            images = read(background=name)
+            expected = np.stack([shown(p[..., :1], p[..., 1], colour) for p in pixels])
+            assert images.shape == expected.shape
+            assert min(np.abs(images.astype(int) - order).max() for order in (expected, expected[::-1])) <= 1
+        np.testing.assert_array_equal(read(), read(background="#FFFFFF"))
+        assert len(list((tmp_path / "tfds" / "folder_images").iterdir())) == len(colours)
+        with pytest.raises(ValueError, match=r"got background='snow white', needs a colour such as 'white'"):
+            data.info(folder, background="snow white", data_dir=tmp_path / "tfds")
+        with pytest.raises(ValueError, match=r"'digits': got background='black', which is for folders of images only"):
+            data.load("digits", background="black", **options)
+
+    def test_other_images_are_named_once_and_hidden_files_passed_over(self, photos, tmp_path):
+        others = [f"{k:02}.HEIC" for k in range(11)] + ["logo.svg"]
+        hidden = [".DS_Store", "._image 0.png", ".cache/thumb.png", ".hidden.heic"]
+        self.write(photos, dict.fromkeys([*others, *hidden, "notes.txt"], b"no image"))
+        with pytest.warns(UserWarning) as warned:
+            assert sum(data.info(photos, data_dir=tmp_path / "tfds").splits.values()) == 2
+            data.load(photos, batch_size=1, data_dir=tmp_path / "tfds")
+        (message,) = [str(warning.message) for warning in warned if "ignored" in str(warning.message)]
+        assert f"{photos}: 12 images are ignored" in message
+        assert message.endswith(f": {', '.join(others[:10])}, ...")
+
+    @pytest.mark.parametrize("first", ["!", "~"])
+    def test_every_bad_file_is_named_and_the_next_try_succeeds(self, first, photos, tmp_path):
+        photo = encoded(np.random.default_rng(0).integers(0, 256, size=(4, 4, 3), dtype=np.uint8), "JPEG")
+        bad = {
+            "broken.png": b"no image",
+            "truncated.jpg": photo[: len(photo) // 2 + 150],
+            "truncated.png": next(photos.glob("*.png")).read_bytes()[:60],
+            "bomb.png": png((20_000, 20_000, 1, 0), []),
+            "float.tif": encoded(np.zeros([4, 4], np.float32), "TIFF"),
+            "empty.webp": b"",
+            "pixmap.png": b"P6 4 4 255\n" + bytes(48),
+        }
+        bad = {first + name: content for name, content in bad.items()}
+        self.write(photos, bad)
+        with pytest.raises(ValueError, match=f"Folder {photos}: cannot use 7 of its images") as raised:
+            data.info(photos, data_dir=tmp_path / "tfds")
+        lines = str(raised.value).splitlines()[1:]
+        assert [line.strip().split(" ")[0] for line in lines] == sorted(bad)
+        for name, message in {"broken.png": "is no image", "truncated.jpg": "truncated", "bomb.png": "exceeds limit"}.items():
+            assert any(name in line and message in line for line in lines), lines
+        assert not any(path.is_file() for path in (tmp_path / "tfds").rglob("*"))
+        for name in bad:
+            (photos / name).unlink()
+        assert data.info(photos, data_dir=tmp_path / "tfds").splits == {"train": 1, "test": 1}
+
+    def test_more_bad_files_than_one_cares_to_read(self, photos, tmp_path):
+        self.write(photos, {f"z{k:02}.png": b"no image" for k in range(12)})
+        with pytest.raises(ValueError, match=r"cannot use 12 of its images[\s\S]*z09.png is no image.*\n  and 2 more$"):
+            data.info(photos, data_dir=tmp_path / "tfds")
+
+    def test_missing_pillow_names_the_extra(self, photos, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(ImportError, match=rf"Folder {photos}: .*pip install 'tfp-dimflows\[demo\]'"):
+            data.info(photos, data_dir=tmp_path / "tfds")
+
+    def test_a_run_remembers_the_background(self, tmp_path, capsys):
+        images = np.random.default_rng(0).integers(0, 256, size=(10, 4, 4, 2), dtype=np.uint8)
+        folder = self.write(tmp_path / "logos", {f"{k}.png": encoded(image, "PNG") for k, image in enumerate(images)})
+        folders = ["--data", str(folder), "--data-dir", str(tmp_path / "tfds")]
+        argv = ["train", "nice", *folders, "--epochs", "1", "--batch-size", "4", "--background", "black"]
+        assert cli.main([*argv, "--out", str(tmp_path / "run")]) == 0
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert config["data"]["background"] == "black"
+        prepared = sorted((tmp_path / "tfds" / "folder_images").iterdir())
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(tmp_path / "run"), "--data-dir", str(tmp_path / "tfds")]) == 0
+        assert json.loads(capsys.readouterr().out)["num_events"] == 1
+        assert sorted((tmp_path / "tfds" / "folder_images").iterdir()) == prepared  # the same dataset
+
+    def test_a_run_on_white_has_the_entries_of_runs_before(self, embedded_dir, monkeypatch):
+        notes = {}
+        monkeypatch.setattr(training, "train", lambda *args, **options: notes.update(options["notes"]))
+        monkeypatch.setattr(training, "read_metrics", lambda directory: {})
+        argv = ["train", "nice", "--data", "digits", "--data-dir", str(embedded_dir), "--epochs", "1"]
+        assert cli.main([*argv, "--out", str(embedded_dir)]) == 0
+        assert set(notes["data"]) == {"name", "test_split", "batch_size", "image_size", "grey_levels"}

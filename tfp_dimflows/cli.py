@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the recipe")
     command.add_argument("--image-size", type=_positive, help="resize images to this height and width")
     command.add_argument("--grey-levels", "--levels", type=_positive, help="number of grey levels; default: the dataset's")
+    command.add_argument("--background", default="white", metavar="COLOUR", help="behind transparent images of a folder")
     command.add_argument("--flips", action="store_true", help="random horizontal flips in training")
     command.add_argument("--test-split", default="test", help="split of the test metrics")
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
@@ -145,6 +146,8 @@ def _strategy(arguments: argparse.Namespace) -> tuple[tf.distribute.Strategy, st
 
 def _train_into(out: str, arguments: argparse.Namespace) -> None:
     options = {"image_size": arguments.image_size, "grey_levels": arguments.grey_levels}
+    if arguments.background != "white":
+        options["background"] = arguments.background
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
     batch_size = arguments.batch_size
     train_data = data.load(
@@ -208,7 +211,7 @@ def _run_data(
     options = dict(config["data"])
     trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
     if name not in (None, trained_name):
-        options |= {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"]}
+        options = {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"]}
     return data.load(
         name or trained_name,
         split or test_split,

@@ -44,6 +44,7 @@ def info(
     image_size: int | tuple[int, int] | None = None,
     crop: tuple[int, int, int, int] | None = None,
     grey_levels: int | None = None,
+    background: str = "white",
     data_dir: str | os.PathLike[str] | None = None,
 ) -> DatasetInfo:
     """Describes a dataset as `load` would deliver it, without reading its images.
@@ -55,6 +56,7 @@ def info(
       image_size: as in `load`.
       crop: as in `load`.
       grey_levels: as in `load`.
+      background: as in `load`.
       data_dir: as in `load`.
 
     Returns:
@@ -71,7 +73,7 @@ def info(
     >>> dimflows.data.info("digits")
     DatasetInfo(name='digits', event_shape=(8, 8, 1), grey_levels=17, splits={'train': 1437, 'test': 360})
     """
-    source = _open_source(name, image_size, crop, grey_levels, data_dir)
+    source = _open_source(name, image_size, crop, grey_levels, background, data_dir)
     splits = {split: split_info.num_examples for split, split_info in source.builder.info.splits.items()}
     return DatasetInfo(source.name, source.event_shape, source.grey_levels, splits)
 
@@ -90,6 +92,7 @@ def load(
     seed: int = 0,
     drop_remainder: bool | None = None,
     repeat: bool = False,
+    background: str = "white",
     data_dir: str | os.PathLike[str] | None = None,
 ) -> tf.data.Dataset:
     """Loads a TFDS image dataset as batches of integer images, without labels.
@@ -98,9 +101,11 @@ def load(
     will do; TFDS downloads and prepares it if it is not in `data_dir` yet. `digits` and `photo_patches` are made from
     images that ship with scikit-learn and need no download.
 
-    A folder (PNG, JPEG or BMP files, also in folders inside it) is prepared as a TFDS dataset of its own, again when its
-    files have changed. Its folders `train` and `test` are the splits if it has both; otherwise a tenth of the images,
-    chosen by their paths, is the test split. The first image decides whether the dataset is grey or in colour.
+    A folder (PNG, JPEG, WebP, TIFF, GIF or BMP files, also in folders inside it) is prepared as a TFDS dataset of its own,
+    again when its files have changed. Its folders `train` and `test` are the splits if it has both; otherwise a tenth of the
+    images, chosen by their paths, is the test split. The first image decides whether the dataset is grey or in colour.
+    Images are turned as their EXIF orientation says; of animations the first frame is taken, of 16 bits the upper 8. A
+    warning names images of other formats, which are ignored. Names that begin with a dot are passed over.
 
     Args:
       name: a TFDS dataset name such as `"cifar10"` or `"imagenet_resized/64x64"`, or `"digits"` or `"photo_patches"`; or
@@ -122,6 +127,8 @@ def load(
         that start with "train".
       repeat: repeats without end, each pass shuffled and flipped anew, but the same sequence in each iteration: what
         comes after n batches is known again by `skip(n)`.
+      background: for folders, the colour behind transparent images, a name or code that Pillow knows, such as `"black"` or
+        `"#ff8000"`.
       data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`. The latter also takes `digits`, `photo_patches` and folders when `data_dir` is read-only.
 
@@ -131,11 +138,12 @@ def load(
 
     Raises:
       FileNotFoundError: if the dataset or folder is unknown, or is not in `data_dir` and cannot be prepared there.
-      ImportError: if an embedded dataset must be prepared and scikit-learn is missing.
+      ImportError: if an embedded dataset must be prepared and scikit-learn is missing, or Pillow for a folder.
       ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
         and `image_size` is missing; if the crop leaves the image, `grey_levels` does not divide the dataset's own, or
         dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
-        of another size (without `image_size`), or colour images after a grey one.
+        of another size (without `image_size`), or colour images after a grey one; if `background` is no colour, or the
+        dataset no folder.
 
     #### Example
 
@@ -148,7 +156,7 @@ def load(
     """
     import tensorflow_datasets as tfds
 
-    source = _open_source(name, image_size, crop, grey_levels, data_dir)
+    source = _open_source(name, image_size, crop, grey_levels, background, data_dir)
     num_images = _num_images(source, split)
     is_train = split.startswith("train")
     shuffle = is_train if shuffle is None else shuffle
@@ -246,6 +254,7 @@ def _open_source(
     image_size: int | tuple[int, int] | None,
     crop: tuple[int, int, int, int] | None,
     grey_levels: int | None,
+    background: str,
     data_dir: str | os.PathLike[str] | None,
 ) -> _Source:
     from tfp_dimflows.data import embedded
@@ -254,10 +263,12 @@ def _open_source(
     directory = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
     folder = _as_folder(name)
     name = os.fspath(name if folder is None else folder)
-    if folder is None:
+    if folder is not None:
+        make = functools.partial(FolderImages, folder, image_size is None, background)
+    elif background == "white":
         make = functools.partial(_find_builder, name)
     else:
-        make = functools.partial(FolderImages, folder, image_size is None)
+        raise ValueError(f"Dataset {name!r}: got background={background!r}, which is for folders of images only.")
     builder = make(directory)
     is_made_here = folder is not None or builder.name in embedded.BUILDERS
     if is_made_here and not builder.data_path.exists() and not _is_writable(directory):
