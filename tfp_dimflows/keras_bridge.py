@@ -19,6 +19,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 import tf_keras
 
+from tfp_dimflows import representation
 from tfp_dimflows.upstream import prefer_static as ps
 
 _ADAPTING = contextvars.ContextVar("adapting", default=False)
@@ -70,7 +71,7 @@ class _Flagged(keras.layers.Layer):
         return self._function(training)
 
 
-class Network(tf.Module):
+class Network(representation.Described, tf.Module):
     """A conditioner network under one calling convention, visible to `tf.Module` tracking.
 
     Wraps a Keras 3 layer or model, a tf_keras layer, a `tf.Module` or a plain function. The network is given values with
@@ -255,21 +256,27 @@ def collect(root: Any) -> Holdings:
                 _check_not_frozen(item)
             if isinstance(item, tf_keras.layers.Layer):
                 tf_keras_layers.append(item)
-                waiting.extend(item.variables)
-            else:
-                waiting.extend(vars(item).values())
-        elif isinstance(item, dict):
-            waiting.extend(item.values())
-        elif isinstance(item, (list, tuple, set)):
-            waiting.extend(item)
-        elif isinstance(item, functools.partial):
-            waiting.extend([item.func, item.args, item.keywords])
-        elif isinstance(item, types.MethodType):
-            waiting.extend([item.__self__, item.__func__])
-        elif isinstance(item, types.FunctionType):
-            waiting.extend(cell_contents(item))
+        waiting.extend(value for _, value in held_by(item))
     owned = {id(v.value) for layer in layers for v in layer.variables}
     return Holdings(layers, tf_keras_layers, [v for v in variables if id(v) not in owned], tensors)
+
+
+def held_by(item: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values of what a `tf.Module`, a container, or a function holds; nothing of anything else."""
+    if isinstance(item, tf_keras.layers.Layer):
+        yield from ((v.name, v) for v in item.variables)
+    elif isinstance(item, tf.Module):
+        yield from vars(item).items()
+    elif isinstance(item, dict):
+        yield from ((str(key), value) for key, value in item.items())
+    elif isinstance(item, (list, tuple, set)):
+        yield from ((str(k), value) for k, value in enumerate(item))
+    elif isinstance(item, functools.partial):
+        yield from [("func", item.func), ("args", item.args), ("keywords", item.keywords)]
+    elif isinstance(item, types.MethodType):
+        yield from [("__self__", item.__self__), ("__func__", item.__func__)]
+    elif isinstance(item, types.FunctionType):
+        yield from (("__closure__", value) for value in cell_contents(item))
 
 
 def variables_of(root: Any) -> list[tf.Variable]:

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow_probability import bijectors as tfb
 
+from tfp_dimflows import representation
 from tfp_dimflows.bijectors import walk
 from tfp_dimflows.bijectors.cache import FreshCache, Origin
 from tfp_dimflows.bijectors.conditions import from_lists
@@ -13,7 +14,7 @@ from tfp_dimflows.bijectors.log_dets import fill, sum_event
 from tfp_dimflows.upstream import nest_util
 
 
-class FlowBijector(tfb.Bijector):
+class FlowBijector(representation.DescribedByTFP, tfb.Bijector):
     """Base of every bijector of this package: a bijector that knows the log-det of each dimension.
 
     A family writes two primitives, each of which returns the value *and* the log-dets from one pass:
@@ -36,7 +37,7 @@ class FlowBijector(tfb.Bijector):
     Args:
       forward_min_event_ndims: number of event axes of a latent value.
       inverse_min_event_ndims: number of event axes of a data value; default: the same.
-      parameters: the constructor's arguments, for `copy`.
+      parameters: the constructor's arguments, for `copy` and for what is printed.
       **kwargs: `name` and others, as in `tfb.Bijector`.
 
     #### Example

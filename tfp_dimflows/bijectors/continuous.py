@@ -8,7 +8,7 @@ import tensorflow_probability as tfp
 from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 
-from tfp_dimflows import keras_bridge
+from tfp_dimflows import keras_bridge, representation
 from tfp_dimflows.bijectors import base
 from tfp_dimflows.bijectors.probes import probe_seed
 
@@ -78,7 +78,7 @@ class Solver(Protocol):
         """States at the solution times, in the attribute `states`; arguments as in `tfp.math.ode.Solver.solve`."""
 
 
-class RungeKutta4:
+class RungeKutta4(representation.Described):
     """The classic Runge-Kutta method of order 4 with a fixed number of steps, differentiated through.
 
     Args:

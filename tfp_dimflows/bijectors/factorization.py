@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from tfp_dimflows import representation
+
 # Position of pixel (row, column) of a 2x2 block, in the order TL, TR, BL, BR.
 _TL, _TR, _BL, _BR = range(4)
 
@@ -186,7 +188,7 @@ class DimensionFactorization:
         return f"DimensionFactorization(event_shape={self.event_shape}, num_levels={self.num_levels})"
 
 
-class OnlineFactorization:
+class OnlineFactorization(representation.Described):
     """A factorization that is decided in the course of a training, by likelihood contributions: LCMA without a first phase.
 
     A `dfb.Multiscale` starts with `initial`; every call of its `decide` decides one factor-out, the finest first, by the
@@ -213,7 +215,7 @@ class OnlineFactorization:
         if not isinstance(initial, DimensionFactorization):
             raise ValueError(f"OnlineFactorization: got initial={initial!r}, needs a DimensionFactorization")
         self.initial, factor_outs = initial, initial.num_levels - 1
-        self._keeps, self._granularity = _checked_rule(
+        self._keep, self._granularity = _checked_rule(
             keep, granularity, initial.event_shape, factor_outs, "OnlineFactorization"
         )
 
@@ -245,13 +247,13 @@ class OnlineFactorization:
             k = next(factor_outs)
             if k < num_decided:
                 return current.kept[k], current.left[k]
-            return _split_by_rank(grid, statistic, self._keeps[k], self._granularity)
+            return _split_by_rank(grid, statistic, self._keep[k], self._granularity)
 
         return DimensionFactorization._build(self.event_shape, self.num_levels, split)
 
     def get_config(self) -> dict:
         """Plain values (JSON) from which `from_config` makes the same."""
-        return {"initial": self.initial.get_config(), "keep": self._keeps, "granularity": self._granularity}
+        return {"initial": self.initial.get_config(), "keep": self._keep, "granularity": self._granularity}
 
     @classmethod
     def from_config(cls, config: dict) -> "OnlineFactorization":

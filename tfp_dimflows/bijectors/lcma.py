@@ -10,6 +10,7 @@ import tensorflow as tf
 from numpy.typing import ArrayLike
 from tensorflow_probability import bijectors as tfb
 
+from tfp_dimflows import representation
 from tfp_dimflows.bijectors.chain import Chain, flattened
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.multiscale import Multiscale
@@ -59,6 +60,12 @@ class LCMA(Multiscale):
         parameters = dict(locals())
         factorization = DimensionFactorization.from_contributions(contributions, keep, granularity)
         super().__init__(levels, factorization, exits=exits, parameters=parameters, name=name)
+
+
+@representation.arguments.register
+def _arguments(lcma: LCMA) -> dict[str, Any]:
+    others = {name: value for name, value in lcma.parameters.items() if name not in ("levels", "contributions")}
+    return {"levels": lcma.levels, "factorization": lcma.factorization, **others}
 
 
 @overload

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 
+from tfp_dimflows import representation
 from tfp_dimflows.bijectors import base, reorder
 
 
@@ -48,7 +49,7 @@ class Mask(Protocol):
         """Silences parameters `transformed part + [params_per_dim]` of dimensions that are not transformed."""
 
 
-class Checkerboard:
+class Checkerboard(representation.Described):
     """Conditions on the pixels of an image with (row + column) even (`parity=0`) or odd (`parity=1`), in every channel.
 
     Both parts keep the full resolution, with zeros where the other part's pixels are.
@@ -98,7 +99,7 @@ class Checkerboard:
         return tf.constant(self.array(height, width))
 
 
-class Channel:
+class Channel(representation.Described):
     """Conditions on the first half of the last axis (`flip=True`: the second half) and transforms the other half.
 
     Args:
@@ -147,7 +148,7 @@ class Channel:
         return parameters
 
 
-class Columns:
+class Columns(representation.Described):
     """Conditions on the even columns of an image (`parity=1`: the odd ones) and transforms the others (Flow++).
 
     Both parts are `[H, W/2, C]`.
@@ -194,7 +195,7 @@ class Columns:
         return parameters
 
 
-class Index:
+class Index(representation.Described):
     """Conditions on the listed entries of a vector and transforms the others.
 
     Args:
@@ -217,18 +218,18 @@ class Index:
         if len(chosen) != len(indices) or not 0 < len(chosen) < size or chosen[0] < 0 or chosen[-1] >= size:
             raise ValueError(f"Index: got indices {list(indices)}, needs distinct numbers below {size}, some but not all")
         self.size = size
-        self._chosen = chosen
+        self._indices = chosen
         self._order = np.concatenate([chosen, np.setdiff1d(np.arange(size), chosen)])
 
     def complement(self) -> "Index":
         """Conditions on the entries that this mask transforms."""
-        return Index(self._order[len(self._chosen) :], self.size)
+        return Index(self._order[len(self._indices) :], self.size)
 
     def sizes(self, channels: int) -> tuple[int, int]:
         """Size of the conditioning and of the transformed part."""
         if channels != self.size:
             raise ValueError(f"Index: got a vector of {channels} dimensions, this mask is for {self.size}")
-        return len(self._chosen), self.size - len(self._chosen)
+        return len(self._indices), self.size - len(self._indices)
 
     def split(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The listed entries and the others, each in ascending order."""

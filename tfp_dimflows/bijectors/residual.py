@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.types.experimental import TensorLike
 
-from tfp_dimflows import keras_bridge
+from tfp_dimflows import keras_bridge, representation
 from tfp_dimflows.bijectors import base, implicit, recompute
 from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.bijectors.probes import probe_seed
@@ -219,7 +219,7 @@ class LogDetEstimator(Protocol):
         """The diagonal of log(I + J), or an estimate, of the shape of `y`; `vjp` multiplies by J from the left, at `y`."""
 
 
-class ExactLogDet:
+class ExactLogDet(representation.Described):
     """The exact log-det and diagonal of log(I + J), for few dimensions D.
 
         log(I + J) = integral over t in [0, 1] of J (I + t J)^-1,   65 Gauss-Legendre nodes (error < 1e-13 for Lip(g) < 0.98)
@@ -264,7 +264,7 @@ class ExactLogDet:
             return tf.reshape(tf.where(exists[:, tf.newaxis], diagonal, np.nan), ps.shape(y))
 
 
-class PowerSeries:
+class PowerSeries(representation.Described):
     """Truncated series with random probes v ~ N(0, I): sum_{k = 1..n} (-1)^(k+1) / k (v^T J^k)_i v_i. Biased.
 
     For Lip(g) <= c the truncation error per dimension is at most -log(1 - c) - sum_{k <= n} c^k / k. The gradient is that of
@@ -300,7 +300,7 @@ class PowerSeries:
         return total
 
 
-class RussianRoulette:
+class RussianRoulette(representation.Described):
     """Unbiased estimate: the series up to a random term n = num_exact + N, its random part reweighted.
 
         sum_{k = 1..n} (-1)^(k+1) / k w_k (v^T J^k)_i v_i,   w_k = 1 / P(N >= k - num_exact) beyond num_exact, else 1

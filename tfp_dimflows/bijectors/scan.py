@@ -14,7 +14,7 @@ import tensorflow_probability as tfp
 import tf_keras
 from tensorflow_probability import bijectors as tfb
 
-from tfp_dimflows import keras_bridge
+from tfp_dimflows import keras_bridge, representation
 from tfp_dimflows.bijectors import base, chain, recompute
 from tfp_dimflows.bijectors.conditions import condition_kwargs, uses_condition
 from tfp_dimflows.bijectors.log_dets import log_det_dtype, sum_event
@@ -88,6 +88,16 @@ class Scan(base.Composite):
     def uses_condition(self) -> bool:
         """Whether each bijector can use a condition."""
         return uses_condition(self._template.bijector)
+
+    def stacked_variables(self) -> list[tuple[tf.Variable, tf.Variable]]:
+        """For each variable of the first bijector, which keeps its initial value, the one here with the values of all."""
+        leaves = (
+            leaf for (_, leaf), is_stacked in zip(_leaves(self._template.bijector, self.name), self._is_stacked) if is_stacked
+        )
+        pairs = (
+            (leaf.value if isinstance(leaf, keras.Variable) else leaf, stack) for leaf, stack in zip(leaves, self._stacked)
+        )
+        return [pair for pair in pairs if isinstance(pair[1], tf.Variable)]
 
     def _at(self, values: Sequence[Any]) -> tfb.Bijector:
         """The bijector with these values in the place of those that are stacked."""
@@ -229,6 +239,11 @@ class Scan(base.Composite):
             return (result, total), gradient
 
         return run(value, given, rows)
+
+
+@representation.arguments.register
+def _arguments(scan: Scan) -> dict[str, Any]:
+    return {"bijector": scan._template.bijector, **{name: value for name, value in scan.parameters.items() if name != "make"}}
 
 
 class _Hidden:

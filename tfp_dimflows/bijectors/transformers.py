@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 
+from tfp_dimflows import representation
 from tfp_dimflows.bijectors import base
 from tfp_dimflows.bijectors.log_dets import log_det_dtype
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
@@ -43,7 +44,7 @@ class TransformerLike(Protocol):
         """The elementwise bijector with parameters of shape `[..., params_per_dim]`, on tensors of the shape `[...]`."""
 
 
-class Transformer(tf.Module):
+class Transformer(representation.Described, tf.Module):
     """Any elementwise bijector as the transformer of a coupling or an autoregressive flow.
 
     Args:
@@ -155,6 +156,7 @@ class Gated(Transformer):
 
     def __init__(self, bias: float = 1.0):
         super().__init__(lambda params: _Gate(params[..., 0], params[..., 1] + bias), params_per_dim=2)
+        self._bias = bias
 
 
 class _Gate(base.FlowBijector):

@@ -11,6 +11,7 @@ from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
+from tfp_dimflows import representation
 from tfp_dimflows.bijectors import conditions
 from tfp_dimflows.bijectors.probes import probe_seed, probes_from
 from tfp_dimflows.bijectors.walk import Summed
@@ -21,7 +22,7 @@ _VALUES_AT_ONCE = 2**17
 _REPORTS: contextvars.ContextVar[dict[str, tf.Tensor] | None] = contextvars.ContextVar("reports", default=None)
 
 
-class VariationalDistribution(tfd.Distribution):
+class VariationalDistribution(representation.DescribedByTFP, tfd.Distribution):
     r"""A distribution over x known through log-weights: w = log p(x, e) - log q(e | x) for noise e drawn from q.
 
         elbo(x)     = E[w]                                  <= log p(x)
@@ -36,7 +37,7 @@ class VariationalDistribution(tfd.Distribution):
       event_shape: static shape of x.
       dtype: dtype of samples.
       num_samples: default number S of noise samples.
-      parameters: the constructor's arguments, for `copy`.
+      parameters: the constructor's arguments, for `copy` and for what is printed.
       name: the name of the operations.
 
     References: Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", 2016.

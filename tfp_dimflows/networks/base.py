@@ -1,6 +1,5 @@
 """What all conditioner networks share: their configuration, their sizes, their condition and their seeds."""
 
-import inspect
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -10,18 +9,21 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from tfp_dimflows import representation
 
-class Configured(keras.layers.Layer):
+
+class Configured(representation.Described, keras.layers.Layer):
     """A layer whose configuration is its constructor's arguments, which it holds as attributes of the same names."""
 
     def get_config(self) -> dict:
         """The constructor's arguments."""
-        names = []
-        for cls in type(self).__mro__[: type(self).__mro__.index(Configured)]:
-            parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
-            names += [p.name for p in parameters if cls is type(self) or p.kind == p.KEYWORD_ONLY]
-        own = {name: _plain(getattr(self, name)) for name in names if hasattr(self, name)}
+        own = {name: _plain(getattr(self, name)) for name in representation.signature_of(type(self)) if hasattr(self, name)}
         return {**super().get_config(), **own}
+
+
+@representation.arguments.register
+def _arguments(layer: Configured) -> dict[str, Any]:
+    return {**representation.arguments.dispatch(object)(layer), "name": layer.name}
 
 
 class Conditioner(Configured):

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.distributions import structure_of, variational
 from tfp_dimflows.training import batches
 from tfp_dimflows.training.saving import SavedFlow, unchanged_on_error
+from tfp_dimflows.training.summary import print_summary
 from tfp_dimflows.upstream import samplers
 
 
@@ -147,6 +148,35 @@ class FlowModel(SavedFlow):
     def kl_weight(self) -> tf.Variable | None:
         """Weight of the KL term in the training loss, 1 but for a `KLWarmup`; None if the distribution has no such term."""
         return self._kl_weight
+
+    def summary(
+        self,
+        line_length: int | None = None,
+        positions: Sequence[float] | None = None,
+        print_fn: Callable[[str], Any] | None = None,
+        expand_nested: bool = False,
+        show_trainable: bool = False,
+        layer_range: Sequence[str] | None = None,
+    ) -> None:
+        """Prints every variable with its owner, its shape and its size, and how many numbers are trained.
+
+        A variable is told by the names that lead to it from the distribution, such as
+        `multiscale/level_0/scan/actnorm/shift (ActNorm)`; those of a `dfb.Scan` hold the values of all its bijectors. Seeds,
+        maps of indices and counters are left out, and count nowhere; what is estimated in training (spectral norms, moving
+        averages) is not trainable.
+
+        Args:
+          line_length: length of a line; None: what the longest takes.
+          positions: where the columns end, in relation to the length of a line.
+          print_fn: what is called with the text in place of `print`.
+          expand_nested: changes nothing: the variables of networks are always told one by one.
+          show_trainable: whether to tell of every variable if it is trained.
+          layer_range: two regular expressions: from the first path that matches the one to the last that matches the other.
+
+        Raises:
+          ValueError: if a column is too narrow, or no path matches.
+        """
+        print_summary(self, line_length, positions, print_fn, show_trainable, layer_range)
 
     # Training.
 
