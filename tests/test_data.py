@@ -500,6 +500,18 @@ class TestFolder:
         assert same_multiset(np.concatenate([train, test]), np.stack(images))
         assert len(list((data_dir / "folder_images").iterdir())) == 1  # prepared once
 
+    def test_files_of_images(self, tmp_path):
+        images = write_images(tmp_path / "photos", [(4, 5, 3)] * 12)
+        options = {"batch_size": 5, "data_dir": tmp_path / "tfds"}
+        pairs = data.load(tmp_path / "photos", "all", shuffle=False, files=True, **options)
+        files = [file.decode() for _, some in pairs.as_numpy_iterator() for file in some]
+        assert sorted(files) == sorted(f"{'inside/' if k % 2 else ''}image {k}.png" for k in range(12))
+        for image, file in zip(images_of(pairs.map(lambda images, files: images)), files):
+            np.testing.assert_array_equal(image, images[int(file.removesuffix(".png").split(" ")[-1])])
+        for refused in ({"files": True}, {"files": True, "shuffle": False, "repeat": True}):
+            with pytest.raises(ValueError, match="got files=True, needs a folder"):
+                data.load(tmp_path / "photos", "train", **options, **refused)
+
     def test_folders_of_splits_and_other_options(self, tmp_path, monkeypatch):
         train = write_images(tmp_path / "photos" / "train", [(4, 4, 3)] * 4)
         test = write_images(tmp_path / "photos" / "test", [(4, 4, 3)] * 2, seed=1)

@@ -108,7 +108,9 @@ class FolderImages(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Images of a folder.",
-            features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(*self._shape, self._channels))}),
+            features=tfds.features.FeaturesDict(
+                {"image": tfds.features.Image(shape=(*self._shape, self._channels)), "file": tfds.features.Text()}
+            ),
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -116,7 +118,7 @@ class FolderImages(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, files: list[pathlib.Path]) -> Iterator:
         for path in files:
-            yield self._key(path), {"image": self._or_all_errors(self._stored, path)}
+            yield self._key(path), {"image": self._or_all_errors(self._stored, path), "file": self._key(path)}
 
     def _or_all_errors(self, use: Callable[[pathlib.Path], Result], path: pathlib.Path) -> Result:
         """Returns `use(path)`, or raises one error for all files of which `use` fails."""

@@ -93,6 +93,7 @@ def load(
     drop_remainder: bool | None = None,
     repeat: bool = False,
     background: str = "white",
+    files: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> tf.data.Dataset:
     """Loads a TFDS image dataset as batches of integer images, without labels.
@@ -129,12 +130,13 @@ def load(
         comes after n batches is known again by `skip(n)`.
       background: for folders, the colour behind transparent images, a name or code that Pillow knows, such as `"black"` or
         `"#ff8000"`.
+      files: for folders: whether to have pairs of images and their files, by paths inside the folder; with `shuffle=False`.
       data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`. The latter also takes `digits`, `photo_patches` and folders when `data_dir` is read-only.
 
     Returns:
       A prefetching `tf.data.Dataset` of uint8 tensors `[batch_size, height, width, channels]` with values in
-      `0 .. grey_levels - 1`; one channel for grey images.
+      `0 .. grey_levels - 1`; one channel for grey images. With `files`, pairs of these and of strings `[batch_size]`.
 
     Raises:
       FileNotFoundError: if the dataset or folder is unknown, or is not in `data_dir` and cannot be prepared there.
@@ -142,8 +144,8 @@ def load(
       ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
         and `image_size` is missing; if the crop leaves the image, `grey_levels` does not divide the dataset's own, or
         dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
-        of another size (without `image_size`), or colour images after a grey one; if `background` is no colour, or the
-        dataset no folder.
+        of another size (without `image_size`), or colour images after a grey one; if `background` is no colour; if
+        `background` or `files` is given for a dataset that is no folder, or `files` for one that is shuffled or repeated.
 
     #### Example
 
@@ -166,6 +168,9 @@ def load(
             f"Split {split!r} of dataset {name!r} has {num_images} images, less than one batch of {batch_size}: "
             "pass a smaller batch_size or drop_remainder=False."
         )
+
+    if files and (shuffle or repeat or "file" not in source.builder.info.features):
+        raise ValueError(f"Dataset {name!r}: got files=True, needs a folder of images, shuffle=False and repeat=False.")
 
     examples = source.builder.as_dataset(
         split=split,
@@ -194,6 +199,9 @@ def load(
         images = tf.data.Dataset.zip(images, seeds).map(
             tf.image.stateless_random_flip_left_right, num_parallel_calls=tf.data.AUTOTUNE
         )
+    if files:
+        named = examples.map(lambda example: example["file"]).batch(batch_size, drop_remainder=drop_remainder)
+        images = tf.data.Dataset.zip(images, named)
     options = tf.data.Options()
     # Autotuning has a thread that sleeps for up to a minute, and the end of an iterator, and with it of `fit`, can wait for it.
     options.autotune.enabled = False
