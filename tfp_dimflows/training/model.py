@@ -341,18 +341,3 @@ class FlowModel(SavedFlow):
 
     def _seed(self, seed: int | None) -> tf.Tensor:
         return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
-
-
-def load(path: str) -> FlowModel:
-    """Loads a model that `FlowModel.save` wrote, with its recipe, weights and factorization.
-
-    Args:
-      path: a `.keras` file.
-
-    Raises:
-      ValueError: if there is no such file, or it is no saved `FlowModel`.
-    """
-    model = keras.saving.load_model(path)
-    if not isinstance(model, FlowModel):
-        raise ValueError(f"load: {path} is a {type(model).__name__}, needs a saved FlowModel")
-    return model
