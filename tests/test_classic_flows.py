@@ -538,7 +538,7 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
         ("maf", [3], {"hidden": [0]}, r"maf: got hidden\[0\]=0, needs a positive integer"),
         ("wavenet-flow", [3], {"depth": 0}, "wavenet-flow: got depth=0, needs a positive integer"),
         ("vae-flow", [4, 4, 1], {"hidden": [8, 2.5]}, r"vae-flow: got hidden\[1\]=2.5, needs a positive integer"),
-        ("maf", [3], {"condition_shape": [2, 2]}, "maf: condition_shape: got event shape"),
+        ("maf", [3], {"condition_shape": [2, 2]}, r"maf: got condition_shape=\[2, 2\], needs a vector"),
         ("pixelcnn-flow", [3], {}, r"pixelcnn-flow: got event shape \[3\], needs an image"),
         ("wavenet-flow", [4, 4, 1], {}, r"wavenet-flow: got event shape \[4, 4, 1\], needs a vector"),
         ("vae-flow", [4, 4, 1], {"posterior": "cubic"}, "vae-flow: got posterior='cubic', needs one of"),

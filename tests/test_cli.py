@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,12 @@ import zipfile
 import matplotlib.image
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from tfp_dimflows import bijectors, cli, data, recipes, training
+import tfp_dimflows as dimflows
+from tfp_dimflows import bijectors, cli, commands, data, dataset_names, recipes, training
+from tfp_dimflows.data import embedded
 
 SMALL = ["width=4", "num_blocks=1", "depth=1"]
 LCMA = ["train", "lcma-realnvp", "--batch-size", "128", "--set", *SMALL, "num_levels=2"]
@@ -200,6 +204,8 @@ def test_sample(finished, tmp_path, capsys):
     assert cli.main(["sample", str(out), "--num", "1", "--out", str(paths[0])]) == 2
     assert "already exists" in capsys.readouterr().err
     assert paths[0].read_bytes() == before
+    assert cli.main(["sample", str(out), "--num", "1", "--out", str(paths[0]), "--overwrite"]) == 0
+    assert paths[0].read_bytes() != before
 
 
 @pytest.mark.slow
@@ -293,8 +299,6 @@ def test_upscale(tmp_path, data_dir, capsys):
     assert (cold[:, 4] != tiles[:, 4]).any()
     assert cli.main(["upscale", str(run), "--data", "photo_patches", "--data-dir", str(data_dir)]) == 2
     assert "levels" in capsys.readouterr().err
-    assert cli.main(["upscale", str(run), "--data-dir", str(data_dir), "--temperature", "-1"]) == 2
-    assert "temperature" in capsys.readouterr().err
     assert cli.main(["upscale", str(run), "--data-dir", str(data_dir), "--out", str(tmp_path / "a.png")]) == 2
     assert "already exists" in capsys.readouterr().err
     assert not list(run.glob("upscale*"))
@@ -391,15 +395,17 @@ def test_an_unwritable_directory_is_refused(tmp_path, data_dir, capsys):
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        (["train", "realnpv"], [], "got 'realnpv', needs one of .*realnvp"),
+        (["train", "realnpv"], [], "got 'realnpv', needs one of .*realnvp.*; did you mean 'realnvp'"),
         (PLAIN, ["--data", "no_such_dataset"], "Dataset 'no_such_dataset' is unknown"),
         (PLAIN, ["--set", "steps=3"], "realnvp: .*'steps'.* arguments are .*width"),
+        (PLAIN, ["--set", "widht=3"], "realnvp: .*'widht'; did you mean 'width'"),
         (LCMA, ["--set", "factorization=random"], "lcma-realnvp: .*'factorization'"),
         (PLAIN, ["--set", "width"], "got 'width', needs KEY=VALUE"),
         (PLAIN, ["--set", "width=wide"], "width='wide'"),
         (PLAIN, ["--set", "width=0"], "width=0"),
         (PLAIN, ["--set", "grey_levels=4"], "levels"),
-        (PLAIN, ["--set", "num_levels=5"], "not divisible"),
+        (PLAIN, ["--set", "num_levels=5"], r"realnvp: got event shape \[8, 8, 1\] and num_levels=5, .* divisible by 16$"),
+        (PLAIN, ["--set", "num_scales=1", "num_levels=1"], "got num_scales and num_levels, the old and the new name"),
         (LCMA, ["--set", "num_levels=1"], "num_levels|factor-out"),
         (LCMA, ["--set", "num_levels=2", "granularity=free"], "granularity='free'"),
         (LCMA, ["--set", "num_levels=2", 'keep=["high","low"]'], "keep="),
@@ -417,21 +423,298 @@ def test_bad_arguments_are_refused_before_anything_is_written(command, more, mes
     assert not out.exists()
 
 
-@pytest.mark.parametrize("more", [["--epochs", "0"], ["--batch-size", "-1"], ["--steps-per-epoch", "some"]])
+def test_what_was_typed_by_an_old_name_is_named(tmp_path, data_dir, capsys):
+    with pytest.warns(DeprecationWarning):
+        assert cli.main(arguments(["train", "glow"], tmp_path / "run", data_dir, "--set", "num_scales=5")) == 2
+    assert "num_levels=5, needs height and width divisible by 32 (num_scales is now num_levels)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--epochs", "0"],
+        ["--batch-size", "-1"],
+        ["--steps-per-epoch", "some"],
+        ["--learning-rate", "0"],
+        ["--learning-rate", "nan"],
+        ["--seed", "-1"],
+    ],
+)
 def test_numbers_must_be_positive(more, tmp_path, data_dir, capsys):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(arguments(PLAIN, tmp_path / "run", data_dir, *more))
     assert exit_info.value.code == 2
-    assert more[0] in capsys.readouterr().err
+    assert f"{more[0]}: got '{more[1]}', needs a " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# What is known to be wrong without TensorFlow.
+
+COMMANDS = """
+import contextlib, io, json, sys
+from tfp_dimflows import cli
+
+results = []
+for argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            status = cli.main(argv)
+        except SystemExit as exit:
+            status = exit.code
+        except AssertionError as error:
+            status = str(error)
+    results.append([status, out.getvalue() + err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def test_typos_need_no_tensorflow(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "runs" / "glow").mkdir(parents=True)
+    (tmp_path / "runs" / "glow" / "config.json").write_text('{"recipe": "glow", "event_shape": [8, 8, 1]}')
+    (tmp_path / "taken.png").write_text("")
+    train = ["train", "glow", "--data", "digits", "--epochs", "1", "--out", "run"]
+    cases = [
+        (["--version"], 0, f"^dimflows {re.escape(dimflows.__version__)}$"),
+        (["trian"], 2, "invalid choice: 'trian'"),
+        ([], 2, "required: COMMAND"),
+        ([*train, "--epoch-count", "3"], 2, "unrecognized arguments: --epoch-count"),
+        (["train", "glow", "--data", "digits", "--out", "run"], 2, "required: --epochs"),
+        ([*train, "--batch-size", "0"], 2, "--batch-size: got '0', needs a positive integer"),
+        ([*train, "--set", "width"], 2, "^dimflows: error: --set: got 'width', needs KEY=VALUE$"),
+        (["train", "lcma-realnpv", *train[2:]], 2, "^dimflows: error: .*'lcma-realnpv', .*; did you mean 'lcma-realnvp'\\?$"),
+        ([*train, "--data", "mnsit"], 2, "^dimflows: error: Dataset 'mnsit' is unknown .*; did you mean 'mnist'\\?"),
+        ([*train, "--data", "photo_patchse"], 2, "; did you mean 'photo_patches'\\?"),
+        ([*train, "--data", "photos"], 2, "; did you mean './photos'\\?"),
+        ([*train, "--data", "./phtos"], 2, "no such folder; did you mean './photos'\\?"),
+        (["sample", "runs/gloww"], 2, "^dimflows: error: run: there is no directory runs/gloww; did you mean 'runs/glow'\\?$"),
+        (["evaluate", "photos"], 2, "^dimflows: error: run: photos holds no run"),
+        (["sample", "runs/glow", "--out", "taken.png"], 2, "taken.png already exists; .*--out.* --overwrite"),
+        (["sample", "runs/glow", "--out", "pictures/a.png"], 2, "there is no directory pictures"),
+        (["upscale", "runs/glow", "--temperature", "-1"], 2, "--temperature: got '-1', needs a nonnegative number"),
+        (train, "tensorflow is imported", "^$"),  # it is needed for the work
+    ]
+    for library in ("keras", "tensorflow", "tensorflow_probability", "tf_keras"):
+        (tmp_path / "libraries").mkdir(exist_ok=True)
+        (tmp_path / "libraries" / f"{library}.py").write_text("raise AssertionError(f'{__name__} is imported')")
+    paths = [tmp_path / "libraries", pathlib.Path(dimflows.__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-c", COMMANDS, json.dumps([argv for argv, _, _ in cases])]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    for (argv, status, message), (got, printed) in zip(cases, json.loads(process.stdout), strict=True):
+        assert got == status, (argv, printed)
+        assert re.search(f"(?m){message}", printed), (argv, printed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["libraries", "photos", "runs", "taken.png"]
+
+
+def test_names_that_are_checked_without_tensorflow_are_those_there_are():
+    assert cli.RECIPES == tuple(recipes.names())
+    assert dataset_names.EMBEDDED == tuple(embedded.BUILDERS)
+
+
+def test_a_recipe_of_a_user_is_known(tmp_path, data_dir, capsys):
+    @recipes.recipe
+    def useless(event_shape, *, grey_levels=None, seed=0):
+        raise ValueError("useless: made for this test")
+
+    try:
+        assert cli.main(arguments(["train", "useless"], tmp_path / "run", data_dir)) == 2
+    finally:
+        recipes.registry._RECIPES.pop("useless")
+    assert capsys.readouterr().err.endswith("dimflows: error: useless: made for this test\n")
+
+
+# Names of pictures.
+
+
+def test_pictures_have_names_that_are_free(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"recipe": "pnf", "event_shape": [8, 8, 1]}')
+    monkeypatch.setattr(commands, "run", lambda arguments: written.append(arguments.out) or arguments.out.write_text(""))
+    for command, name in (("sample", "samples"), ("interpolate", "interpolation"), ("upscale", "upscale")):
+        written = []
+        for more in ([], [], [], ["--overwrite"], ["--seed", "7"]):
+            assert cli.main([command, str(tmp_path), *more]) == 0
+        expected = [f"{name}-0", f"{name}-0-2", f"{name}-0-3", f"{name}-0", f"{name}-7"]
+        assert written == [tmp_path / f"{stem}.png" for stem in expected]
+        out = ["--out", str(tmp_path / f"{name}-7.png")]
+        assert [cli.main([command, str(tmp_path), *out, *more]) for more in ([], ["--overwrite"])] == [2, 0]
+        assert written[-1] == tmp_path / f"{name}-7.png"
+
+
+# Failures.
+
+
+OUT_OF_MEMORY = """Graph execution error:
+
+Detected at node zeros defined at (most recent call last):
+  File "/usr/bin/dimflows", line 8, in <module>
+
+OOM when allocating tensor with shape[2000000,2000000] and type float on /job:localhost/device:GPU:0 by allocator GPU_0_bfc
+\t [[{{node zeros}}]]
+Hint: If you want to see a list of allocated tensors when OOM happens, add report_tensor_allocations_upon_oom.
+ [Op:__inference_multi_step_on_iterator_3609]"""
+LOST = "{{function_node __wrapped__IteratorGetNext}} corrupted record at 12 [Op:IteratorGetNext] name: "
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            tf.errors.ResourceExhaustedError(None, None, OUT_OF_MEMORY),
+            r"train: out of memory, .* \(OOM .* allocator GPU_0_bfc\)",
+        ),
+        (tf.errors.DataLossError(None, None, LOST), "train: corrupted record at 12"),
+        (tf.errors.UnavailableError(None, None, ""), "train: UnavailableError"),
+        (MemoryError("Unable to allocate 8 TiB"), "Unable to allocate 8 TiB"),
+    ],
+    ids=["memory", "record", "no_message", "python"],
+)
+def test_errors_of_training_are_told_in_one_line(error, message, tmp_path, data_dir, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(training, "train", fail)
+    assert cli.main(arguments(PLAIN, tmp_path / "run", data_dir)) == 1
+    assert re.search(f"(?m)dimflows: error: {message}$", capsys.readouterr().err)
+
+
+def test_ctrl_c_ends_in_one_line_and_leaves_the_directory_to_another_run(tmp_path, data_dir, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.FlowModel, "adapt", interrupt)
+    out = tmp_path / "my run"
+    argv = arguments(PLAIN, out, data_dir)
+    assert cli.main([*argv, "--resume"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"dimflows: interrupted; to go on: {shlex.join(['dimflows', *argv, '--resume'])}"
+    assert training.read_config(out)["seed"] == 0
+    assert cli.main([*argv, "--seed", "2"]) == 130  # no epoch has been trained
+    assert training.read_config(out)["seed"] == 2
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_data_does_not_keep_the_directory(tmp_path, data_dir, capsys, monkeypatch):
+    argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "1", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded.Digits, "LEVELS", 16)
+        assert cli.main(argv) == 1
+    err = capsys.readouterr().err
+    assert re.search("(?m)^dimflows: error: train: .*Dataset 'digits' has an image value outside its 16 levels.*$", err)
+    assert "Traceback" not in err and not (tmp_path / "run" / "model.keras").exists()
+    assert cli.main(argv) == 0
+    assert training.read_config(tmp_path / "run")["grey_levels"] == 17
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_does_not_keep_the_directory(tmp_path, data_dir, capsys):
+    argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "3", "--epochs", "1")
+    assert cli.main([*argv, "--learning-rate", "1e30"]) == 1
+    assert "no longer finite; try a smaller learning rate" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.weights.h5"))
+    assert cli.main([*argv, "--learning-rate", "1e-3"]) == 0
+    assert [row["epoch"] for row in history(tmp_path / "run")] == ["0"]
+
+
+def test_a_configuration_of_something_else_is_kept(tmp_path, data_dir, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert cli.main(arguments(PLAIN, tmp_path, data_dir)) == 2
+    assert "not empty and holds no run" in capsys.readouterr().err
+    assert contents(tmp_path) == {"config.json": b'{"model_type": "bert"}'}
+
+
+# Vectors and conditions.
+
+
+def trained_on_vectors(recipe, out, event_shape=(3,), data=None, **options):
+    x = np.random.default_rng(0).normal(size=[64, *event_shape]).astype(np.float32)
+    data = tf.data.Dataset.from_tensor_slices(x if data is None else data).batch(32)
+    return training.train(recipe, out, data, data, event_shape=event_shape, epochs=1, **options)
+
+
+def test_a_run_of_vectors(tmp_path, monkeypatch, capsys):
+    """Without pictures, and so without matplotlib."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(dimflows.plot, "require_matplotlib", lambda: pytest.fail("asked for matplotlib"))
+        model = trained_on_vectors("maf", run, arguments={"depth": 1, "hidden": [8]})
+    assert training.read_config(run)["grey_levels"] is None
+    assert not list(run.glob("*.png"))
+    metrics = training.read_metrics(run)["."]
+    assert "bits_per_dim" not in metrics and math.isfinite(metrics["nll"])
+    loaded = dimflows.load(run)
+    np.testing.assert_array_equal(loaded.log_prob(np.ones([2, 3], np.float32)), model.log_prob(np.ones([2, 3], np.float32)))
+
+    capsys.readouterr()
+    commands.report(str(run), "maf")
+    printed = capsys.readouterr().out
+    assert "test nats" in printed and f"{metrics['nll']:.4f}" in printed and "history.csv" in printed
+    assert cli.main(["sample", str(run)]) == 2
+    assert f"sample: {run} has events of shape [3], needs images [H, W, C]" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run)]) == 2
+    assert f"evaluate: {run} does not say on what data it was trained" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("lcma-realnvp", {}),
+        ("lcma-glow", {"online_steps": 1, "baseline": False}),
+        ("lcma-iresnet", {"baseline": False}),
+        ("lcma-residual-flow", {"online_steps": 1, "baseline": False}),
+    ],
+    ids=["realnvp", "glow", "iresnet", "residual-flow"],
+)
+def test_an_lcma_run_of_vectors(recipe, options, tmp_path):
+    arguments = {"depth": 1, "width": 4, "num_levels": 2}
+    model = trained_on_vectors(recipe, tmp_path / "run", [4], arguments=arguments, **options)
+    assert model.event_shape == [4]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.png")) == ["factorization.png"]
+    assert_picture(tmp_path / "run" / "factorization.png", 100, 300)
+    assert not any("bits_per_dim" in metrics for metrics in training.read_metrics(tmp_path / "run").values())
+
+
+@pytest.mark.slow
+def test_a_run_of_conditional_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 4, size=[64, 4, 4, 1])
+    batches = {"x": images, "condition": np.ones([64, 2], np.float32)}
+    arguments = {"depth": 1, "width": 4, "num_levels": 1, "condition_shape": [2]}
+    trained_on_vectors("glow", tmp_path / "run", [4, 4, 1], batches, grey_levels=4, arguments=arguments)
+    assert_picture(tmp_path / "run" / "samples.png")
+    with pytest.raises(ValueError, match="got condition_shape for lcma-glow"):
+        trained_on_vectors("lcma-glow", tmp_path / "other", [4, 4, 1], batches, grey_levels=4, arguments=arguments)
+
+
+# Loading.
+
+
+def test_loading_what_is_no_run(tmp_path):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "saved_model.pb").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.weights.h5").write_bytes(b"")
+    (tmp_path / "cut.keras").write_bytes(b"PK")
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.json").write_text('{"recipe": "maf", "arguments": {}}')
+    for name, message in {
+        "exported": "exported is an exported SavedModel, which tf.saved_model.load reads; needs a .keras file",
+        "empty": r"empty holds no run \(no config.json",
+        "unfinished": r"unfinished holds no finished run \(no model.keras\)",
+        "emtpy": "there is no .*emtpy, needs a .keras file .* or a run directory; did you mean '.*empty'",
+        "model.weights.h5": "model.weights.h5 is no .keras file, needs",
+        "cut.keras": "cut.keras is no .keras file, needs",
+    }.items():
+        for path in (tmp_path / name, str(tmp_path / name)):
+            with pytest.raises(ValueError, match=message):
+                dimflows.load(path)
 
 
 # Interrupted runs.
 
 
-@contextlib.contextmanager
-def killed(when):
-    """Ends training like Ctrl-C just before an epoch is backed up, or at the first batch (`when=None`)."""
+def kill(argv, when):
+    """Ends training by Ctrl-C just before an epoch is backed up, or at the first batch (`when=None`)."""
 
     def die_at_epoch_end(self, epoch, logs=None):
         if epoch == when:
@@ -448,8 +731,7 @@ def killed(when):
             patch.setattr(callback, "on_train_batch_end", die_at_batch)
         else:
             patch.setattr(callback, "on_epoch_end", die_at_epoch_end)
-        with pytest.raises(KeyboardInterrupt):
-            yield
+        assert cli.main(argv) == 130
 
 
 @pytest.mark.slow
@@ -457,8 +739,10 @@ def test_a_killed_lcma_run_goes_on_from_its_last_full_epoch(tmp_path, data_dir, 
     out = tmp_path / "run"
     options = ["--epochs", "3", "--pretrain-epochs", "1", "--steps-per-epoch", "2", "--no-baseline"]
     argv = arguments(LCMA, out, data_dir, *options)
-    with killed(when=1):  # the first phase has one epoch only
-        cli.main(argv)
+    kill(argv, when=1)  # the first phase has one epoch only
+    err = capsys.readouterr().err
+    assert err.endswith(f"dimflows: interrupted; to go on: {shlex.join(['dimflows', *argv, '--resume'])}\n")
+    assert "Traceback" not in err
     rows = history(out)
     assert [row["epoch"] for row in rows] == ["0", "1"]
     assert not (out / "model.keras").exists()
@@ -490,8 +774,7 @@ def test_a_killed_run_that_decides_its_factorization_ends_as_if_it_had_not_been(
     whole, out = tmp_path / "whole", tmp_path / "killed"
     assert cli.main(arguments(LCMA, whole, data_dir, *options)) == 0
     argv = arguments(LCMA, out, data_dir, *options)
-    with killed(when=2):
-        cli.main(argv)
+    kill(argv, when=2)
     assert cli.main([*argv, "--resume"]) == 0
     assert not (out / "pretraining").exists()
     multiscale, expected = (training.load_run(run).bijector.bijectors[-1] for run in (out, whole))
@@ -533,9 +816,9 @@ def test_a_run_killed_before_its_metrics_is_not_trained_again(tmp_path, data_dir
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training.FlowModel, "evaluate", die_after_training)
-        cli.main(argv)
+        assert cli.main(argv) == 130
     weights, rows = training.load_run(tmp_path / "run").get_weights(), history(tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert cli.main([*argv, "--resume"]) == 0
@@ -586,8 +869,7 @@ def test_runs_of_another_version(tmp_path, finished, data_dir, capsys):
 @pytest.mark.slow
 def test_a_backup_of_another_version_is_refused(tmp_path, data_dir, capsys):
     argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "1")
-    with killed(when=1):
-        cli.main(argv)
+    kill(argv, when=1)
     backup = tmp_path / "run" / "backup"
     (backup / "epoch-1.weights.h5").rename(backup / "latest.weights.h5")
     before = contents(tmp_path / "run")
@@ -615,7 +897,7 @@ def test_a_full_disk_is_an_error_that_leaves_what_was_written(tmp_path, data_dir
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(training.runs.plot, "save_grid", full)
-    assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1")) == 2
+    assert cli.main(arguments(PLAIN, out, data_dir, "--epochs", "1")) == 1
     assert f"cannot write to the run directory {out}: No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
     before = contents(out)
@@ -634,11 +916,11 @@ def test_training_on_all_devices(tmp_path, data_dir, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", [None, 0], ids=["first_batch", "first_epoch_end"])
-def test_a_run_killed_in_its_first_epoch_starts_again(when, tmp_path, data_dir):
+@pytest.mark.parametrize("more", [[], ["--resume"]], ids=["again", "resume"])
+def test_a_run_killed_in_its_first_epoch_starts_again(when, more, tmp_path, data_dir):
     argv = arguments(PLAIN, tmp_path / "run", data_dir, "--steps-per-epoch", "1")
-    with killed(when):
-        cli.main(argv)
-    assert cli.main([*argv, "--resume"]) == 0
+    kill(argv, when)
+    assert cli.main([*argv, *more]) == 0
     assert [row["epoch"] for row in history(tmp_path / "run")] == ["0", "1"]
     assert math.isfinite(training.read_metrics(tmp_path / "run")["."]["bits_per_dim"])
 

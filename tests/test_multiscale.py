@@ -258,10 +258,10 @@ def test_free_granularity_takes_any_half_of_a_vector():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Factorization.channels([3, 4, 1], 2), "a grid of 3 x 4 is not divisible"),
-        (lambda: Factorization.random([4, 4, 1], 4, seed=0), "a grid of 1 x 1 is not divisible"),
-        (lambda: Factorization.channels([2], 3), "one dimension is left"),
-        (lambda: Factorization.channels([4], 1), "got 1 levels, needs at least 2"),
+        (lambda: Factorization.channels([3, 4, 1], 2), r"got event shape \[3, 4, 1\] and num_levels=2, .* divisible by 2$"),
+        (lambda: Factorization.random([4, 4, 1], 4, seed=0), r"\[4, 4, 1\] and num_levels=4, .* divisible by 8$"),
+        (lambda: Factorization.channels([2], 3), r"got event shape \[2\] and num_levels=3, needs more than 2 dimensions"),
+        (lambda: Factorization.channels([4], 1), "got num_levels=1, needs at least 2"),
         (lambda: Factorization.channels([4, 4], 2), r"got event shape \(4, 4\), needs an image"),
         (lambda: Factorization.checkerboard([4], 2), r"got event shape \(4,\), needs an image"),
         (lambda: Factorization.from_contributions([]), "got no contributions"),

@@ -2,7 +2,12 @@
 
 import ast
 import importlib.metadata
+import os
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 import tfp_dimflows as dimflows
 
@@ -98,3 +103,55 @@ def test_no_module_uses_private_names_of_another():
 
 def test_the_version_is_that_of_the_distribution():
     assert dimflows.__version__ == importlib.metadata.version("tfp-dimflows")
+
+
+# Names are imported at their first use, unless TensorFlow or Keras is there already.
+
+LAZY = """
+import sys
+import tfp_dimflows as dimflows
+
+def is_loaded(*libraries):
+    return not sys.modules.keys().isdisjoint(libraries)
+
+assert dir(dimflows) == dimflows.__all__ and dimflows.__version__
+assert not hasattr(dimflows, "no_such_name") and not hasattr(dimflows, "keras_bridge")
+assert not is_loaded("tensorflow", "keras", "numpy")
+"""
+
+FIRST_USES = """
+import importlib, pickle
+import tfp_dimflows.bijectors
+assert dimflows.bijectors is tfp_dimflows.bijectors and is_loaded("tensorflow")
+from tfp_dimflows import *
+assert {name: globals()[name] for name in dimflows.__all__} == {name: getattr(dimflows, name) for name in dimflows.__all__}
+assert training is importlib.import_module("tfp_dimflows.training") and FlowModel is training.FlowModel
+assert load is training.load and likelihood_contributions is bijectors.lcma.likelihood_contributions
+assert adaptation is importlib.import_module("tfp_dimflows.keras_bridge").adaptation
+assert register_log_det_per_dim is bijectors.per_dimension.register_log_det_per_dim
+assert "FlowModel" in vars(dimflows)
+assert pickle.loads(pickle.dumps(FlowModel)) is FlowModel
+"""
+
+BESIDE_KERAS = """
+import keras
+import tfp_dimflows
+assert keras.saving.get_registered_object("tfp_dimflows>FlowModel") is tfp_dimflows.FlowModel
+assert "recipes" in vars(tfp_dimflows) and tfp_dimflows.likelihood_contributions
+"""
+
+
+def python(code):
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_package_is_imported_without_tensorflow():
+    python(LAZY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [LAZY + FIRST_USES, BESIDE_KERAS], ids=["first_uses", "beside_keras"])
+def test_names_of_the_package(code):
+    python(code)

@@ -1,6 +1,7 @@
 """Recipes: what they build, from plain values, reproducibly, in the reference sizes."""
 
 import json
+import re
 import warnings
 import zipfile
 
@@ -886,14 +887,21 @@ FACTORIZATION = dfb.DimensionFactorization.checkerboard([8, 8, 1], 2)
         ("realnvp", [8, 8], {}, r"realnvp: got event shape \[8, 8\], needs a vector \[D\] or an image \[H, W, C\]"),
         ("realnvp", [8, 0, 1], {}, r"realnvp: got event shape \[8, 0, 1\]"),
         ("glow", [8, 8], {}, r"glow: got event shape \[8, 8\], needs"),
-        ("realnvp", [7, 8, 1], {}, "7 x 8.*not divisible"),
-        ("realnvp", [8, 8, 1], {"num_levels": 5}, "not divisible"),
-        ("realnvp", [8, 8, 1], {"num_levels": 5, "factorization": None}, "not divisible by 2"),
-        ("glow", [8, 8, 1], {"num_levels": 4}, "not divisible"),
-        ("glow", [6, 8, 1], {"num_levels": 2}, "3 x 4.*not divisible"),
-        ("realnvp", [3], {"num_levels": 3}, "nothing to condition on|too few"),
-        ("realnvp", [1], {"num_levels": 1}, "nothing to condition on"),
+        ("realnvp", [7, 8, 1], {}, r"^realnvp: got event shape \[7, 8, 1\] and num_levels=2, .* divisible by 2$"),
+        ("realnvp", [8, 8, 1], {"num_levels": 5}, r"got event shape \[8, 8, 1\] and num_levels=5, .* divisible by 16$"),
+        ("realnvp", [8, 8, 1], {"num_levels": 5, "factorization": None}, "num_levels=5, .* divisible by 16$"),
+        ("glow", [8, 8, 1], {"num_levels": 4}, r"^glow: got event shape \[8, 8, 1\] and num_levels=4, .* divisible by 16$"),
+        ("glow", [6, 8, 1], {"num_levels": 2}, r"\[6, 8, 1\] and num_levels=2, .* divisible by 4$"),
+        ("lcma-glow", [2, 2, 1], {"num_levels": 3}, r"^lcma-glow: got event shape \[2, 2, 1\] .* divisible by 8$"),
+        ("vflow-glow", [7, 7, 1], {}, r"^vflow-glow: got event shape \[7, 7, 1\] and num_levels=1, .* divisible by 2$"),
+        ("flowpp", [7, 7, 1], {}, r"^flowpp of events \[7, 7, 1\]: Columns: width 7"),
+        ("iresnet", [3], {"num_levels": 4}, "^iresnet: got 3-dimensional events and num_levels=4, but level 3 has one"),
+        ("realnvp", [3], {"num_levels": 3}, "^realnvp: got 3-dimensional events and num_levels=3, but level 3 has one"),
+        ("lcma-realnvp", [3], {"num_levels": 3}, "^lcma-realnvp: got 3-dimensional events and num_levels=3, but level 3"),
+        ("glow", [3], {"num_levels": 3}, "^glow: got 3-dimensional events and num_levels=3, but level 3 has one dimension"),
+        ("realnvp", [1], {"num_levels": 1}, "but level 1 has one dimension, needs two or more"),
         ("realnvp", [8, 8, 1], {"blocks": 3}, "realnvp: .*'blocks'.*arguments are event_shape, .*width"),
+        ("glow", [8, 8, 1], {"widht": 3}, "^glow: .*'widht'; did you mean 'width'\\?; the recipe's arguments are"),
         ("lcma-glow", [8, 8, 1], {"factorization": "random"}, "lcma-glow: .*'factorization'.*keep, granularity"),
         ("realnvp", [8, 8, 1], {"width": 0}, "realnvp: got width=0, needs a positive integer"),
         ("realnvp", [8, 8, 1], {"width": "wide"}, "realnvp: got width='wide', needs a positive integer"),
@@ -917,24 +925,37 @@ FACTORIZATION = dfb.DimensionFactorization.checkerboard([8, 8, 1], 2)
         ("lcma-glow", [8, 8, 1], {"contributions": contributions() * np.nan}, "not finite"),
         ("realnvp", [8], {"network": "conv"}, "realnvp: got network='conv', needs dense or None for vectors"),
         ("realnvp", [8, 8, 1], {"network": "resnet"}, "realnvp: got network='resnet', needs conv, dense or None"),
-        ("realnvp", [8, 8, 1], {"network": "dense", "num_levels": 8}, "too few|nothing to condition on"),
+        (
+            "realnvp",
+            [8, 8, 1],
+            {"network": "dense", "num_levels": 8},
+            "got 64-dimensional events and num_levels=8, but level 7",
+        ),
         ("realnvp", [8, 8, 1], {"network": "dense", "factorization": "checkerboard"}, "needs an image"),
         ("lcma-realnvp", [8, 8, 1], {"network": "dense"}, "lcma-realnvp: .*'network'"),
         ("lcma-realnvp", [7], {"network": None}, "lcma-realnvp: .*'network'"),
         ("glow", [8, 8, 1], {"network": "conv"}, "glow: .*'network'"),
         ("realnvp", [8, 8, 1], {"condition_shape": [4, 4, 1]}, r"condition_shape=\[4, 4, 1\], needs .*\[8, 8, 1\]"),
         ("glow", [8, 8, 1], {"condition_shape": [8, 4, 1]}, r"glow: .*condition_shape=\[8, 4, 1\], needs"),
-        ("realnvp", [8, 8, 1], {"condition_shape": [8, 8]}, r"realnvp: condition_shape.* \[8, 8\], needs"),
-        ("realnvp", [8, 8, 1], {"condition_shape": []}, r"realnvp: condition_shape.* \[\], needs"),
-        ("glow", [8, 8, 1], {"condition_shape": [0]}, r"glow: condition_shape.* \[0\], needs"),
-        ("realnvp", [7], {"condition_shape": [7, 7, 1]}, r"condition_shape=\[7, 7, 1\], dense networks need a vector"),
-        ("realnvp", [8, 8, 1], {"condition_shape": [8, 8, 1], "network": "dense"}, "dense networks need a vector"),
+        ("realnvp", [8, 8, 1], {"condition_shape": [8, 8]}, r"realnvp: got condition_shape=\[8, 8\], needs"),
+        ("realnvp", [8, 8, 1], {"condition_shape": []}, r"realnvp: got condition_shape=\[\], needs"),
+        ("glow", [8, 8, 1], {"condition_shape": [0]}, r"glow: got condition_shape=\[0\], needs"),
+        ("realnvp", [7], {"condition_shape": [7, 7, 1]}, r"condition_shape=\[7, 7, 1\], needs a vector"),
+        ("realnvp", [7], {"condition_shape": 3}, "condition_shape=3, needs a vector"),
+        ("maf", [7], {"hidden": 8}, "^maf: got hidden=8: "),
+        ("maf", [7], {"seed": -1}, "^maf: got seed=-1, needs a nonnegative integer"),
+        (
+            "realnvp",
+            [8, 8, 1],
+            {"condition_shape": [8, 8, 1], "network": "dense"},
+            r"condition_shape=\[8, 8, 1\], needs a vector",
+        ),
         ("lcma-glow", [8, 8, 1], {"condition_shape": [4, 4, 1]}, r"condition_shape=\[4, 4, 1\], needs"),
         ("pnf", [8, 8], {}, r"pnf: got event shape \[8, 8\], needs a vector \[D\] or an image"),
-        ("pnf", [6, 8, 1], {}, r"\[6, 8, 1\] and 4 details, but the height of \[3, 4, 1\] is not divisible by 2"),
-        ("pnf", [8, 6, 1], {}, r"the width of .* is not divisible by 2"),
-        ("pnf", [28, 28, 1], {"num_halvings": 3}, r"the height of \[7, 7, 1\] is not divisible by 2"),
-        ("pnf", [10], {}, r"the size of \[5\] is not divisible by 2"),
+        ("pnf", [6, 8, 1], {}, r"^pnf: got event shape \[6, 8, 1\] and num_halvings=2, .* height and width divisible by 4$"),
+        ("pnf", [8, 6, 1], {}, r"\[8, 6, 1\] and num_halvings=2, .* divisible by 4$"),
+        ("pnf", [28, 28, 1], {"num_halvings": 3}, r"\[28, 28, 1\] and num_halvings=3, .* divisible by 8$"),
+        ("pnf", [10], {}, r"\[10\] and num_halvings=2, needs a size divisible by 4$"),
         ("pnf", [4], {}, "num_halvings"),
         ("pnf", [4, 4, 1], {"network": "dense"}, "num_halvings"),
         ("pnf", [8, 8, 1], {"num_halvings": 0}, "pnf: got num_halvings=0, needs a positive integer"),
@@ -961,8 +982,41 @@ def test_errors(name, event_shape, options, message):
 
 
 def test_an_unknown_recipe():
-    with pytest.raises(ValueError, match=f"got 'unheard-of', needs one of {', '.join(recipes.names())}"):
+    with pytest.raises(ValueError, match=f"got 'unheard-of', needs one of {', '.join(recipes.names())}$"):
         recipes.get("unheard-of")
+    for name, nearest in (("lcma_realnpv", "lcma-realnvp"), ("Glow", "glow")):
+        with pytest.raises(ValueError, match=f"got '{name}', needs one of .*; did you mean '{nearest}'\\?$"):
+            recipes.get(name)
+
+
+NO_SHAPES = [4, "4", [4.0], [None, 4], [], [4, -4], tf.TensorShape(None), tf.TensorShape([None, 4]), None]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_event_shapes_that_are_none(name):
+    for event_shape in NO_SHAPES:
+        got = re.escape(repr(event_shape))
+        with pytest.raises(ValueError, match=rf"^{name}: got event shape {got}, needs (a vector|an image) \["):
+            recipes.get(name)(event_shape)
+
+
+@pytest.mark.parametrize("name", ["maf", "lcma-glow", "nice"])
+def test_event_shapes_may_be_of_any_integers(name):
+    expected = recipes.config_of(recipes.get(name)([4]))
+    for event_shape in ((4,), [np.int64(4)], np.array([4]), tf.TensorShape([4])):
+        assert recipes.config_of(recipes.get(name)(event_shape)) == expected
+
+
+def test_errors_name_what_was_given_by_an_old_name():
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ValueError, match=r"num_levels=5, .* \(num_scales is now num_levels\)$"),
+    ):
+        recipes.glow([8, 8, 1], num_scales=5)
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="width=0, needs a positive integer$"):
+        recipes.glow([8, 8, 1], num_scales=2, width=0)
+    with pytest.raises(ValueError, match="realnvp: got num_scales and num_levels, the old and the new name"):
+        recipes.realnvp([4], num_scales=2, num_levels=2)
 
 
 # Old names of arguments.

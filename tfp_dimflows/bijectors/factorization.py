@@ -149,7 +149,8 @@ class DimensionFactorization:
     ) -> "DimensionFactorization":
         event_shape = _event_shape(event_shape)
         if num_levels < 2:
-            raise ValueError(f"DimensionFactorization: got {num_levels} levels, needs at least 2 for one factor-out")
+            raise ValueError(f"DimensionFactorization: got num_levels={num_levels}, needs at least 2 for one factor-out")
+        _check_levels(event_shape, num_levels)
         grid = np.arange(np.prod(event_shape)).reshape(event_shape)
         kept, left = [], []
         for _ in range(num_levels - 1):
@@ -293,6 +294,15 @@ def _event_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return shape
 
 
+def _check_levels(event_shape: tuple[int, ...], num_levels: int) -> None:
+    """Raises a ValueError unless the sides of an image can be halved, or a vector has two dimensions, at each factor-out."""
+    got = f"DimensionFactorization: got event shape {list(event_shape)} and num_levels={num_levels}"
+    if any(side % 2 ** (num_levels - 1) for side in event_shape[:-1]):
+        raise ValueError(f"{got}, needs height and width divisible by {2 ** (num_levels - 1)}")
+    if len(event_shape) == 1 and event_shape[0] <= 2 ** (num_levels - 2):
+        raise ValueError(f"{got}, needs more than {2 ** (num_levels - 2)} dimensions")
+
+
 def _index_array(indices: ArrayLike) -> np.ndarray:
     array = np.array(indices, dtype=np.int64)
     array.flags.writeable = False
@@ -302,17 +312,12 @@ def _index_array(indices: ArrayLike) -> np.ndarray:
 def _blocks(grid: np.ndarray) -> np.ndarray:
     """`[H, W, C]` to `[H/2, W/2, C, 4]`, positions in the order TL, TR, BL, BR."""
     height, width, channels = grid.shape
-    if height % 2 or width % 2:
-        raise ValueError(f"DimensionFactorization: a grid of {height} x {width} is not divisible into 2x2 blocks")
     blocks = grid.reshape(height // 2, 2, width // 2, 2, channels)
     return blocks.transpose(0, 2, 4, 1, 3).reshape(height // 2, width // 2, channels, 4)
 
 
 def _halves(grid: np.ndarray) -> tuple[np.ndarray, ...]:
-    size = grid.shape[-1]
-    if size < 2:
-        raise ValueError("DimensionFactorization: one dimension is left, too few for another factor-out")
-    middle = (size + 1) // 2
+    middle = (grid.shape[-1] + 1) // 2
     return grid[..., :middle], grid[..., middle:]
 
 

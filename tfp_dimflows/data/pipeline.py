@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfp_dimflows.dataset_names import DEFAULT_DATA_DIR, as_folder, data_directory, find_builder
 from tfp_dimflows.renamed import renamed
 
-_DEFAULT_DATA_DIR = "~/tensorflow_datasets"
 _CELEB_A_CROP = (40, 15, 148, 148)
 _SHUFFLE_BUFFER = 10_000
 
@@ -268,19 +268,19 @@ def _open_source(
     from tfp_dimflows.data import embedded
     from tfp_dimflows.data.folder import FolderImages
 
-    directory = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or _DEFAULT_DATA_DIR)
-    folder = _as_folder(name)
+    directory = data_directory(data_dir)
+    folder = as_folder(name)
     name = os.fspath(name if folder is None else folder)
     if folder is not None:
         make = functools.partial(FolderImages, folder, image_size is None, background)
     elif background == "white":
-        make = functools.partial(_find_builder, name)
+        make = functools.partial(find_builder, name)
     else:
         raise ValueError(f"Dataset {name!r}: got background={background!r}, which is for folders of images only.")
     builder = make(directory)
     is_made_here = folder is not None or builder.name in embedded.BUILDERS
     if is_made_here and not builder.data_path.exists() and not _is_writable(directory):
-        builder = make(os.path.expanduser(_DEFAULT_DATA_DIR))
+        builder = make(os.path.expanduser(DEFAULT_DATA_DIR))
     own_grey_levels = embedded.BUILDERS[builder.name].LEVELS if builder.name in embedded.BUILDERS else 256
     grey_levels = own_grey_levels if grey_levels is None else grey_levels
     if grey_levels < 2 or own_grey_levels % grey_levels:
@@ -290,29 +290,6 @@ def _open_source(
     image_key = _image_key(name, builder)
     event_shape = _event_shape(name, builder.info.features[image_key].shape, crop, image_size)
     return _Source(name, _prepare(name, builder, make), image_key, own_grey_levels, crop, event_shape, grey_levels)
-
-
-def _as_folder(name: str | os.PathLike[str]) -> pathlib.Path | None:
-    """The absolute path, if the name is a path and not that of a TFDS dataset."""
-    if not isinstance(name, os.PathLike) and not name.startswith((".", "/", "~")):
-        return None
-    folder = pathlib.Path(name).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Dataset {os.fspath(name)!r}: there is no such folder.")
-    return folder.resolve()
-
-
-def _find_builder(name: str, directory: str) -> Any:
-    """Returns the TFDS builder of a dataset, which may not be prepared yet."""
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.builder(name, data_dir=directory)
-    except tfds.core.DatasetNotFoundError:
-        raise FileNotFoundError(
-            f"Dataset {name!r} is unknown to TensorFlow Datasets and is not in {directory}: check the name, or pass "
-            "the data_dir that holds it. A folder of images is written as a path: './photos'."
-        ) from None
 
 
 def _prepare(name: str, builder: Any, make: Callable[[str], Any]) -> Any:

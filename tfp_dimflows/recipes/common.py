@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import keras
@@ -27,12 +28,29 @@ def seeds(seed: int, num: int) -> list[int]:
     return [int(s) % 2**31 for s in np.random.SeedSequence(seed).generate_state(num)]
 
 
-def checked_event_shape(event_shape: Sequence[int], recipe: str, ranks: tuple[int, ...] = (1, 3)) -> tuple[int, ...]:
-    """The event shape as a tuple of ints, an image `[H, W, C]` or a vector `[D]`."""
-    shape = tuple(int(size) for size in event_shape)
-    if len(shape) not in ranks or min(shape) < 1:
+def checked_event_shape(
+    event_shape: Sequence[int], recipe: str, ranks: Sequence[int] = (1, 3), argument: str = "event shape "
+) -> tuple[int, ...]:
+    """The event shape, a list of integers or a `tf.TensorShape`, as a tuple of ints.
+
+    Args:
+      event_shape: what the recipe was given.
+      recipe: the recipe's name.
+      ranks: the ranks that it knows: 1, vectors `[D]`; 3, images `[H, W, C]`. If there are none: any.
+      argument: what messages write before the shape.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    try:
+        shape = tuple(operator.index(size) for size in event_shape)
+    except (TypeError, ValueError):  # no list, or sizes that are no integers or unknown
+        shape = ()
+    if not shape or min(shape) < 1 or (ranks and len(shape) not in ranks):
         kinds = {1: "a vector [D]", 3: "an image [H, W, C]"}
-        raise ValueError(f"{recipe}: got event shape {list(shape)}, needs {' or '.join(kinds[r] for r in ranks)}")
+        got = list(event_shape) if isinstance(event_shape, (tuple, list)) else event_shape
+        needs = " or ".join(kinds[rank] for rank in ranks) or "a list of positive integers"
+        raise ValueError(f"{recipe}: got {argument}{got!r}, needs {needs}")
     return shape
 
 
@@ -84,7 +102,8 @@ def condition_channels(
     """
     if condition_shape is None:
         return 0
-    shape = checked_event_shape(condition_shape, f"{recipe}: condition_shape")
+    ranks = (1,) if len(event_shape) == 1 else (1, 3)
+    shape = checked_event_shape(condition_shape, recipe, ranks, "condition_shape=")
     if len(shape) == 3 and shape[:2] != event_shape[:-1]:
         raise ValueError(
             f"{recipe}: got condition_shape={list(shape)}, needs a vector [n] or the height and width of events "
@@ -133,25 +152,57 @@ def resolve_factorization(
     return factorization
 
 
-def grid_shapes(event_shape: tuple[int, ...], num_levels: int, nothing_leaves: bool) -> list[tuple[int, ...]]:
+def check_halvings(recipe: str, event_shape: tuple[int, ...], times: int, /, **argument: int) -> None:
+    """Raises a ValueError unless an image's sides, or a vector's size, can be halved as often as an argument has it."""
+    if any(size % 2**times for size in event_shape[:2]):
+        ((name, value),) = argument.items()
+        sizes = "height and width" if len(event_shape) == 3 else "a size"
+        raise ValueError(
+            f"{recipe}: got event shape {list(event_shape)} and {name}={value}, needs {sizes} divisible by {2**times}"
+        )
+
+
+def grid_shapes(
+    recipe: str,
+    event_shape: tuple[int, ...],
+    num_levels: int,
+    nothing_leaves: bool,
+    *,
+    squeezes_first: bool = False,
+    couplings: bool = False,
+) -> list[tuple[int, ...]]:
     """The shape of the dimensions still in the flow at the input of each level.
 
     From one level to the next an image's sides halve, and its channels double, or quadruple if nothing leaves. A vector
     keeps the larger half of its dimensions, or all.
+
+    Args:
+      recipe: the recipe's name.
+      event_shape: the event's shape.
+      num_levels: number of levels.
+      nothing_leaves: whether all dimensions stay.
+      squeezes_first: whether levels of images begin with a squeeze, so that the sides halve once more.
+      couplings: whether levels of vectors have couplings, which need two dimensions, as a factor-out does.
+
+    Raises:
+      ValueError: if the event is too small for so many levels, or its sides cannot be halved as often.
     """
+    if len(event_shape) == 3:
+        check_halvings(recipe, event_shape, num_levels - 1 + squeezes_first, num_levels=num_levels)
     shapes = [event_shape]
-    for _ in range(num_levels - 1):
+    for level in range(1, num_levels + 1):
         *space, size = shapes[-1]
+        splits = couplings or (level < num_levels and not nothing_leaves)
+        if not space and splits and size < 2:
+            raise ValueError(
+                f"{recipe}: got {event_shape[0]}-dimensional events and num_levels={num_levels}, but level {level} has one "
+                "dimension, needs two or more"
+            )
         if space:
-            height, width = space
-            if height % 2 or width % 2:
-                raise ValueError(
-                    f"num_levels: got {num_levels}, but level {len(shapes)} of {height} x {width} is not divisible by 2"
-                )
-            shapes.append((height // 2, width // 2, size * (4 if nothing_leaves else 2)))
+            shapes.append((space[0] // 2, space[1] // 2, size * (4 if nothing_leaves else 2)))
         else:
             shapes.append((size if nothing_leaves else (size + 1) // 2,))
-    return shapes
+    return shapes[:-1]
 
 
 def from_flat(event_shape: tuple[int, ...]) -> list[tfb.Bijector]:

@@ -64,8 +64,8 @@ def ffjord(
     shape = common.checked_event_shape(event_shape, "ffjord")
     common.check_sizes("ffjord", num_levels=num_levels, depth=depth)
     is_image = len(shape) == 3
+    grids = common.grid_shapes("ffjord", shape, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
-    grids = common.grid_shapes(shape, num_levels, split is None)
     seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * depth).tolist())
     options = {
         "event_ndims": len(shape),

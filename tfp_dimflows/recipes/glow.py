@@ -1,5 +1,6 @@
 """Glow."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,8 @@ from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
 COUPLINGS = {"affine": 2, "additive": 1}
+
+glow_grids = functools.partial(common.grid_shapes, squeezes_first=True, couplings=True)
 
 
 @recipe
@@ -75,16 +78,15 @@ def glow(
     common.check_sizes("glow", num_levels=num_levels, depth=depth, width=width, num_hidden=num_hidden)
     if coupling not in COUPLINGS:
         raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")
+    grids = glow_grids("glow", shape, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
     seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_levels * depth).tolist())
     if len(shape) == 1:
         condition = common.condition_channels("glow", condition_shape, shape)
-        grids = common.grid_shapes(shape, num_levels, split is None)
         sizes = (depth, width, num_hidden, coupling, condition, seeds, attribution)
         flow_levels = [dfb.Chain(vector_steps(grid[0], *sizes), memory) for grid in grids]
         flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
         return common.as_distribution(flow, shape, grey_levels, common.centred)
-    grids = common.grid_shapes(shape, num_levels + 1, split is None)[:-1]
     conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_levels)]
     flow_levels = [
         dfb.Chain([dfb.Squeeze(), image_steps(4 * grid[-1], depth, width, coupling, condition, seeds, attribution, memory)])
@@ -138,8 +140,6 @@ def vector_steps(
     attribution: str = "polar",
 ) -> list[dfb.FlowBijector]:
     """`depth` steps of flow on vectors, from data to latent; successive couplings transform the one and the other half."""
-    if dims < 2:
-        raise ValueError(f"glow: a level with {dims} dimension has nothing to condition on; use fewer num_levels")
     parts = []
     for k in range(depth):
         flip = k % 2 == 1

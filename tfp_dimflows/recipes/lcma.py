@@ -10,10 +10,10 @@ from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import bijectors as dfb
 from tfp_dimflows.recipes import common
-from tfp_dimflows.recipes.glow import glow
-from tfp_dimflows.recipes.realnvp import realnvp
+from tfp_dimflows.recipes.glow import glow, glow_grids
+from tfp_dimflows.recipes.realnvp import realnvp, realnvp_grids
 from tfp_dimflows.recipes.registry import recipe
-from tfp_dimflows.recipes.residual import IRESNET, RESIDUAL_FLOW, iresnet, residual_flow
+from tfp_dimflows.recipes.residual import IRESNET, RESIDUAL_FLOW, iresnet, iresnet_grids, residual_flow
 
 # Arguments of the base that are not LCMA's: its factorization of images is one for convolutions.
 _NOT_TAKEN = ("event_shape", "factorization", "network")
@@ -42,7 +42,12 @@ _DOC = """{family} whose factor-outs follow the likelihood contributions of the 
     """
 
 
-def _lcma(base: Callable[..., tfd.Distribution], family: str, configs: dict | None = None) -> Callable[..., tfd.Distribution]:
+def _lcma(
+    base: Callable[..., tfd.Distribution], family: str, grids: Callable, configs: dict | None = None
+) -> Callable[..., tfd.Distribution]:
+    base_name = base.__name__.replace("_", "-")
+    name = f"lcma-{base_name}"
+
     def build(
         event_shape: Sequence[int],
         *,
@@ -51,34 +56,37 @@ def _lcma(base: Callable[..., tfd.Distribution], family: str, configs: dict | No
         granularity: str | None = None,
         **arguments: Any,
     ) -> tfd.Distribution:
+        shape = common.checked_event_shape(event_shape, name)
         num_levels = arguments["num_levels"]
         if num_levels is None:
-            num_levels = common.resolve_config(base.__name__, configs or {}, arguments["config"], arguments)["num_levels"]
+            num_levels = common.resolve_config(name, configs or {}, arguments["config"], arguments)["num_levels"]
+        common.check_sizes(name, num_levels=num_levels)
         if num_levels < 2:
-            raise ValueError(f"lcma: got num_levels={num_levels}, needs at least 2: one level has no factor-out")
-        # Made in the first phase too, so that bad options fail before it has been trained.
+            raise ValueError(f"{name}: got num_levels={num_levels}, needs at least 2: one level has no factor-out")
+        # All is checked in the first phase too, so that bad options fail before it has been trained.
+        grids(name, shape, num_levels, nothing_leaves=False)
         known = None if isinstance(contributions, str) else contributions
-        statistics = list(np.zeros([num_levels - 1, *event_shape])) if known is None else known
+        statistics = list(np.zeros([num_levels - 1, *shape])) if known is None else known
         factorization: common.Factorization | None
         factorization = dfb.DimensionFactorization.from_contributions(statistics, keep, granularity)
         if contributions is None:
             factorization = None
         elif known is None:
             if contributions != "online":
-                raise ValueError(f'lcma: got contributions={contributions!r}, needs arrays, "online" or None')
+                raise ValueError(f'{name}: got contributions={contributions!r}, needs arrays, "online" or None')
             factorization = dfb.OnlineFactorization(factorization, keep, granularity)
-        return base(event_shape, factorization=factorization, **arguments)
+        return base(shape, factorization=factorization, **arguments)
 
     own = [p for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
     others = [p for name, p in inspect.signature(base).parameters.items() if name not in _NOT_TAKEN]
-    build.__name__ = build.__qualname__ = f"lcma_{base.__name__}"
+    build.__name__ = build.__qualname__ = name.replace("-", "_")
     build.__signature__ = inspect.Signature(own + others, return_annotation=tfd.Distribution)  # type: ignore[attr-defined]
     build.__doc__ = _DOC.format(family=family, base=base.__name__)
-    build.lcma_base = base.__name__.replace("_", "-")  # type: ignore[attr-defined]
+    build.lcma_base = base_name  # type: ignore[attr-defined]
     return recipe(build)
 
 
-lcma_realnvp = _lcma(realnvp, "RealNVP")
-lcma_glow = _lcma(glow, "Glow")
-lcma_iresnet = _lcma(iresnet, "i-ResNet", IRESNET)
-lcma_residual_flow = _lcma(residual_flow, "Residual Flow", RESIDUAL_FLOW)
+lcma_realnvp = _lcma(realnvp, "RealNVP", realnvp_grids)
+lcma_glow = _lcma(glow, "Glow", glow_grids)
+lcma_iresnet = _lcma(iresnet, "i-ResNet", iresnet_grids, IRESNET)
+lcma_residual_flow = _lcma(residual_flow, "Residual Flow", common.grid_shapes, RESIDUAL_FLOW)

@@ -77,6 +77,7 @@ def pnf(
     """
     shape = common.checked_event_shape(event_shape, "pnf")
     common.check_sizes("pnf", num_halvings=num_halvings, num_levels=num_levels)
+    common.check_halvings("pnf", shape, num_halvings, num_halvings=num_halvings)
     num_details = num_halvings * (2 if len(shape) == 3 else 1)
     shapes = dfb.PNF.halved_shapes(shape, num_details)
     shapes = [shapes[0], *shapes[:-1]]

@@ -1,5 +1,6 @@
 """RealNVP: convolutional for images, dense for vectors."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
 masks = dfb.masks
+
+realnvp_grids = functools.partial(common.grid_shapes, couplings=True)
 
 
 @recipe
@@ -83,14 +86,12 @@ def realnvp(
     common.check_sizes("realnvp", num_levels=num_levels, depth=depth, width=width, num_blocks=num_blocks)
     is_dense = common.is_dense("realnvp", network, shape)
     flat = (math.prod(shape),) if is_dense else shape
+    grids = realnvp_grids("realnvp", flat, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, flat, num_levels, "channels" if is_dense else "checkerboard", seed)
-    grids = common.grid_shapes(flat, num_levels, split is None)
     seeds = iter(np.random.SeedSequence(seed).generate_state(4 * num_levels * (depth + 1)).tolist())
     options = {"depth": depth, "num_blocks": num_blocks, "memory": memory, "seeds": seeds}
     flow_levels = []
     if is_dense:
-        if condition_shape is not None and len(condition_shape) != 1:
-            raise ValueError(f"realnvp: got condition_shape={list(condition_shape)}, dense networks need a vector [n]")
         channels = common.condition_channels("realnvp", condition_shape, flat)
         flow_levels = [_vector_level(grid[0], width, channels, **options) for grid in grids]
     else:
@@ -154,8 +155,6 @@ def _image_level(
 def _vector_level(
     dims: int, width: int, condition_channels: int, *, depth: int, num_blocks: int, memory: str, seeds: Iterator[int]
 ) -> dfb.Chain:
-    if dims < 2:
-        raise ValueError(f"realnvp: a level with {dims} dimension has nothing to condition on; use fewer num_levels")
     parts: list[tfb.Bijector] = []
     for i in range(depth + 1):
         if i % 2 == 0:

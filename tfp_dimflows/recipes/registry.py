@@ -1,14 +1,17 @@
 """Named recipes whose arguments are plain values, so that a name and its arguments are a model's configuration."""
 
+import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import keras
+import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
+from tfp_dimflows.messages import check_name, did_you_mean
 from tfp_dimflows.renamed import new_names
 
 _Recipe = TypeVar("_Recipe", bound=Callable[..., tfd.Distribution])
@@ -33,7 +36,7 @@ def recipe(function: _Recipe) -> _Recipe:
         The recipe's name is the function's, with hyphens.
 
     Raises (the recipe):
-      ValueError: for arguments that the function does not have.
+      ValueError: for arguments that the function does not have, and what the function raises.
       TypeError: for arguments that are no plain values.
     """
     name = function.__name__.replace("_", "-")
@@ -41,15 +44,21 @@ def recipe(function: _Recipe) -> _Recipe:
 
     @functools.wraps(function)
     def build(*args: Any, **kwargs: Any) -> tfd.Distribution:
+        given = dict(kwargs)
         kwargs = present_names(name, kwargs)
+        known = ", ".join(signature.parameters)
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
-            known = ", ".join(signature.parameters)
-            raise ValueError(f"{name}: {error}; the recipe's arguments are {known}") from None
+            unknown = [key for key in kwargs if key not in signature.parameters and repr(key) in str(error)]
+            suggestion = "".join(did_you_mean(key, signature.parameters) for key in unknown)
+            raise ValueError(f"{name}: {error}{suggestion}; the recipe's arguments are {known}") from None
         bound.apply_defaults()
         arguments = _plain(dict(bound.arguments), name)
-        distribution = function(**bound.arguments)
+        if isinstance(arguments.get("seed"), int) and arguments["seed"] < 0:
+            raise ValueError(f"{name}: got seed={arguments['seed']}, needs a nonnegative integer")
+        with errors_as_given(name, given, arguments.get("event_shape")):
+            distribution = function(**bound.arguments)
         in_precision = {"floatx": keras.config.floatx(), "dtype_policy": keras.config.dtype_policy().name}
         distribution._recipe_config = json.dumps({"recipe": name, "arguments": arguments, "precision": in_precision})
         return distribution
@@ -60,11 +69,45 @@ def recipe(function: _Recipe) -> _Recipe:
 
 
 def present_names(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a recipe by their present names, with a DeprecationWarning for old ones."""
+    """Arguments of a recipe by their present names, with a DeprecationWarning for old ones.
+
+    Raises:
+      ValueError: if an argument is given by its old name and by its new one.
+    """
+    try:
+        return new_names(name, arguments, _renamed(name, arguments))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _renamed(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Old names of a recipe's arguments, and the present ones."""
     renamed = _RENAMED_EVERYWHERE | _RENAMED.get(name, {})
     if "depth" in renamed and "num_layers" not in arguments:
         del renamed["depth"]
-    return new_names(name, arguments, renamed)
+    return renamed
+
+
+@contextlib.contextmanager
+def errors_as_given(name: str, arguments: Mapping[str, Any], event_shape: Any = None) -> Iterator[None]:
+    """Context whose errors are ValueErrors that begin with a recipe's name and tell what it was given.
+
+    Args:
+      name: the recipe's name.
+      arguments: what it was given, by old names too: these are named beside the present ones.
+      event_shape: named in errors of the recipe's parts.
+    """
+    try:
+        yield
+    except TypeError as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ValueError(f"{name}: got {given}: {error}") from error
+    except ValueError as error:
+        message = str(error)
+        old = [f"{key} is now {new}" for key, new in _renamed(name, arguments).items() if key in arguments and new in message]
+        message = f"{message} ({', '.join(old)})" if old else message
+        error.args = (message if message.startswith(f"{name}: ") else f"{name} of events {event_shape}: {message}",)
+        raise
 
 
 def names() -> list[str]:
@@ -92,8 +135,7 @@ def get(name: str) -> Callable[..., tfd.Distribution]:
     >>> dimflows.recipes.get("realnvp") is dimflows.recipes.realnvp
     True
     """
-    if name not in _RECIPES:
-        raise ValueError(f"recipes: got {name!r}, needs one of {', '.join(names())}")
+    check_name("recipes", name, names())
     return _RECIPES[name]
 
 
@@ -132,6 +174,8 @@ def config_of(distribution: tfd.Distribution) -> dict | None:
 
 def _plain(value: Any, name: str) -> Any:
     """The value as JSON knows it."""
+    if isinstance(value, tf.TensorShape):
+        return None if value.rank is None else value.as_list()
     if hasattr(value, "get_config"):
         return _plain(value.get_config(), name)
     if hasattr(value, "tolist"):

@@ -1,5 +1,6 @@
 """i-ResNet and Residual Flows: flows of invertible residual blocks."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ RESIDUAL_FLOW = {
     "cifar10": {"num_levels": 3, "depth": 16, "width": 512, "num_dense_blocks": 4},
 }
 DENSE_WIDTH = 128
+
+iresnet_grids = functools.partial(common.grid_shapes, squeezes_first=True)
 
 
 @recipe
@@ -82,8 +85,8 @@ def iresnet(
     common.check_sizes("iresnet", **sizes, num_terms=num_terms)
     _check_coeff("iresnet", coeff)
     num_levels, is_image = sizes["num_levels"], len(shape) == 3
+    grids = iresnet_grids("iresnet", shape, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
-    grids = common.grid_shapes(shape, num_levels + is_image, split is None)[:num_levels]
     seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * sizes["depth"]).tolist())
     log_det = dfb.residual.PowerSeries(num_terms)
     flow_levels = []
@@ -166,8 +169,8 @@ def residual_flow(
     if sizes["num_dense_blocks"] < 0:
         raise ValueError(f"residual-flow: got num_dense_blocks={sizes['num_dense_blocks']}, needs 0 or more")
     num_levels, is_image = sizes["num_levels"], len(shape) == 3
+    grids = common.grid_shapes("residual-flow", shape, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
-    grids = common.grid_shapes(shape, num_levels, split is None)
     seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * sizes["depth"] + sizes["num_dense_blocks"]).tolist())
     log_det = dfb.residual.RussianRoulette(roulette, num_exact=num_exact)
     flow_levels = []

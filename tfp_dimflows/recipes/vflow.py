@@ -177,7 +177,9 @@ def vflow_glow(
     (TensorShape([3, 2]), TensorShape([3]))
     """
     shape = common.checked_event_shape(event_shape, "vflow-glow")
-    common.check_sizes("vflow-glow", num_extra=num_extra, posterior_depth=posterior_depth)
+    common.check_sizes("vflow-glow", num_extra=num_extra, num_levels=num_levels, posterior_depth=posterior_depth)
+    if len(shape) == 3:
+        common.check_halvings("vflow-glow", shape, num_levels, num_levels=num_levels)
     joint = (*shape[:-1], shape[-1] + num_extra)
     seeds = iter(np.random.SeedSequence(seed).generate_state(2 * posterior_depth + 2).tolist())
     flow = glow(

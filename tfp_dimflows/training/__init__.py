@@ -1,5 +1,6 @@
 """Training with Keras."""
 
+from tfp_dimflows.run_config import RunConfig
 from tfp_dimflows.training.callbacks import (
     BitsPerLevel,
     DecideFactorization,
@@ -8,9 +9,9 @@ from tfp_dimflows.training.callbacks import (
     Reconstructions,
     SampleImages,
 )
-from tfp_dimflows.training.model import FlowModel, load
+from tfp_dimflows.training.model import FlowModel
 from tfp_dimflows.training.progressive import fit_progressively
-from tfp_dimflows.training.runs import RunConfig, load_run, read_config, read_metrics, train
+from tfp_dimflows.training.runs import load, load_run, read_config, read_metrics, train
 
 __all__ = [
     "BitsPerLevel",

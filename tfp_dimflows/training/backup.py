@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -12,6 +13,11 @@ def least_of_workers(value: int) -> int:
     """The smallest of the values that the workers of the current `tf.distribute` strategy have; waits for all of them."""
     strategy = tf.distribute.get_strategy()
     return int(tf.reduce_min(strategy.gather(strategy.run(lambda: tf.constant([value])), axis=0)))
+
+
+def has_finite_weights(model: keras.Model) -> bool:
+    """Whether all weights of a model are finite."""
+    return all(np.isfinite(w).all() for w in model.get_weights() if w.dtype.kind == "f")
 
 
 class Backup(keras.callbacks.Callback):
@@ -53,7 +59,9 @@ class Backup(keras.callbacks.Callback):
         return epoch
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        """Writes a backup."""
+        """Writes a backup, unless the training has diverged: there is no way on from there."""
+        if not has_finite_weights(self.model):
+            return
         self._directory.mkdir(parents=True, exist_ok=True)
         unfinished = self._directory / "unfinished.weights.h5"
         self.model.save_weights(unfinished)

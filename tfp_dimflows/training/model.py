@@ -584,18 +584,3 @@ def _condition_shape_of(distribution: Any) -> list[int] | None:
 
 def _ranks(batch: Any) -> tuple[int, ...]:
     return tuple(value.shape.rank for value in tf.nest.flatten(batch) if value is not None)
-
-
-def load(path: str) -> FlowModel:
-    """Loads a model that `FlowModel.save` wrote, with its recipe, weights and factorization.
-
-    Args:
-      path: a `.keras` file.
-
-    Raises:
-      ValueError: if there is no such file, or it is no saved `FlowModel`.
-    """
-    model = keras.saving.load_model(path)
-    if not isinstance(model, FlowModel):
-        raise ValueError(f"load: {path} is a {type(model).__name__}, needs a saved FlowModel")
-    return model

@@ -1,6 +1,5 @@
 """Run directories: a recipe trained from start to end, resumable at every epoch."""
 
-import argparse
 import contextlib
 import csv
 import dataclasses
@@ -10,6 +9,7 @@ import json
 import os
 import pathlib
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,109 +18,21 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows import plot, recipes
+from tfp_dimflows import plot
 from tfp_dimflows.bijectors.factorization import DimensionFactorization
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
 from tfp_dimflows.distributions import structure_of
+from tfp_dimflows.messages import Failure, did_you_mean_folder
 from tfp_dimflows.recipes import registry
 from tfp_dimflows.renamed import new_names
-from tfp_dimflows.training.backup import Backup, least_of_workers
+from tfp_dimflows.run_config import CONFIG, RunConfig, stored_config
+from tfp_dimflows.training import batches
+from tfp_dimflows.training.backup import Backup, has_finite_weights, least_of_workers
 from tfp_dimflows.training.callbacks import DecideFactorization
-from tfp_dimflows.training.model import FlowModel, load
+from tfp_dimflows.training.model import FlowModel
 from tfp_dimflows.version import __version__
 
-CONFIG, MODEL, HISTORY, METRICS, CONTRIBUTIONS = (
-    "config.json",
-    "model.keras",
-    "history.csv",
-    "metrics.json",
-    "contributions.npz",
-)
-
-
-def _option(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field that is an option of the command line too, with what argparse is told of it."""
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class RunConfig:
-    """What a run trains, and how: the options of `train`, most of them options of the command line, and `config.json`.
-
-    Args:
-      recipe: a recipe's name.
-      event_shape: shape of one image.
-      grey_levels: number of grey levels.
-      arguments: further arguments of the recipe.
-      epochs: epochs of training.
-      steps_per_epoch: optimisation steps per epoch, and at most as many batches of validation after it; None: one pass over the
-        data.
-      learning_rate: Adam's.
-      seed: integer seed of initial weights, noise and samples.
-      pretrain_epochs: epochs of LCMA's first phase; None: half of `epochs`, rounded up.
-      online_steps: LCMA in one phase: a factor-out is decided after every so many steps, by as many batches
-        (`DecideFactorization`). `contributions.npz` is then of the trained model.
-      baseline: whether an LCMA recipe also trains the conventional factorization.
-      notes: further entries of `config.json`, such as the dataset's name.
-
-    Raises:
-      ValueError: if the recipe does not exist or does not take the arguments; for `online_steps` with `pretrain_epochs` or a
-        recipe without LCMA.
-
-    #### Example
-
-    >>> config = dimflows.training.RunConfig(recipe="glow", event_shape=[8, 8, 1], grey_levels=17, epochs=2)
-    >>> config.to_json()["arguments"], config.build().event_shape
-    ({'seed': 0}, TensorShape([8, 8, 1]))
-    """
-
-    recipe: str
-    event_shape: Sequence[int]
-    grey_levels: int
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    epochs: int = _option(help="number of epochs")
-    steps_per_epoch: int | None = _option(None, help="default: the whole training split")
-    learning_rate: float = _option(1e-3, help="Adam's", type=float)
-    seed: int = _option(0, help="of initial weights, noise and samples", type=int)
-    pretrain_epochs: int | None = _option(None, help="lcma recipes: epochs of phase 1; default: half of --epochs")
-    online_steps: int | None = _option(
-        None, help="lcma recipes: no phase 1; a factor-out is decided after every N steps of the training", metavar="N"
-    )
-    baseline: bool = _option(
-        True, help="lcma recipes: train the conventional one beside", action=argparse.BooleanOptionalAction
-    )
-    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        arguments = {"seed": self.seed} | registry.present_names(self.recipe, self.arguments)
-        if reserved := {"event_shape", "grey_levels", "contributions"} & set(arguments):
-            raise ValueError(
-                f"train: got recipe arguments {sorted(reserved)}, which the data and the phases of training decide"
-            )
-        if self.online_steps is not None and (self.base is None or self.pretrain_epochs is not None):
-            raise ValueError(f"train: got online_steps for {self.recipe}, needs an lcma recipe and no pretrain_epochs")
-        object.__setattr__(self, "event_shape", list(self.event_shape))
-        object.__setattr__(self, "arguments", arguments)
-        if self.base is not None and self.online_steps is None:
-            object.__setattr__(self, "pretrain_epochs", self.pretrain_epochs or (self.epochs + 1) // 2)
-
-    @property
-    def base(self) -> str | None:
-        """The recipe on which an LCMA recipe stands, None for others."""
-        return recipes.base_of(self.recipe)
-
-    def build(self, **more: Any) -> tfd.Distribution:
-        """The distribution of the recipe with these further arguments."""
-        return recipes.get(self.recipe)(self.event_shape, grey_levels=self.grey_levels, **self.arguments | more)
-
-    def to_json(self) -> dict[str, Any]:
-        """The entries of `config.json`."""
-        entries = dataclasses.asdict(self)
-        notes = entries.pop("notes")
-        for option in ("pretrain_epochs", "online_steps", "baseline"):
-            if self.base is None or entries[option] is None:
-                del entries[option]
-        return {"version": __version__, **entries, **notes}
+MODEL, HISTORY, METRICS, CONTRIBUTIONS = "model.keras", "history.csv", "metrics.json", "contributions.npz"
 
 
 def train(
@@ -132,25 +44,26 @@ def train(
     resume: bool = False,
     **options: Any,
 ) -> FlowModel:
-    """Trains a recipe on integer images into a run directory.
+    """Trains a recipe into a run directory.
 
     The directory gets `config.json`, the model (`model.keras`), per-epoch `history.csv`, TensorBoard `logs/`, `metrics.json`
-    with the test metrics, and `samples.png`. An LCMA recipe goes through its three phases: a non-multi-scale model trained into
-    `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the base recipe
-    with its conventional factorization is trained with the same budget into `conventional/`, and `factorization.png` shows
-    which dimensions stayed. With `online_steps` it has one phase.
+    with the test metrics, and of images `samples.png`. An LCMA recipe goes through its three phases: a non-multi-scale model
+    trained into `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the
+    base recipe with its conventional factorization is trained with the same budget into `conventional/`, and
+    `factorization.png` shows which dimensions stayed. With `online_steps` it has one phase.
 
-    A killed run goes on from its last full epoch with `resume=True`, after reading the batches again that it was trained on. If
-    `train_data` is the same in each iteration (`dimflows.data.load` with `repeat`), it ends as equal to one that was not killed
-    as two such runs are to each other: on a CPU bit for bit, but for rare rounding. Inside the scope of a `tf.distribute`
-    strategy it trains on all replicas, with batches of `train_data` shared among them; with several workers, each needs a
-    directory of its own.
+    A run that was killed or failed goes on from its last full epoch with `resume=True`, after reading the batches again that it
+    was trained on; without a full epoch it does not keep the directory from another. If `train_data` is the same in each
+    iteration (`dimflows.data.load` with `repeat`), it ends as equal to one that was not killed as two such runs are to each
+    other: on a CPU bit for bit, but for rare rounding. Inside the scope of a `tf.distribute` strategy it trains on all
+    replicas, with batches of `train_data` shared among them; with several workers, each needs a directory of its own.
 
     Args:
       recipe: a recipe's name.
       directory: the run directory.
-      train_data: batches of integer images; endless, or repeated if `steps_per_epoch` is given.
-      test_data: batches of integer images.
+      train_data: batches as `FlowModel.fit` takes them, such as integer images; endless, or repeated if `steps_per_epoch` is
+        given.
+      test_data: batches like these.
       resume: whether to go on with an existing run of the same configuration.
       **options: the other fields of `RunConfig`, such as `event_shape`, `grey_levels` and `epochs`.
 
@@ -160,12 +73,16 @@ def train(
     Raises:
       ValueError: if the directory cannot be written, is written by another process, holds a run and `resume` is False, or holds
         one of another configuration; for more `online_steps` than there are; or as `RunConfig`.
+      RuntimeError: if the training diverges, or its disk fails or is full.
+      ImportError: if there are pictures to be made, without matplotlib.
     """
     config = RunConfig(recipe=recipe, **new_names("train", options, {"levels": "grey_levels"}))
     if config.steps_per_epoch is None and train_data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError("train: got endless train_data, needs steps_per_epoch")
-    plot.require_matplotlib()  # now rather than after hours of training
-    multiscale = structure_of(config.build()).multiscale  # bad arguments fail before anything is written
+    if _has_samples(config) or config.base is not None:
+        plot.require_matplotlib()  # now rather than after hours of training
+    with registry.errors_as_given(recipe, options.get("arguments") or {}):
+        multiscale = structure_of(config.build()).multiscale  # bad arguments fail before anything is written
     if config.online_steps is not None and multiscale is not None:
         factor_outs = len(multiscale.levels) - 1
         steps = config.epochs * (config.steps_per_epoch or int(train_data.cardinality()))
@@ -193,7 +110,7 @@ def _train(config: RunConfig, directory: pathlib.Path, train_data: tf.data.Datas
         model = fit(directory, config)
     elif config.online_steps is None:
         fit(directory / "pretraining", dataclasses.replace(config, epochs=config.pretrain_epochs or config.epochs))
-        contributions = contributions_of(load(str(directory / "pretraining" / MODEL)))  # as a run that goes on from here has it
+        contributions = contributions_of(load(directory / "pretraining" / MODEL))  # as a run that goes on from here has it
         model = fit(directory, config, contributions=contributions)
     else:
         decide = DecideFactorization(train_data.take(config.online_steps), config.online_steps, config.seed)
@@ -209,8 +126,47 @@ def _train(config: RunConfig, directory: pathlib.Path, train_data: tf.data.Datas
             factorizations[f"{config.base} (conventional)"] = _factorization(conventional)
         if not (directory / "factorization.png").is_file():
             plot.save_factorizations(directory / "factorization.png", factorizations, contributions)
-    if not (directory / "samples.png").is_file():
-        plot.save_grid(directory / "samples.png", model.sample(64, seed=config.seed), config.grey_levels)
+    if _has_samples(config) and not (directory / "samples.png").is_file():
+        plot.save_grid(directory / "samples.png", _samples(model, config.seed, test_data), config.grey_levels)
+    return model
+
+
+def _has_samples(config: RunConfig) -> bool:
+    """Whether there is a picture of samples: of images only."""
+    return len(config.event_shape) == 3
+
+
+def _samples(model: FlowModel, seed: int, data: tf.data.Dataset) -> tf.Tensor:
+    """Samples, of a conditional model given the first conditions of a dataset."""
+    if not isinstance(batches.events(data.element_spec), dict):
+        return model.sample(64, seed=seed)
+    condition = batches.events(next(iter(data)))["condition"]
+    condition = tf.nest.map_structure(lambda value: value[:64], condition)
+    return model.sample(seed=seed, condition=condition)
+
+
+def load(path: str | os.PathLike) -> FlowModel:
+    """Loads a model that `FlowModel.save` wrote, or that of a run, with its recipe, weights and factorization.
+
+    Args:
+      path: a `.keras` file, or the directory of a run.
+
+    Raises:
+      ValueError: if there is no such file or directory, it is no saved `FlowModel`, or as `load_run`.
+    """
+    path = os.fspath(path)
+    needs = "needs a .keras file that FlowModel.save wrote, or a run directory"
+    if os.path.exists(os.path.join(path, "saved_model.pb")):
+        raise ValueError(f"load: {path} is an exported SavedModel, which tf.saved_model.load reads; {needs}")
+    if os.path.isdir(path):
+        return load_run(path)
+    if "://" not in path and not os.path.exists(path):
+        raise ValueError(f"load: there is no {path}, {needs}{did_you_mean_folder(path)}")
+    if "://" not in path and not (path.endswith(".keras") and zipfile.is_zipfile(path)):
+        raise ValueError(f"load: {path} is no .keras file, {needs}")
+    model = keras.saving.load_model(path)
+    if not isinstance(model, FlowModel):
+        raise ValueError(f"load: {path} is a {type(model).__name__}, needs a saved FlowModel")
     return model
 
 
@@ -226,10 +182,7 @@ def read_config(directory: str | os.PathLike) -> dict:
     Raises:
       ValueError: if the directory holds no run.
     """
-    path = pathlib.Path(directory) / CONFIG
-    if not path.is_file():
-        raise ValueError(f"run: {directory} holds no run (no {CONFIG})")
-    config = json.loads(path.read_text())
+    config = stored_config(directory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that had other names when it was written
         config = new_names("run", config, {"levels": "grey_levels"})
@@ -249,7 +202,7 @@ def load_run(directory: str | os.PathLike) -> FlowModel:
     if not path.is_file():
         raise ValueError(f"run: {directory} holds no finished run (no {MODEL}); go on with it by --resume")
     try:
-        return load(str(path))
+        return load(path)
     except (TypeError, ValueError) as error:
         if config.get("version") == __version__:
             raise
@@ -263,21 +216,23 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 @contextlib.contextmanager
 def _run_directory(directory: str | os.PathLike, config: dict, resume: bool) -> Iterator[pathlib.Path]:
-    """The run directory, for this process alone while the context lasts; errors of its disk are ValueErrors."""
+    """The run directory, for this process alone while the context lasts; errors of its disk say so."""
     directory = pathlib.Path(directory)
+    error_of_disk: type[Exception] = ValueError
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
         try:
             _lock(descriptor, directory)
             _check_directory(directory, json.loads(json.dumps(config)), resume)
+            error_of_disk = Failure
             yield directory
         finally:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise ValueError(f"train: cannot write to the run directory {directory}: {error.strerror or error}") from error
+        raise error_of_disk(f"train: cannot write to the run directory {directory}: {error.strerror or error}") from error
 
 
 def _lock(descriptor: int, directory: pathlib.Path) -> None:
@@ -288,7 +243,7 @@ def _lock(descriptor: int, directory: pathlib.Path) -> None:
 
 
 def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> None:
-    if (directory / CONFIG).is_file():
+    if _holds_epochs(directory):
         if not resume:
             raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
         stored = read_config(directory)
@@ -297,10 +252,24 @@ def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> Non
         if changed:
             differences = ", ".join(f"{key}={config.get(key)!r} (was {stored.get(key)!r})" for key in changed)
             raise ValueError(f"train: {directory} holds a run of another configuration: {differences}")
-    elif any(path.name != "config.unfinished" for path in directory.iterdir()):
-        raise ValueError(f"train: {directory} is not empty and holds no run; choose another directory")
     else:
         _write_json(directory / CONFIG, config)
+
+
+def _holds_epochs(directory: pathlib.Path) -> bool:
+    """Whether the directory holds a run with something to go on from.
+
+    Raises:
+      ValueError: if it holds anything but a run.
+    """
+    if not any(path.name != "config.unfinished" for path in directory.iterdir()):
+        return False
+    try:
+        stored_config(directory)
+    except ValueError:
+        raise ValueError(f"train: {directory} is not empty and holds no run; choose another directory") from None
+    backups = (path for path in directory.rglob("backup/*.weights.h5") if path.name != "unfinished.weights.h5")
+    return any(backups) or any(directory.rglob(MODEL))
 
 
 def _fit(
@@ -316,10 +285,10 @@ def _fit(
     done = least_of_workers(sum((directory / name).is_file() for name in (MODEL, METRICS)))
     if done == 2:
         backup.remove()
-        return load(str(directory / MODEL))
+        return load(directory / MODEL)
     directory.mkdir(parents=True, exist_ok=True)
     if done == 1:
-        model = load(str(directory / MODEL))
+        model = load(directory / MODEL)
     else:
         keras.utils.set_random_seed(config.seed)
         model = FlowModel(build(), seed=config.seed)
@@ -329,7 +298,7 @@ def _fit(
             model.adapt(train_data, steps=4)
         _keep_rows(directory / HISTORY, finished_epochs)
         steps = config.steps_per_epoch
-        model.fit(
+        history = model.fit(
             train_data.repeat().skip(finished_epochs * steps) if steps else train_data,
             initial_epoch=finished_epochs,
             epochs=config.epochs,
@@ -343,8 +312,8 @@ def _fit(
                 backup,
             ],
         )
-        if not all(np.isfinite(w).all() for w in model.get_weights() if w.dtype.kind == "f"):
-            raise ValueError(f"train: the weights in {directory} are no longer finite; try a smaller learning rate")
+        if not (has_finite_weights(model) and np.isfinite(history.history.get("loss", [])).all()):
+            raise Failure(f"train: loss or weights in {directory} are no longer finite; try a smaller learning rate")
         unfinished = directory / f"unfinished.{MODEL}"
         model.save(unfinished)
         os.replace(unfinished, directory / MODEL)

@@ -1,0 +1,208 @@
+"""What the `dimflows` command does, given its arguments."""
+
+import argparse
+import inspect
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+import tensorflow as tf
+
+from tfp_dimflows import data, plot, recipes, training
+from tfp_dimflows.bijectors import PNF
+from tfp_dimflows.distributions import VAEPrior, structure_of
+from tfp_dimflows.messages import Failure
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what a command is for.
+
+    Args:
+      arguments: as `cli` has parsed and checked them.
+
+    Raises:
+      ValueError: for arguments that do not fit.
+      Failure: if the work fails that has begun.
+    """
+    works = {"train": _train, "evaluate": _evaluate, "recipes": _recipes}
+    try:
+        works.get(arguments.command, _picture)(arguments)
+    except tf.errors.ResourceExhaustedError as error:
+        raise Failure(f"{arguments.command}: out of memory, try smaller batches ({_reason(error)})") from error
+    except tf.errors.OpError as error:
+        raise Failure(f"{arguments.command}: {_reason(error)}") from error
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """What TensorFlow says of an error, in one line, without the places in the graph."""
+    lines = [line for line in error.message.splitlines() if not re.match(r"\s|Graph execution|Detected at|<stack|$", line)]
+    return re.sub(r"\{\{.*?\}\} ?| \[Op:.*|\\(?=')", "", lines[0]) if lines else type(error).__name__
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    strategy, out = _strategy(arguments)
+    with strategy.scope():
+        _train_into(out, arguments)
+    report(out, arguments.recipe)
+
+
+def _strategy(arguments: argparse.Namespace) -> tuple[tf.distribute.Strategy, str]:
+    """The strategy, made before TensorFlow does anything, and the run directory: workers but the first have one beside it."""
+    if arguments.strategy == "mirrored":
+        return tf.distribute.MirroredStrategy(), arguments.out
+    if arguments.strategy == "multiworker":
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        worker = strategy.cluster_resolver.task_id
+        return strategy, f"{arguments.out}.worker-{worker}" if worker else arguments.out
+    return tf.distribute.get_strategy(), arguments.out
+
+
+def _train_into(out: str, arguments: argparse.Namespace) -> None:
+    options = {"image_size": arguments.image_size, "grey_levels": arguments.grey_levels}
+    if arguments.background != "white":
+        options["background"] = arguments.background
+    info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
+    batch_size = arguments.batch_size
+    train_data = data.load(
+        arguments.data,
+        "train",
+        batch_size=batch_size,
+        flips=arguments.flips,
+        seed=arguments.seed,
+        repeat=True,
+        data_dir=arguments.data_dir,
+        **options,
+    )
+    test_data = data.load(arguments.data, arguments.test_split, batch_size=batch_size, data_dir=arguments.data_dir, **options)
+    num_images = info.splits["train"]
+    if batch_size > num_images:
+        raise ValueError(f"train: {arguments.data} has {num_images} training images, less than one batch of {batch_size}")
+    training.train(
+        arguments.recipe,
+        out,
+        train_data,
+        test_data,
+        event_shape=info.event_shape,
+        grey_levels=info.grey_levels,
+        arguments=arguments.set,
+        resume=arguments.resume,
+        notes={
+            "data": {"name": info.name, "test_split": arguments.test_split, "batch_size": batch_size, **options},
+            "flips": arguments.flips,
+        },
+        **arguments.options | {"steps_per_epoch": arguments.steps_per_epoch or num_images // batch_size},
+    )
+
+
+def report(directory: str, recipe: str) -> None:
+    """Prints the test metrics of a run and of its conventional factorization, and what the run has written."""
+    titles = {".": recipe, "conventional": f"{recipes.base_of(recipe)}, conventional factorization"}
+    metrics = {titles[part]: values for part, values in training.read_metrics(directory).items() if part in titles}
+    metric, unit = ("bits_per_dim", "bits/dim") if all("bits_per_dim" in m for m in metrics.values()) else ("nll", "nats")
+    print(f"\n{f'test {unit}':>13}   parameters   model")
+    for title, values in metrics.items():
+        print(f"{values[metric]:13.4f}   {values['parameters']:10,d}   {title}")
+    print(f"\n{directory}: " + ", ".join(sorted(p.name for p in pathlib.Path(directory).iterdir())))
+
+
+def _run_data(
+    arguments: argparse.Namespace, split: str | None = None, batch_size: int | None = None, name: str | None = None
+) -> tf.data.Dataset:
+    config = training.read_config(arguments.run)
+    if "data" not in config:
+        raise ValueError(
+            f"{arguments.command}: {arguments.run} does not say on what data it was trained, needs a run of `dimflows train`"
+        )
+    options = dict(config["data"])
+    trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
+    if name not in (None, trained_name):
+        options = {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"]}
+    return data.load(
+        name or trained_name,
+        split or test_split,
+        batch_size=batch_size or trained_batch,
+        shuffle=False,
+        drop_remainder=False,
+        data_dir=arguments.data_dir,
+        **options,
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    model = training.load_run(arguments.run)
+    total, count = 0.0, 0
+    for step, batch in enumerate(_run_data(arguments, arguments.split, arguments.batch_size)):
+        log_prob = model.log_prob(batch, num_samples=arguments.num_samples, seed=arguments.seed + step)
+        total += float(tf.reduce_sum(tf.cast(log_prob, tf.float64)))
+        count += int(batch.shape[0])
+    results = {"nll": -total / count}
+    if len(model.event_shape) == 3:
+        results["bits_per_dim"] = results["nll"] / (model.event_shape.num_elements() * math.log(2.0))
+    print(json.dumps({**results, "num_events": count, "num_samples": arguments.num_samples}))
+
+
+def _picture(arguments: argparse.Namespace) -> None:
+    """Writes a grid of images, which each command makes in its own way."""
+    images = {"sample": _samples, "interpolate": _walks, "upscale": _upscaled}[arguments.command]
+    config = training.read_config(arguments.run)
+    if len(config["event_shape"]) != 3:
+        raise ValueError(
+            f"{arguments.command}: {arguments.run} has events of shape {config['event_shape']}, needs images [H, W, C]"
+        )
+    plot.save_grid(arguments.out, images(arguments, training.load_run(arguments.run), config), config["grey_levels"])
+    print(arguments.out)
+
+
+def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> tf.Tensor | np.ndarray:
+    prior = structure_of(model.distribution).noise
+    if arguments.name != "samples" and not isinstance(prior, VAEPrior):
+        raise ValueError(
+            f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.name} need a VAE (flow-vae, vae-flow)"
+        )
+    if arguments.name == "walks":
+        return _walks(arguments, model, config)
+    if arguments.name == "means":
+        return model.decode(tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed]))
+    return model.sample(arguments.num, seed=arguments.seed)
+
+
+def _walks(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> np.ndarray:
+    """Walks between pairs of test images, one per row."""
+    images = _some_images(_run_data(arguments), 2 * arguments.num, arguments.seed)
+    pairs = len(images) // 2
+    return model.interpolate(images[:pairs], images[pairs : 2 * pairs], arguments.steps).numpy().swapaxes(0, 1)
+
+
+def _upscaled(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> np.ndarray:
+    """Low resolution, each stage, original, one image per row."""
+    flow = model.bijector
+    if not isinstance(flow, PNF):
+        raise ValueError(f"upscale: {arguments.run} is a run of {config['recipe']}, needs one of a progressive flow (pnf)")
+    images = _some_images(_run_data(arguments, name=arguments.data), arguments.num, arguments.seed)
+    if images.shape[1:] != model.event_shape:
+        raise ValueError(f"upscale: got images of shape {images.shape[1:]}, {arguments.run} needs {model.event_shape}")
+    low_resolution = flow.encode(model.distribution.dequantize(images, seed=[0, arguments.seed]))
+    upscaled = flow.upscale(low_resolution, arguments.temperature, seed=[1, arguments.seed])
+    columns = [flow.encode(upscaled, stage) for stage in range(len(flow.stages))] + [images]
+    return np.floor(np.stack([_enlarged(c, model.event_shape) for c in columns], axis=1))
+
+
+def _some_images(batches: tf.data.Dataset, num: int, seed: int) -> tf.Tensor:
+    return next(iter(batches.unbatch().shuffle(10_000, seed=seed).batch(num)))
+
+
+def _enlarged(images: tf.Tensor, event_shape: tf.TensorShape) -> np.ndarray:
+    """Each pixel repeated to the size of an event."""
+    height, width = (full // small for full, small in zip(event_shape[:2], images.shape[1:3]))
+    return np.repeat(np.repeat(images, height, axis=1), width, axis=2)
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    for name in recipes.names():
+        recipe = recipes.get(name)
+        print(f"{name}: {str(recipe.__doc__).strip().splitlines()[0]}")
+        for parameter in inspect.signature(recipe).parameters.values():
+            if parameter.name not in ("event_shape", "grey_levels"):
+                print(f"    {parameter.name}={parameter.default!r}")
