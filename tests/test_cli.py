@@ -173,6 +173,25 @@ def test_both_factorizations_have_as_many_parameters(finished):
 
 
 @pytest.mark.slow
+def test_scores_of_the_test_split(finished, data_dir, tmp_path, capsys):
+    out, _, _ = finished
+    assert cli.main(["evaluate", str(out), "--data-dir", str(data_dir)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    path = tmp_path / "scores.csv"
+    argv = ["score", str(out), "--data-dir", str(data_dir), "--out", str(path)]
+    assert cli.main(argv) == 0
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["index"] for row in rows] == [str(k) for k in range(360)]
+    assert np.mean([float(row["bits_per_dim"]) for row in rows]) == pytest.approx(result["bits_per_dim"], rel=1e-6)
+    before = path.read_bytes()
+    assert cli.main(argv) == 2
+    assert "already exists" in capsys.readouterr().err and path.read_bytes() == before
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert path.read_bytes() == before
+
+
+@pytest.mark.slow
 def test_evaluate(finished, data_dir, capsys):
     out, _, _ = finished
 
@@ -335,7 +354,7 @@ def test_recipes(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["evaluate", "sample", "interpolate", "upscale"])
+@pytest.mark.parametrize("command", ["evaluate", "score", "sample", "interpolate", "upscale"])
 def test_commands_need_a_finished_run(command, tmp_path, capsys):
     assert cli.main([command, str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err

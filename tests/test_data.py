@@ -824,6 +824,10 @@ class TestFilesOfFolder:
         capsys.readouterr()
         assert cli.main(["evaluate", str(tmp_path / "run"), "--data-dir", str(tmp_path / "tfds")]) == 0
         assert json.loads(capsys.readouterr().out)["num_events"] == 1
+        assert cli.main(["score", str(tmp_path / "run"), "--data", str(folder), "--data-dir", str(tmp_path / "tfds")]) == 0
+        header, *rows = (tmp_path / "run" / "scores-0.csv").read_text().splitlines()
+        assert header == "file,log_prob,bits_per_dim"
+        assert sorted(row.split(",")[0] for row in rows) == sorted(f"{k}.png" for k in range(10))
         assert sorted((tmp_path / "tfds" / "folder_images").iterdir()) == prepared  # the same dataset
 
     def test_a_run_on_white_has_the_entries_of_runs_before(self, embedded_dir, monkeypatch):

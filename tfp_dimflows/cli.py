@@ -107,6 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0)
     _add_data_dir(command)
 
+    command = commands.add_parser("score", help="log-probability of each image, such as to find those unlike the training data")
+    command.set_defaults(name="scores")
+    command.add_argument("run", metavar="RUN")
+    command.add_argument("--data", metavar="NAME", help="a dataset or folder; default: the run's dataset")
+    command.add_argument("--split", help="default: the run's test split; of other data everything")
+    command.add_argument("--num-samples", type=_positive_integer, default=1, help="importance samples of the noise")
+    command.add_argument("--batch-size", type=_positive_integer)
+    command.add_argument("--seed", type=int, default=0, help="of the noise")
+    _add_output(command, "scores", "csv")
+    _add_data_dir(command)
+
     command = commands.add_parser("sample", help="a PNG grid of samples")
     command.set_defaults(steps=8)
     command.add_argument("run", metavar="RUN")
@@ -119,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         default="samples",
         help="flow-vae: means of the decoder, or walks between encoded test images, instead of samples",
     )
-    _add_picture(command, "KIND")
+    _add_output(command, "KIND")
     _add_data_dir(command)
 
     command = commands.add_parser("interpolate", help="a PNG grid of walks between pairs of images in latent space")
@@ -128,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num", type=_positive_integer, default=8, help="number of pairs")
     command.add_argument("--steps", type=_positive_integer, default=8)
     command.add_argument("--seed", type=int, default=0, help="chooses the pairs from the test split")
-    _add_picture(command, "interpolation")
+    _add_output(command, "interpolation")
     _add_data_dir(command)
 
     command = commands.add_parser("upscale", help="a PNG grid: low resolution, each stage of a progressive flow, original")
@@ -140,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=_nonnegative_number, default=1.0, help="standard deviation of the latent details"
     )
     command.add_argument("--seed", type=int, default=0, help="chooses images from the test split, and the details")
-    _add_picture(command, "upscale")
+    _add_output(command, "upscale")
     _add_data_dir(command)
 
     commands.add_parser("recipes", help="the recipes and their arguments")
@@ -163,9 +174,10 @@ def _add_option(command: argparse.ArgumentParser, field: dataclasses.Field) -> N
     command.add_argument("--" + field.name.replace("_", "-"), **options | needs)
 
 
-def _add_picture(command: argparse.ArgumentParser, name: str) -> None:
+def _add_output(command: argparse.ArgumentParser, name: str, suffix: str = "png") -> None:
+    command.set_defaults(suffix=suffix)
     command.add_argument(
-        "--out", metavar="PNG", help=f"default: RUN/{name}-SEED.png, or one with a further number if that exists"
+        "--out", metavar=suffix.upper(), help=f"default: RUN/{name}-SEED.{suffix}, or one with a further number if that exists"
     )
     command.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
@@ -203,7 +215,7 @@ def _check(arguments: argparse.Namespace) -> None:
     elif "run" in arguments:
         stored_config(arguments.run)
         if "out" in arguments:
-            arguments.out = _picture_path(arguments)
+            arguments.out = _output_path(arguments)
         if getattr(arguments, "data", None):
             check_dataset(arguments.data, arguments.data_dir)
 
@@ -221,9 +233,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _picture_path(arguments: argparse.Namespace) -> pathlib.Path:
-    """Where a picture goes: to a file that does not exist yet, unless it may be replaced."""
-    path = pathlib.Path(arguments.out or pathlib.Path(arguments.run) / f"{arguments.name}-{arguments.seed}.png")
+def _output_path(arguments: argparse.Namespace) -> pathlib.Path:
+    """Where a picture or table goes: to a file that does not exist yet, unless it may be replaced."""
+    path = pathlib.Path(arguments.out or pathlib.Path(arguments.run) / f"{arguments.name}-{arguments.seed}.{arguments.suffix}")
     if not path.parent.is_dir():
         raise ValueError(f"{arguments.command}: there is no directory {path.parent}")
     if arguments.overwrite or not path.exists():

@@ -1,18 +1,20 @@
 """What the `dimflows` command does, given its arguments."""
 
 import argparse
+import csv
 import inspect
 import json
-import math
 import pathlib
 import re
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tfp_dimflows import data, plot, recipes, training
 from tfp_dimflows.bijectors import PNF
-from tfp_dimflows.distributions import VAEPrior, structure_of
+from tfp_dimflows.dataset_names import as_folder
+from tfp_dimflows.distributions import VAEPrior, structure_of, variational
 from tfp_dimflows.messages import Failure
 
 
@@ -26,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
       ValueError: for arguments that do not fit.
       Failure: if the work fails that has begun.
     """
-    works = {"train": _train, "evaluate": _evaluate, "recipes": _recipes}
+    works = {"train": _train, "evaluate": _evaluate, "score": _score, "recipes": _recipes}
     try:
         works.get(arguments.command, _picture)(arguments)
     except tf.errors.ResourceExhaustedError as error:
@@ -108,7 +110,11 @@ def report(directory: str, recipe: str) -> None:
 
 
 def _run_data(
-    arguments: argparse.Namespace, split: str | None = None, batch_size: int | None = None, name: str | None = None
+    arguments: argparse.Namespace,
+    split: str | None = None,
+    batch_size: int | None = None,
+    name: str | None = None,
+    **more: Any,
 ) -> tf.data.Dataset:
     config = training.read_config(arguments.run)
     if "data" not in config:
@@ -127,20 +133,38 @@ def _run_data(
         drop_remainder=False,
         data_dir=arguments.data_dir,
         **options,
+        **more,
     )
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     model = training.load_run(arguments.run)
-    total, count = 0.0, 0
-    for step, batch in enumerate(_run_data(arguments, arguments.split, arguments.batch_size)):
-        log_prob = model.log_prob(batch, num_samples=arguments.num_samples, seed=arguments.seed + step)
-        total += float(tf.reduce_sum(tf.cast(log_prob, tf.float64)))
-        count += int(batch.shape[0])
-    results = {"nll": -total / count}
-    if len(model.event_shape) == 3:
-        results["bits_per_dim"] = results["nll"] / (model.event_shape.num_elements() * math.log(2.0))
-    print(json.dumps({**results, "num_events": count, "num_samples": arguments.num_samples}))
+    images = _run_data(arguments, arguments.split, arguments.batch_size)
+    scores = model.score(images, num_samples=_num_samples(arguments, model), seed=arguments.seed)
+    means = {name: float(np.mean(column, dtype=np.float64)) for name, column in scores.items()}
+    results = {"nll": -means.pop("log_prob"), **means}
+    print(json.dumps({**results, "num_events": len(scores["log_prob"]), "num_samples": arguments.num_samples}))
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    """Writes a table of the log-probability of every image, of a folder with the names of its files."""
+    config, model = training.read_config(arguments.run), training.load_run(arguments.run)
+    name = arguments.data or config.get("data", {}).get("name")
+    split = arguments.split or ("all" if arguments.data else None)
+    is_folder = name is not None and as_folder(name) is not None
+    images = _run_data(arguments, split, arguments.batch_size, name, files=is_folder)
+    scores = model.score(images, num_samples=_num_samples(arguments, model), seed=arguments.seed)
+    names = [file.decode() for file in scores.pop("y")] if is_folder else range(len(scores["log_prob"]))
+    with open(arguments.out, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file" if is_folder else "index", *scores])
+        writer.writerows(zip(names, *(column.tolist() for column in scores.values())))
+    print(arguments.out)
+
+
+def _num_samples(arguments: argparse.Namespace, model: training.FlowModel) -> int | None:
+    """Importance samples; the default one is for bounds only."""
+    return arguments.num_samples if arguments.num_samples > 1 or variational.is_bound(model.distribution) else None
 
 
 def _picture(arguments: argparse.Namespace) -> None:
