@@ -2,7 +2,7 @@
 
 import itertools
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -204,7 +204,7 @@ def checked_first(data: Any, distribution: tfd.Distribution) -> tuple[Any, Any]:
     return first, data
 
 
-def _chained(first: Sequence[Any], rest: Iterable[Any]) -> types.GeneratorType:
+def _chained(first: Sequence[Any], rest: Iterable[Any]) -> Iterator[Any]:
     # Keras knows a generator by its type, which `itertools.chain` has not.
     return (batch for batch in itertools.chain(first, rest))
 

@@ -140,11 +140,6 @@ class FlowModel(SavedFlow):
         return self._distribution.event_shape
 
     @property
-    def condition_shape(self) -> list[int] | None:
-        """Shape of one condition, if it is known."""
-        return self._condition_shape
-
-    @property
     def kl_weight(self) -> tf.Variable | None:
         """Weight of the KL term in the training loss, 1 but for a `KLWarmup`; None if the distribution has no such term."""
         return self._kl_weight

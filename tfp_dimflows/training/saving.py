@@ -20,7 +20,7 @@ class SavedFlow(keras.Model):
     """What `FlowModel` saves, loads and exports: the recipe of its distribution, its weights, its functions."""
 
     _distribution: tfd.Distribution
-    condition_shape: Sequence[int] | None
+    _condition_shape: list[int] | None
 
     def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`.
@@ -52,7 +52,7 @@ class SavedFlow(keras.Model):
         Raises:
           ValueError: if the folder exists, `num_samples` is given for an exact density, or `condition_shape` is not known.
         """
-        condition_shape = self.condition_shape if condition_shape is None else condition_shape
+        condition_shape = self._condition_shape if condition_shape is None else condition_shape
         if condition_shape is None and variational.uses_condition(self._distribution):
             raise ValueError(f"FlowModel.export: {self._distribution.name} has a condition; pass its condition_shape")
         if os.path.exists(filepath):
