@@ -12,7 +12,6 @@ from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors.conditions import as_tensors
 from tfp_dimflows.distributions import structure_of
-from tfp_dimflows.upstream import prefer_static as ps
 
 
 def events(batch: Any) -> Any:
@@ -56,91 +55,11 @@ def _events(x: Any, distribution: tfd.Distribution, dtype: tf.DType) -> tf.Tenso
     return tf.cast(x, dtype) if x.dtype.is_floating or distribution.dtype.is_floating else x
 
 
-def broadcast(batch: Any, event_ndims: int, condition_shape: Sequence[int] | None) -> Any:
-    """A batch of `tensors` whose events and condition have the same batch axes, broadcast from the right as in TFP.
-
-    A condition keeps the size 1 where it broadcasts, so that networks of it alone are evaluated once.
-
-    Raises:
-      ValueError: if they do not broadcast, or the condition has another shape.
-    """
-    if not isinstance(batch, dict):
-        return batch
-    x, condition = batch["x"], batch["condition"]
-    leaves = tf.nest.flatten(condition)
-    batch_axes = x.shape.rank - event_ndims
-    ndims = [condition_ndims(leaf, condition_shape, batch_axes) for leaf in leaves]
-    shape = ps.shape(x)[:batch_axes]
-    for leaf, own in zip(leaves, ndims):
-        try:
-            shape = ps.broadcast_shape(shape, ps.shape(leaf)[: leaf.shape.rank - own])
-        except ValueError:
-            raise ValueError(
-                f"FlowModel: got events of shape {x.shape} and a condition of shape {leaf.shape}, needs batch axes that "
-                "broadcast"
-            ) from None
-    rank = ps.size(shape)
-    leaves = [with_batch_axes(leaf, rank, own) for leaf, own in zip(leaves, ndims)]
-    return {"x": _broadcast_to(x, shape, event_ndims), "condition": tf.nest.pack_sequence_as(condition, leaves)}
-
-
-def condition_ndims(condition: tf.Tensor, condition_shape: Sequence[int] | None, batch_axes: int = 1) -> int:
-    """Number of axes of one condition in a tensor of them.
-
-    If its shape is not known, a condition has as many batch axes as the events, or one, unless it were no vector then; integers
-    may be labels.
-
-    Raises:
-      ValueError: if conditions have another shape.
-    """
-    rank = condition.shape.rank
-    if condition_shape is None:
-        ndims = rank - max(batch_axes, 1)
-        return max(ndims, 0) if condition.dtype.is_integer or ndims > 0 else max(rank - 1, 1)
-    ndims = len(condition_shape)
-    if rank < ndims or not condition.shape[rank - ndims :].is_compatible_with(condition_shape):
-        raise ValueError(
-            f"FlowModel: got a condition of shape {condition.shape}, needs conditions of shape {list(condition_shape)}, behind "
-            "batch axes or alone"
-        )
-    return ndims
-
-
-def with_batch_axes(condition: tf.Tensor, batch_axes: int, ndims: int) -> tf.Tensor:
-    """A condition with so many batch axes, new ones of size 1 in front."""
-    new = batch_axes + ndims - condition.shape.rank
-    return tf.reshape(condition, ps.concat([[1] * new, ps.shape(condition)], axis=0)) if new else condition
-
-
-def sample_shape_of(sample_shape: Any, condition: Any, condition_shape: Sequence[int] | None) -> tuple[Any, Any]:
-    """The shape of so many samples for each condition of a batch, and the condition with axes for it.
-
-    Raises:
-      ValueError: if conditions have another shape, or the tensors of a structure different batch axes.
-    """
-    leaves = tf.nest.flatten(condition)
-    ndims = [condition_ndims(leaf, condition_shape) for leaf in leaves]
-    sample_shape = sample_shape if tf.is_tensor(sample_shape) else np.asarray(sample_shape, np.int32)
-    shape: Any = np.zeros([0], np.int32)
-    for leaf, own in zip(leaves, ndims):
-        shape = ps.broadcast_shape(shape, ps.shape(leaf)[: leaf.shape.rank - own])
-    shape = ps.concat([ps.reshape(sample_shape, [-1]), shape], axis=0)
-    leaves = [with_batch_axes(leaf, ps.size(shape), own) for leaf, own in zip(leaves, ndims)]
-    return shape, tf.nest.pack_sequence_as(condition, leaves)
-
-
 def is_far_from_unit_scale(values: tf.Tensor, event_ndims: int) -> bool:
     """Whether some dimension of events has a root mean square above 10, or below 0.01 without being 0."""
     values = tf.cast(values, tf.float64)
     sizes = tf.sqrt(tf.reduce_mean(values**2, axis=list(range(values.shape.rank - event_ndims))))
     return bool(tf.reduce_any((sizes > 10.0) | ((sizes > 0.0) & (sizes < 0.01))))
-
-
-def _broadcast_to(x: tf.Tensor, batch_shape: Any, event_ndims: int) -> tf.Tensor:
-    shape = ps.concat([batch_shape, ps.shape(x)[x.shape.rank - event_ndims :]], axis=0)
-    static = tf.get_static_value(shape)
-    is_whole = x.shape.rank == ps.size(shape) and (static is None or tuple(static) == tuple(x.shape))
-    return x if is_whole and static is not None else tf.broadcast_to(x, shape)
 
 
 def check_shape(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> None:

@@ -18,7 +18,7 @@ from tfp_dimflows.bijectors.conditions import as_tensors
 from tfp_dimflows.bijectors.probes import probes_from
 from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.distributions import structure_of, variational
-from tfp_dimflows.training import batches
+from tfp_dimflows.training import batches, conditions
 from tfp_dimflows.training.saving import SavedFlow, unchanged_on_error
 from tfp_dimflows.training.summary import print_summary
 from tfp_dimflows.upstream import samplers
@@ -521,7 +521,7 @@ class FlowModel(SavedFlow):
 
     def _broadcast(self, batch: Any, event_ndims: int) -> Any:
         self._check_use(isinstance(batch, dict))
-        return batches.broadcast(batch, event_ndims, self._condition_shape)
+        return conditions.broadcast(batch, event_ndims, self._condition_shape)
 
     def _encode(self, batch: Any) -> tf.Tensor:
         batch = self._broadcast(batch, self.event_shape.rank)
@@ -555,7 +555,7 @@ class FlowModel(SavedFlow):
         return self._distribution.sample(sample_shape, seed=seed, **kwargs)
 
     def _sample_shape_of(self, sample_shape: Any, condition: Any) -> tuple[Any, Any]:
-        return batches.sample_shape_of(sample_shape, condition, self._condition_shape)
+        return conditions.sample_shape_of(sample_shape, condition, self._condition_shape)
 
     def _next_seed(self) -> tf.Tensor:
         seed = tf.cast(self._seed_generator.next(), tf.int32)
