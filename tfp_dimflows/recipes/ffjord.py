@@ -29,8 +29,8 @@ def ffjord(
 ) -> tfd.Distribution:
     """FFJORD: levels of continuous flows, each the solution of an ordinary differential equation.
 
-    The velocities are `ConcatSquashNet`s, dense for vectors and convolutional for images. Between levels images are squeezed
-    and half of the dimensions leave.
+    An ActNorm is next to the data. The velocities are `ConcatSquashNet`s, dense for vectors and convolutional for images.
+    Between levels images are squeezed and half of the dimensions leave.
 
     Args:
       event_shape: `[H, W, C]` whose sides are divisible by `2**(num_levels - 1)`, or `[D]`.
@@ -89,5 +89,5 @@ def ffjord(
             parts.append(dfb.Squeeze())
         flow_levels.append(dfb.Chain(parts))
     flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
-    flow = flow if is_image else dfb.Chain([*common.data_side(shape), flow])
+    flow = dfb.Chain([dfb.ActNorm(shape[-1], dtype=common.floatx()), flow])
     return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))

@@ -26,7 +26,8 @@ def nice(
 ) -> tfd.Distribution:
     """NICE: additive couplings between even and odd dimensions, in turns, and a learned scale of every latent dimension.
 
-    Images are flattened. The contribution of a dimension to the log-det is its log-scale, whatever the data.
+    An ActNorm is next to the data. Images are flattened. The contribution of a dimension to the log-det is that of its scales,
+    whatever the data.
 
     Reference size: MNIST `depth=4, width=1000, num_hidden=5`.
 
@@ -61,7 +62,8 @@ def nice(
         raise ValueError(f"nice: got event shape {list(shape)}, needs two dimensions or more")
     condition = common.condition_channels("nice", condition_shape, (dims,))
     even = dfb.masks.Index(range(0, dims, 2), dims)
-    parts = common.data_side(shape)
+    flat = common.from_flat(shape) if len(shape) == 3 else []
+    parts = [*flat, dfb.ActNorm(dims, dtype=common.floatx())]
     for k, network_seed in enumerate(common.seeds(seed, depth)):
         mask = even.complement() if k % 2 else even
         network = networks.MLP(*mask.sizes(dims), hidden=[width] * num_hidden, condition_channels=condition, seed=network_seed)

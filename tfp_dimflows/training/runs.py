@@ -295,7 +295,9 @@ def _fit(
         model.compile(keras.optimizers.Adam(config.learning_rate, global_clipnorm=100.0))
         finished_epochs = backup.restore(model)
         if not finished_epochs:
-            model.adapt(train_data, steps=4)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "FlowModel.adapt: nothing in")  # not every recipe adapts
+                model.adapt(train_data, steps=4)
         _keep_rows(directory / HISTORY, finished_epochs)
         steps = config.steps_per_epoch
         history = model.fit(
