@@ -410,7 +410,8 @@ class FlowModel(SavedFlow):
 
         Returns:
           Columns of the same length, in the order of the data: `log_prob` in nats, for images `bits_per_dim`, and `y` of a
-          dataset of pairs `(x, y)`, such as labels or files. `pandas.DataFrame` takes them.
+          dataset of pairs `(x, y)`, such as labels or the files of `dimflows.data.load(..., files=True)`. `pandas.DataFrame`
+          takes them.
 
         Raises:
           ValueError: if the data does not fit the distribution.
