@@ -18,6 +18,7 @@ import tfp_dimflows as dimflows
 from tfp_dimflows import bijectors, data, distributions, networks, plot, recipes, training
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 PACKAGES = [
     dimflows,
     bijectors,
@@ -110,20 +111,41 @@ def test_public_classes_have_examples(package):
     assert [name for name, value in classes.items() if not examples(value.__doc__)] == []
 
 
-@pytest.mark.slow
-def test_code_of_the_readme():
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) > 0
-    namespace = {"__name__": "readme"}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)  # later blocks use what earlier ones define
+def readme_blocks():
+    """The README's Python code, by the headings above it; what trains or exports models of images is slow."""
+    for section in re.split(r"^## ", README.read_text(), flags=re.MULTILINE)[1:]:
+        heading = section.splitlines()[0]
+        for language, block in FENCE.findall(section):
+            if language == "python":
+                values = slow if heading in ("LCMA", "Use a model elsewhere") else pytest.param
+                yield values(heading, block, id=heading)
+
+
+@pytest.mark.parametrize("heading, block", readme_blocks())
+def test_code_of_the_readme(heading, block):
+    namespace = {"__name__": "readme"}  # each block stands alone
+    exec(compile(block, f"{README}, {heading}", "exec"), namespace)
     models = [value for value in namespace.values() if isinstance(value, dimflows.FlowModel)]
-    assert models
     assert all(np.isfinite(w).all() for model in models for w in model.get_weights())
 
 
-def test_the_readme_names_all_recipes_and_existing_files():
+def anchors(path):
+    """Those that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_names_all_recipes_and_links_to_what_exists():
     text = README.read_text()
     assert [name for name in recipes.names() if f"`{name}`" not in text] == []
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert [link for link in links if not (README.parent / link).exists()] == []
+    links = [link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [path for path, _, _ in links if not (README.parent / path).exists()] == []
+    fragments = [(README.parent / path if path else README, anchor) for path, _, anchor in links if anchor]
+    assert fragments
+    assert [(path, anchor) for path, anchor in fragments if anchor not in anchors(path)] == []
+
+
+def test_the_readme_has_the_sites_citation_of_this_version():
+    citation = dict(FENCE.findall(README.read_text()))["bibtex"]
+    assert citation in (README.parent / "tutorials" / "site" / "citing.md").read_text()
+    assert f"version = {{{dimflows.__version__}}}" in citation

@@ -202,6 +202,15 @@ def test_the_site_needs_no_other_server_and_names_no_machine(site, pages):
     assert [link for page in pages.values() for link in page.assets if "://" in link] == []
 
 
+def test_the_search_works_without_a_server(site, pages):
+    """A page opened as a file can fetch nothing and start no worker: the index is a script, and the search runs in a frame."""
+    index = site[1] / "search" / "search_index.json"
+    assert index.with_suffix(".js").read_text() == f"var __index = {index.read_text()}"
+    for path, page in pages.items():
+        scripts = [os.path.basename(asset).partition(".")[0] for asset in page.assets if asset.endswith(".js")]
+        assert scripts == ["iframe-worker", "bundle"], path
+
+
 def test_the_readmes_are_included(pages):
     for source, path in (("README.md", "readme.html"), ("benchmarks/README.md", "benchmarks/index.html")):
         text = (ROOT / source).read_text()
@@ -233,6 +242,7 @@ def test_notebooks_are_rendered_with_their_outputs(pages):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(TUTORIALS / "site").as_posix())
 def test_code_of_the_pages(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     namespace = {"__name__": path.stem}
     for language, block in FENCE.findall(path.read_text()):
         if language == "python":
@@ -241,7 +251,9 @@ def test_code_of_the_pages(path, tmp_path, monkeypatch):
     assert all(np.isfinite(w).all() for model in models for w in model.get_weights())
 
 
-@pytest.mark.parametrize("name", ["index.md", "which_technique.md", "coming_from.md", "adding_a_bijector.md", "citing.md"])
+@pytest.mark.parametrize(
+    "name", ["index.md", "which_technique.md", "techniques.md", "coming_from.md", "adding_a_bijector.md", "citing.md"]
+)
 def test_names_on_the_pages_exist(name):
     prefixes = {"dfb": "tfp_dimflows.bijectors", "dfd": "tfp_dimflows.distributions", "dimflows": "tfp_dimflows"}
     text = FENCE.sub("", (TUTORIALS / "site" / name).read_text())
