@@ -237,6 +237,11 @@ def test_the_attribution_of_glow_shares_the_same_log_det_otherwise(event_shape):
     assert np.abs(shares[0] - shares[1]).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["realnvp", "glow"])
+def test_pairs_have_one_level_by_default(name):
+    assert [len(multiscale(recipes.get(name)(shape)).levels) for shape in ([2], [3], [8, 8, 1])] == [1, 2, 2]
+
+
 def test_dimensions_of_vectors_halve():
     for factorization, expected in (("conventional", [7, 4, 2]), (None, [7, 7, 7])):
         distribution = small("realnvp", VECTOR, num_levels=3, factorization=factorization)

@@ -205,6 +205,11 @@ def grid_shapes(
     return shapes[:-1]
 
 
+def default_levels(event_shape: tuple[int, ...]) -> int:
+    """Two levels, but for vectors of two dimensions, of which the second level would have only one."""
+    return 1 if event_shape == (2,) else 2
+
+
 def from_flat(event_shape: tuple[int, ...]) -> list[tfb.Bijector]:
     """The part of a chain that lays a flat vector out as an image."""
     return [tfb.Reshape(event_shape_out=event_shape, event_shape_in=[math.prod(event_shape)])]

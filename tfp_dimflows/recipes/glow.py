@@ -21,7 +21,7 @@ glow_grids = functools.partial(common.grid_shapes, squeezes_first=True, coupling
 def glow(
     event_shape: Sequence[int],
     *,
-    num_levels: int = 2,
+    num_levels: int | None = None,
     depth: int = 4,
     width: int = 64,
     num_hidden: int = 2,
@@ -44,7 +44,7 @@ def glow(
 
     Args:
       event_shape: `[H, W, C]`, whose sides must be divisible by `2**num_levels`, or `[D]`.
-      num_levels: number of levels.
+      num_levels: number of levels; None: 2, but 1 for `[2]`.
       depth: steps of flow per level.
       width: width of the coupling networks.
       num_hidden: hidden layers of the coupling networks of vectors.
@@ -75,6 +75,7 @@ def glow(
     TensorShape([2, 8, 8, 1])
     """
     shape = common.checked_event_shape(event_shape, "glow")
+    num_levels = common.default_levels(shape) if num_levels is None else num_levels
     common.check_sizes("glow", num_levels=num_levels, depth=depth, width=width, num_hidden=num_hidden)
     if coupling not in COUPLINGS:
         raise ValueError(f"glow: got coupling={coupling!r}, needs one of {tuple(COUPLINGS)}")

@@ -23,7 +23,7 @@ realnvp_grids = functools.partial(common.grid_shapes, couplings=True)
 def realnvp(
     event_shape: Sequence[int],
     *,
-    num_levels: int = 2,
+    num_levels: int | None = None,
     depth: int = 3,
     width: int = 32,
     num_blocks: int = 2,
@@ -51,7 +51,7 @@ def realnvp(
 
     Args:
       event_shape: `[H, W, C]` or `[D]`.
-      num_levels: number of levels; the image's sides must be divisible by `2**(num_levels - 1)`.
+      num_levels: number of levels; the image's sides must be divisible by `2**(num_levels - 1)`. None: 2, but 1 for `[2]`.
       depth: couplings in a row.
       width: width of the networks at the finest level.
       num_blocks: residual blocks (`"conv"`) or hidden layers (`"dense"`).
@@ -83,6 +83,7 @@ def realnvp(
     (TensorShape([2, 8, 8, 1]), TensorShape([8, 8, 1]))
     """
     shape = common.checked_event_shape(event_shape, "realnvp")
+    num_levels = common.default_levels(shape) if num_levels is None else num_levels
     common.check_sizes("realnvp", num_levels=num_levels, depth=depth, width=width, num_blocks=num_blocks)
     is_dense = common.is_dense("realnvp", network, shape)
     flat = (math.prod(shape),) if is_dense else shape
