@@ -58,10 +58,9 @@ def _lcma(
     ) -> tfd.Distribution:
         shape = common.checked_event_shape(event_shape, name)
         num_levels = arguments["num_levels"]
-        if num_levels is None and configs is None:
-            num_levels = common.default_levels(shape)
-        elif num_levels is None:
-            num_levels = common.resolve_config(name, configs, arguments["config"], arguments)["num_levels"]
+        if num_levels is None:
+            of_config = configs and common.resolve_config(name, configs, arguments["config"], arguments)
+            num_levels = of_config["num_levels"] if of_config else common.default_levels(shape)
         common.check_sizes(name, num_levels=num_levels)
         if num_levels < 2:
             raise ValueError(f"{name}: got num_levels={num_levels}, needs at least 2: one level has no factor-out")
