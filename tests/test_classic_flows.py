@@ -491,13 +491,14 @@ def test_conditions_of_recipes(name):
     assert np.abs(first - second).min() > 1e-4
 
 
-def test_nice_scales_only_at_the_end():
+def test_nice_scales_only_at_both_ends():
     distribution = small("nice")
-    scale = [v for v in distribution.trainable_variables if "log_scale" in v.name]
-    assert len(scale) == 1
-    scale[0].assign(0.1 * np.arange(5.0))
+    scales = [v for v in distribution.trainable_variables if "log_scale" in v.name]
+    assert len(scales) == 2
+    for k, scale in enumerate(scales):
+        scale.assign((0.1 + k) * np.arange(5.0))
     y = normal([3, 5], 1, "float32")
-    assert_close(distribution.bijector.inverse_log_det_jacobian(y, 1), tf.ones([3]), 1e-5)
+    assert_close(distribution.bijector.inverse_log_det_jacobian(y, 1), 12.0 * tf.ones([3]), 1e-5)
 
 
 @pytest.mark.slow

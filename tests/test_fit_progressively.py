@@ -831,7 +831,7 @@ def bad_data():
         "wrong_condition": ("conditional", batches(given | {"condition": conditions()[:, :2]}), "condition|shape"),
         "image_condition": ("conditional", batches(given | {"condition": conditions()[:, None]}), "condition"),
         "nan_condition": ("conditional", batches(given | {"condition": conditions() * np.float32(np.nan)}), "not finite"),
-        "other_keys": ("conditional", batches({"x": x, "y": conditions()}), "needs 'x' and 'condition'"),
+        "other_keys": ("conditional", batches({"x": x, "y": conditions()}), "a dict of 'x' and 'condition'"),
         "too_large": ("integer", batches(with_value(integers(), 16)), "needs numbers 0 to 15"),
         "negative": ("integer", batches(with_value(integers().astype(np.int32), -1)), "needs numbers 0 to 15"),
         "between_levels": ("integer", batches(integers() + np.float32(0.25)), "needs numbers 0 to 15"),
