@@ -287,6 +287,15 @@ def test_recipes_penalise_weight_norm_magnitudes():
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_loss_of_no_events_is_zero():
+    """A replica may have none of the last batch."""
+    prior = dfd.VAEPrior(mlp(2, 2), mlp(1, 2), latent_dims=1)
+    for distribution in (keras_networks(), tfd.TransformedDistribution(prior, dfb.ActNorm(2))):
+        model = dimflows.FlowModel(distribution, seed=0)
+        log_prob = model(pairs(0), training=True)
+        assert float(model.compute_loss(y_pred=log_prob)) == 0.0
+
+
 def test_sample_weights():
     model = dimflows.FlowModel(raw_variables())
     model.compile(keras.optimizers.SGD(0.1))

@@ -344,7 +344,7 @@ class FlowModel(SavedFlow):
             metric.update_state(terms[name])
         self._kl = None
         if training and self._kl_weight is not None:
-            self._kl = tf.reduce_mean(tf.reshape(terms["kl"], [-1, tf.shape(log_prob)[0]]), axis=0)
+            self._kl = tf.reduce_mean(terms["kl"], axis=list(range(terms["kl"].shape.rank - 1)))
         return log_prob
 
     def compute_loss(
@@ -353,10 +353,10 @@ class FlowModel(SavedFlow):
         """Mean negative log-probability plus regularisation losses, with a KL term of the weight `kl_weight`."""
         if training and self._kl_weight is not None:
             y_pred = y_pred + (1.0 - tf.cast(self._kl_weight, y_pred.dtype)) * tf.cast(self._kl, y_pred.dtype)
-        if sample_weight is None:
-            nll = -tf.reduce_mean(y_pred)
-        else:
-            nll = -tf.reduce_mean(y_pred * tf.cast(sample_weight, y_pred.dtype))
+        if sample_weight is not None:
+            y_pred = y_pred * tf.cast(sample_weight, y_pred.dtype)
+        # The last batch may be smaller than the number of replicas, some of which then have none of it.
+        nll = -tf.math.divide_no_nan(tf.reduce_sum(y_pred), tf.cast(tf.size(y_pred), y_pred.dtype))
         losses = [*self.losses, *(loss for layer in self._tf_keras_layers for loss in layer.losses)]
         total = nll + sum(tf.cast(tf.reduce_sum(loss), nll.dtype) for loss in losses)
         return total / tf.distribute.get_strategy().num_replicas_in_sync
