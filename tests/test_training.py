@@ -577,6 +577,26 @@ def test_sampling(image_model):
     assert image_model.sample(seed=0).shape == [8, 8, 1]
 
 
+def test_another_number_of_samples_is_not_traced_again(image_model):
+    for num in range(2, 7):
+        assert image_model.sample(num, seed=0).shape == [num, 8, 8, 1]
+    traced = image_model._compiled_sample.experimental_get_tracing_count()
+    for sample_shape in (1, np.int64(9), tf.constant([7]), tf.constant(8, tf.int64)):
+        image_model.sample(sample_shape, seed=0)
+    assert image_model._compiled_sample.experimental_get_tracing_count() == traced
+    samples = image_model.sample(6, seed=0)
+    np.testing.assert_array_equal(image_model.sample((2, 3), seed=0), tf.reshape(samples, [2, 3, 8, 8, 1]))
+
+
+def test_seeds_of_any_size():
+    model = dimflows.FlowModel(keras_networks(), seed=np.int64(3))
+    seeds = [0, 1, -1, 2**32 - 1, 2**32, 2**40, 3**80]
+    samples = [float(model.sample(seed=seed)[0]) for seed in seeds]
+    assert len(set(samples)) == len(seeds)
+    assert samples[1] == float(model.sample(seed=np.uint8(1))[0]) == float(model.sample(seed=tf.constant(1))[0])
+    np.testing.assert_array_equal(dimflows.FlowModel(keras_networks(), seed=3).sample(2), model.sample(2))
+
+
 @pytest.mark.slow
 def test_interpolation(image_model):
     start, end = blobs(3, seed=5), blobs(3, seed=6)
