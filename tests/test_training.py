@@ -879,6 +879,37 @@ def test_gradient_tape():
     assert all(g is not None for g in gradients)
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_training_loop_of_ones_own(jit_compile):
+    model, x = dimflows.FlowModel(keras_networks(), seed=0), tf.constant(pairs(64))
+    optimizer = keras.optimizers.Adam(0.02)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(jit_compile=jit_compile)
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = -tf.reduce_mean(model.log_prob(x))
+        optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables))
+        return loss
+
+    before = mean_nll(model, pairs(64))
+    losses = [float(step(x)) for _ in range(5)]
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_within_a_function(conditional):
+    x, condition = tf.constant([[0.5, 1.0], [2.0, 3.0]]), tf.constant([[1.0], [-1.0]])
+
+    def use(num, x, condition):
+        z = conditional.encode(x, condition=condition)
+        samples = conditional.sample(num, seed=1, condition=condition)
+        return conditional.log_prob(x, condition=condition), z, conditional.decode(z, condition=condition), samples
+
+    for in_function, eager in zip(tf.function(use)(tf.constant(3), x, condition), use(3, x, condition)):
+        np.testing.assert_allclose(in_function, eager, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_tfp_minimize():
     distribution = keras_networks()

@@ -385,6 +385,8 @@ class FlowModel(SavedFlow):
     ) -> tf.Tensor:
         """Log-probability of events, compiled.
 
+        In a `tf.function` around it, such as the step of a training loop, shapes are checked, but not values.
+
         Args:
           x: events, `batch + event`, or a dict with `x` and `condition`.
           num_samples: noise samples of an importance-weighted bound, if the distribution is one.
@@ -511,7 +513,7 @@ class FlowModel(SavedFlow):
 
     def _checked_condition(self, condition: Any) -> Any:
         condition = as_tensors(condition, batches.float_dtype(self._distribution))
-        if not all(bool(tf.reduce_all(tf.math.is_finite(c))) for c in tf.nest.flatten(condition) if c.dtype.is_floating):
+        if tf.executing_eagerly() and not batches.are_finite(condition):
             raise ValueError(f"FlowModel: {self._distribution.name} got a condition that is not finite")
         return condition
 
