@@ -42,10 +42,14 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 results = []
 for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
     results.append([train(strategy, "glow", [4, 4, 1], depth=1, width=4)[1], train(strategy, "maf", [3], depth=1)[1]])
+maf = train(strategy, "maf", [3], depth=1)[0]
+x = np.random.default_rng(1).normal(size=[17, 3]).astype("float32")
+uneven = [maf.evaluate(x, batch_size=16, verbose=0), -np.mean(maf.log_prob(x)).item()]
+uneven += maf.fit(x, batch_size=16, verbose=0).history["loss"]
 model, noisy = train(strategy, "nice", [3], grey_levels=9)
 seeds = strategy.experimental_local_results(strategy.run(tf.function(model._next_seed)))
 seeds = [s.numpy().tolist() for s in seeds]
-print(json.dumps({"one": results[0], "two": results[1], "noisy": noisy["losses"], "seeds": seeds}))
+print(json.dumps({"one": results[0], "two": results[1], "uneven": uneven, "noisy": noisy["losses"], "seeds": seeds}))
 """
 
 WORKER = """
@@ -90,6 +94,12 @@ def test_replicas_draw_different_noise(mirrored):
     first, second = mirrored["seeds"]
     assert first != second
     assert np.isfinite(mirrored["noisy"]).all()
+
+
+def test_a_replica_may_have_none_of_the_last_batch(mirrored):
+    evaluation, expected, loss = mirrored["uneven"]
+    np.testing.assert_allclose(evaluation, expected, rtol=1e-4)
+    assert np.isfinite(loss)
 
 
 def test_two_workers_train_as_one_device_does(mirrored):

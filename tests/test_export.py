@@ -70,6 +70,7 @@ def test_an_exported_conditional_model(tmp_path):
     x = loaded.sample(2, [0, 4], condition)
     assert x.shape == [2, 2, 3]
     np.testing.assert_allclose(x, model.sample(2, seed=4, condition=condition), rtol=1e-5)
+    x = x[0]
     expected = model.log_prob({"x": x, "condition": condition})
     np.testing.assert_allclose(loaded.log_prob(x, [0, 0], condition), expected, rtol=1e-5)
     z = loaded.encode(x, condition)

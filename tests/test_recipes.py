@@ -1012,6 +1012,16 @@ def test_event_shapes_may_be_of_any_integers(name):
         assert recipes.config_of(recipes.get(name)(event_shape)) == expected
 
 
+def test_arguments_may_be_scalars_of_numpy():
+    numpy = recipes.maf(np.array([3]), depth=np.int64(1), hidden=[np.int32(4)], alpha=np.float32(0.5), seed=np.uint8(2))
+    python = recipes.maf([3], depth=1, hidden=[4], alpha=0.5, seed=2)
+    assert recipes.config_of(numpy) == recipes.config_of(python)
+    x = events([3])
+    np.testing.assert_array_equal(numpy.log_prob(x), python.log_prob(x))
+    with pytest.raises(ValueError, match="maf: got depth=True, needs a positive integer"):
+        recipes.maf([3], depth=np.True_)
+
+
 def test_errors_name_what_was_given_by_an_old_name():
     with (
         pytest.warns(DeprecationWarning),

@@ -287,6 +287,15 @@ def test_recipes_penalise_weight_norm_magnitudes():
     assert float(sum(model.losses)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_loss_of_no_events_is_zero():
+    """A replica may have none of the last batch."""
+    prior = dfd.VAEPrior(mlp(2, 2), mlp(1, 2), latent_dims=1)
+    for distribution in (keras_networks(), tfd.TransformedDistribution(prior, dfb.ActNorm(2))):
+        model = dimflows.FlowModel(distribution, seed=0)
+        log_prob = model(pairs(0), training=True)
+        assert float(model.compute_loss(y_pred=log_prob)) == 0.0
+
+
 def test_sample_weights():
     model = dimflows.FlowModel(raw_variables())
     model.compile(keras.optimizers.SGD(0.1))
@@ -566,6 +575,26 @@ def test_sampling(image_model):
     np.testing.assert_array_equal(samples, image_model.sample(6, seed=0))
     assert np.abs(samples - image_model.sample(6, seed=1)).max() > 0
     assert image_model.sample(seed=0).shape == [8, 8, 1]
+
+
+def test_another_number_of_samples_is_not_traced_again(image_model):
+    for num in range(2, 7):
+        assert image_model.sample(num, seed=0).shape == [num, 8, 8, 1]
+    traced = image_model._compiled_sample.experimental_get_tracing_count()
+    for sample_shape in (1, np.int64(9), tf.constant([7]), tf.constant(8, tf.int64)):
+        image_model.sample(sample_shape, seed=0)
+    assert image_model._compiled_sample.experimental_get_tracing_count() == traced
+    samples = image_model.sample(6, seed=0)
+    np.testing.assert_array_equal(image_model.sample((2, 3), seed=0), tf.reshape(samples, [2, 3, 8, 8, 1]))
+
+
+def test_seeds_of_any_size():
+    model = dimflows.FlowModel(keras_networks(), seed=np.int64(3))
+    seeds = [0, 1, -1, 2**32 - 1, 2**32, 2**40, 3**80]
+    samples = [float(model.sample(seed=seed)[0]) for seed in seeds]
+    assert len(set(samples)) == len(seeds)
+    assert samples[1] == float(model.sample(seed=np.uint8(1))[0]) == float(model.sample(seed=tf.constant(1))[0])
+    np.testing.assert_array_equal(dimflows.FlowModel(keras_networks(), seed=3).sample(2), model.sample(2))
 
 
 @pytest.mark.slow
@@ -848,6 +877,37 @@ def test_gradient_tape():
     gradients = tape.gradient(loss, distribution.trainable_variables)
     assert len(gradients) == KINDS["keras_networks"][1]
     assert all(g is not None for g in gradients)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_training_loop_of_ones_own(jit_compile):
+    model, x = dimflows.FlowModel(keras_networks(), seed=0), tf.constant(pairs(64))
+    optimizer = keras.optimizers.Adam(0.02)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function(jit_compile=jit_compile)
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = -tf.reduce_mean(model.log_prob(x))
+        optimizer.apply_gradients(zip(tape.gradient(loss, model.trainable_variables), model.trainable_variables))
+        return loss
+
+    before = mean_nll(model, pairs(64))
+    losses = [float(step(x)) for _ in range(5)]
+    assert losses[0] == pytest.approx(before, rel=1e-5)
+    assert losses[-1] < losses[0]
+
+
+def test_a_model_within_a_function(conditional):
+    x, condition = tf.constant([[0.5, 1.0], [2.0, 3.0]]), tf.constant([[1.0], [-1.0]])
+
+    def use(num, x, condition):
+        z = conditional.encode(x, condition=condition)
+        samples = conditional.sample(num, seed=1, condition=condition)
+        return conditional.log_prob(x, condition=condition), z, conditional.decode(z, condition=condition), samples
+
+    for in_function, eager in zip(tf.function(use)(tf.constant(3), x, condition), use(3, x, condition)):
+        np.testing.assert_allclose(in_function, eager, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
@@ -58,7 +59,7 @@ def recipe(function: _Recipe) -> _Recipe:
         if isinstance(arguments.get("seed"), int) and arguments["seed"] < 0:
             raise ValueError(f"{name}: got seed={arguments['seed']}, needs a nonnegative integer")
         with errors_as_given(name, given, arguments.get("event_shape")):
-            distribution = function(**bound.arguments)
+            distribution = function(**{key: _unboxed(value) for key, value in bound.arguments.items()})
         in_precision = {"floatx": keras.config.floatx(), "dtype_policy": keras.config.dtype_policy().name}
         distribution._recipe_config = json.dumps({"recipe": name, "arguments": arguments, "precision": in_precision})
         return distribution
@@ -170,6 +171,13 @@ def config_of(distribution: tfd.Distribution) -> dict | None:
     """
     config = getattr(distribution, "_recipe_config", None)
     return None if config is None else json.loads(config)
+
+
+def _unboxed(value: Any) -> Any:
+    """Scalars of NumPy, also in lists, as Python's numbers."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_unboxed(v) for v in value])
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _plain(value: Any, name: str) -> Any:

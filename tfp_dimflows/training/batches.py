@@ -91,16 +91,22 @@ def checked(batch: Any, distribution: tfd.Distribution, batch_axes: int = 0) -> 
     """A batch as by `tensors`.
 
     Raises:
-      ValueError: unless it has the right shape, and finite values within the distribution's levels.
+      ValueError: unless it has the right shape, and, where values are known, finite ones within the distribution's levels.
     """
     batch = tensors(batch, distribution)
     check_shape(batch, distribution, batch_axes)
-    for value in tf.nest.flatten(batch):
-        if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
-            raise ValueError(f"FlowModel: {distribution.name} got values that are not finite")
+    if not tf.executing_eagerly():  # values are not known while a function is traced
+        return batch
+    if not are_finite(batch):
+        raise ValueError(f"FlowModel: {distribution.name} got values that are not finite")
     if hasattr(distribution, "check_values"):
         distribution.check_values(batch["x"] if isinstance(batch, dict) else batch)
     return batch
+
+
+def are_finite(values: Any) -> bool:
+    """Whether all floats in a structure of eager tensors are finite."""
+    return all(bool(tf.reduce_all(tf.math.is_finite(v))) for v in tf.nest.flatten(values) if v.dtype.is_floating)
 
 
 def checked_first(data: Any, distribution: tfd.Distribution) -> tuple[Any, Any]:

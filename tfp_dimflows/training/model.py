@@ -1,6 +1,7 @@
 """`FlowModel`: a distribution as a Keras 3 model."""
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -82,7 +83,7 @@ class FlowModel(SavedFlow):
         self._condition_shape = _condition_shape_of(distribution) if condition_shape is None else list(condition_shape)
         self._uses_condition = variational.uses_condition(distribution)
         self._is_adapted = self._is_trained = False
-        self._seed_generator = keras.random.SeedGenerator(seed)
+        self._seed_generator = keras.random.SeedGenerator(None if seed is None else operator.index(seed))
         self._seed_state = self._seed_generator.state  # saved with the weights, unlike a SeedGenerator
         holdings = keras_bridge.collect(distribution)
         if not all(layer.built for layer in [*holdings.layers, *holdings.tf_keras_layers]):
@@ -344,7 +345,7 @@ class FlowModel(SavedFlow):
             metric.update_state(terms[name])
         self._kl = None
         if training and self._kl_weight is not None:
-            self._kl = tf.reduce_mean(tf.reshape(terms["kl"], [-1, tf.shape(log_prob)[0]]), axis=0)
+            self._kl = tf.reduce_mean(terms["kl"], axis=list(range(terms["kl"].shape.rank - 1)))
         return log_prob
 
     def compute_loss(
@@ -353,10 +354,10 @@ class FlowModel(SavedFlow):
         """Mean negative log-probability plus regularisation losses, with a KL term of the weight `kl_weight`."""
         if training and self._kl_weight is not None:
             y_pred = y_pred + (1.0 - tf.cast(self._kl_weight, y_pred.dtype)) * tf.cast(self._kl, y_pred.dtype)
-        if sample_weight is None:
-            nll = -tf.reduce_mean(y_pred)
-        else:
-            nll = -tf.reduce_mean(y_pred * tf.cast(sample_weight, y_pred.dtype))
+        if sample_weight is not None:
+            y_pred = y_pred * tf.cast(sample_weight, y_pred.dtype)
+        # The last batch may be smaller than the number of replicas, some of which then have none of it.
+        nll = -tf.math.divide_no_nan(tf.reduce_sum(y_pred), tf.cast(tf.size(y_pred), y_pred.dtype))
         losses = [*self.losses, *(loss for layer in self._tf_keras_layers for loss in layer.losses)]
         total = nll + sum(tf.cast(tf.reduce_sum(loss), nll.dtype) for loss in losses)
         return total / tf.distribute.get_strategy().num_replicas_in_sync
@@ -383,6 +384,8 @@ class FlowModel(SavedFlow):
         condition: Any = None,
     ) -> tf.Tensor:
         """Log-probability of events, compiled.
+
+        In a `tf.function` around it, such as the step of a training loop, shapes are checked, but not values.
 
         Args:
           x: events, `batch + event`, or a dict with `x` and `condition`.
@@ -450,12 +453,15 @@ class FlowModel(SavedFlow):
         Raises:
           ValueError: if the condition does not fit the distribution.
         """
-        sample_shape = tuple(np.atleast_1d(np.asarray(sample_shape, dtype=np.int32)).tolist())
+        sample_shape = sample_shape if tf.is_tensor(sample_shape) else np.asarray(sample_shape, np.int32)
         self._check_use(condition is not None)
         if condition is not None:
             condition = self._checked_condition(condition)
             sample_shape, condition = self._sample_shape_of(sample_shape, condition)
-        return self._compiled_sample(_ranks(condition), tuple(sample_shape), self._seed(seed), condition)
+        # As a tensor, so that another number of samples is no other function to trace.
+        sample_shape = tf.reshape(tf.cast(sample_shape, tf.int32), [-1])
+        ranks = (sample_shape.shape[0], *_ranks(condition))
+        return self._compiled_sample(ranks, sample_shape, self._seed(seed), condition)
 
     def interpolate(self, start: TensorLike, end: TensorLike, num_steps: int = 8, condition: Any = None) -> tf.Tensor:
         """Events on the straight line between two events' latent values.
@@ -507,7 +513,7 @@ class FlowModel(SavedFlow):
 
     def _checked_condition(self, condition: Any) -> Any:
         condition = as_tensors(condition, batches.float_dtype(self._distribution))
-        if not all(bool(tf.reduce_all(tf.math.is_finite(c))) for c in tf.nest.flatten(condition) if c.dtype.is_floating):
+        if tf.executing_eagerly() and not batches.are_finite(condition):
             raise ValueError(f"FlowModel: {self._distribution.name} got a condition that is not finite")
         return condition
 
@@ -548,7 +554,7 @@ class FlowModel(SavedFlow):
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
         return self._log_prob(x, seed, num_samples)
 
-    def _sample_by_rank(self, ranks: tuple[int, ...], sample_shape: tuple[int, ...], seed: Any, condition: Any) -> tf.Tensor:
+    def _sample_by_rank(self, ranks: tuple[int, ...], sample_shape: tf.Tensor, seed: Any, condition: Any) -> tf.Tensor:
         return self._sample(sample_shape, seed, condition)
 
     def _sample(self, sample_shape: Any, seed: Any, condition: Any) -> tf.Tensor:
@@ -566,7 +572,10 @@ class FlowModel(SavedFlow):
         return samplers.fold_in(seed, replica.replica_id_in_sync_group)  # replicas draw different noise
 
     def _seed(self, seed: int | None) -> tf.Tensor:
-        return self._next_seed() if seed is None else tf.constant([0, seed], tf.int32)
+        if seed is None:
+            return self._next_seed()
+        high_and_low = [operator.index(seed) >> shift & 0xFFFFFFFF for shift in (32, 0)]
+        return tf.constant(np.array(high_and_low, np.uint32).astype(np.int32))
 
 
 def _condition_shape_of(distribution: Any) -> list[int] | None:
