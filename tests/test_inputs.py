@@ -372,6 +372,20 @@ def test_samples_have_the_shape_of_the_samples_and_the_conditions(conditional, s
     assert samples.shape == [*shape, 4]
 
 
+def test_samples_in_a_function_have_a_static_shape(conditional):
+    shapes = []
+
+    @tf.function
+    def sample(c, n):
+        shapes.append(conditional.sample([2, 3], condition=c).shape)
+        samples = conditional.sample(n, condition=c)
+        shapes.append(samples.shape)
+        return samples
+
+    assert sample(tf.constant(C[:5]), tf.constant(4)).shape == [4, 5, 4]
+    assert shapes[0] == [2, 3, 5, 4] and shapes[1][-1] == 4
+
+
 def test_samples_of_each_condition_follow_it():
     network = keras.layers.Dense(4, kernel_initializer="ones")
     shift = dfb.ConditionalTransform(network, dfb.transformers.Additive(), event_ndims=1)

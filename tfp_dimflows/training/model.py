@@ -461,7 +461,9 @@ class FlowModel(SavedFlow):
         # As a tensor, so that another number of samples is no other function to trace.
         sample_shape = tf.reshape(tf.cast(sample_shape, tf.int32), [-1])
         ranks = (sample_shape.shape[0], *_ranks(condition))
-        return self._compiled_sample(ranks, sample_shape, self._seed(seed), condition)
+        samples = self._compiled_sample(ranks, sample_shape, self._seed(seed), condition)
+        known = tf.get_static_value(sample_shape, partial=True)
+        return samples if known is None else tf.ensure_shape(samples, [*known, *self.event_shape])
 
     def interpolate(self, start: TensorLike, end: TensorLike, num_steps: int = 8, condition: Any = None) -> tf.Tensor:
         """Events on the straight line between two events' latent values.
