@@ -190,7 +190,7 @@ def test_adaptation_is_that_of_a_chain(dtype, direction):
     assert_close(actual, expected, tolerance)
     assert_close(getattr(scan, direction)(tf.identity(y)), getattr(chain, direction)(tf.identity(y)), tolerance)
     shifts = [v for v in scan.trainable_variables if v.name in ("shift:0", "bias:0")]
-    assert sum(np.abs(v).max(axis=-1).min() > 0.0 for v in shifts) == 3
+    assert sum(np.abs(v).max() > 1e-3 for v in shifts) == 3  # data that one ActNorm has centred needs no other shift
 
 
 def operations(length, memory="keep"):
