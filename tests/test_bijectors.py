@@ -345,6 +345,36 @@ def test_the_old_name_of_uses_condition_is_an_error():
         type("Conditioned", (dfb.FlowBijector,), {"_uses_condition": True})
 
 
+@pytest.mark.parametrize("returned", [None, "a part of the value", "a list of walks"])
+def test_a_composite_says_that_a_walk_is_missing(returned):
+    class Careless(dfb.Composite):
+        def __init__(self):
+            super().__init__(forward_min_event_ndims=1, parameters={}, name="careless")
+
+        def _walk_inverse(self, y, condition):
+            return {None: None, "a part of the value": y.value, "a list of walks": [y, y]}[returned]
+
+    careless = Careless()
+    for method in (careless.inverse, careless.inverse_log_det_per_dim, dfb.Chain([careless]).inverse):
+        with pytest.raises(TypeError, match="careless: `_walk_inverse` returned a .*, needs to return the walk"):
+            method(tf.ones([3]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: dfb.Multiscale([tfb.Exp(), tfb.Exp()], dfb.DimensionFactorization.channels([4], 2), name="flow"),
+        lambda: dfb.PNF(tfb.Exp(), [tfb.Exp()], [4], name="flow"),
+        lambda: dfb.VFlow(tfb.Reshape([4], [4]), None, 2, event_ndims=1, name="flow"),
+    ],
+)
+def test_event_shapes_that_do_not_fit_are_refused_by_name(make):
+    flow = make()
+    for method in (flow.forward_event_shape, flow.inverse_event_shape, flow.forward_event_shape_tensor):
+        with pytest.raises(ValueError, match=r"flow: .*\[5\] vs \[4\]"):
+            method([5])
+
+
 def test_integers_have_log_dets_in_a_multiscale_flow():
     flow = dfb.Multiscale([tfb.Permute([1, 0, 3, 2]), tfb.Permute([1, 0])], dfb.DimensionFactorization.channels([4], 2))
     assert flow.inverse_log_det_per_dim(tf.constant([[1, 2, 3, 4]])).numpy().tolist() == [[0, 0, 0, 0]]

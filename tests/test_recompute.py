@@ -213,6 +213,16 @@ def test_gradients_reach_structured_conditions_and_tensors_that_parts_hold(mode)
     assert_equal(gradients("recompute"), gradients("keep"), 1e-9)
 
 
+def test_a_condition_may_be_a_list_of_numbers():
+    def gradient(memory):
+        coupling = dfb.AffineCoupling(lambda x, condition: tf.concat([x, condition], axis=-1), half(), "exp")
+        chain = dfb.Chain([coupling, tfb.Exp()], memory=memory)
+        run = tf.function(lambda x: tf.gradients(chain.forward(x, condition=[[0.5, -0.5]]), x)[0], autograph=False)
+        return run(normal([1, 4], 1, "float32"))
+
+    np.testing.assert_allclose(gradient("recompute"), gradient("keep"), rtol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["graph", slow("xla")])
 def test_second_derivatives_are_right(mode):
     def network(mask, shape, params_per_dim, seed, dtype, condition_shape):

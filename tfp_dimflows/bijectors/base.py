@@ -231,22 +231,31 @@ class Composite(FlowBijector):
         return self._summed(y, condition, event_ndims, "inverse")
 
     def _summed(self, value: Any, condition: Any, event_ndims: Any, direction: str) -> tuple[Any, tf.Tensor]:
-        end = getattr(self, f"_walk_{direction}")(walk.Summed(value, event_ndims), condition)
+        end = self._end(walk.Summed(value, event_ndims), condition, direction)
         return end.value, end.log_det
 
     def _forward_and_log_det_per_dim(self, x: Any, condition: Any) -> tuple[Any, Any]:
-        end = self._walk_forward(walk.PerDimension(x), condition)
+        end = self._end(walk.PerDimension(x), condition, "forward")
         return end.value, self._transport_inverse(end.numbers)
 
     def _inverse_and_log_det_per_dim(self, y: Any, condition: Any) -> tuple[Any, Any]:
-        end = self._walk_inverse(walk.PerDimension(y), condition)
+        end = self._end(walk.PerDimension(y), condition, "inverse")
         return end.value, self._transport_forward(end.numbers)
 
     def _transport_forward(self, per_dim: Any) -> Any:
-        return self._walk_forward(walk.Transported(per_dim), None).numbers
+        return self._end(walk.Transported(per_dim), None, "forward").numbers
 
     def _transport_inverse(self, per_dim: Any) -> Any:
-        return self._walk_inverse(walk.Transported(per_dim), None).numbers
+        return self._end(walk.Transported(per_dim), None, "inverse").numbers
+
+    def _end(self, start: walk.AnyWalk, condition: Any, direction: str) -> walk.AnyWalk:
+        """Where a walk in a direction ends."""
+        end = getattr(self, f"_walk_{direction}")(start, condition)
+        if not isinstance(end, type(start)):
+            raise TypeError(
+                f"{self.name}: `_walk_{direction}` returned a {type(end).__name__}, needs to return the walk at its end"
+            )
+        return end
 
     def _check_event(self, shape: tf.TensorShape, event_shape: Sequence[int] | None) -> None:
         """Raises a ValueError unless values have this event shape, if it is known."""
@@ -254,16 +263,25 @@ class Composite(FlowBijector):
             raise ValueError(f"{self.name}: got values of shape {shape}, needs events of shape {list(event_shape)}")
 
     def _forward_event_shape(self, shape: Any) -> Any:
-        return self._shapes.forward_event_shape(shape) if self._shapes else shape
+        return self._shape_by("forward_event_shape", shape)
 
     def _inverse_event_shape(self, shape: Any) -> Any:
-        return self._shapes.inverse_event_shape(shape) if self._shapes else shape
+        return self._shape_by("inverse_event_shape", shape)
 
     def _forward_event_shape_tensor(self, shape: Any) -> Any:
-        return self._shapes.forward_event_shape_tensor(shape) if self._shapes else shape
+        return self._shape_by("forward_event_shape_tensor", shape)
 
     def _inverse_event_shape_tensor(self, shape: Any) -> Any:
-        return self._shapes.inverse_event_shape_tensor(shape) if self._shapes else shape
+        return self._shape_by("inverse_event_shape_tensor", shape)
+
+    def _shape_by(self, method: str, shape: Any) -> Any:
+        """What a method of `_shapes` makes of an event shape."""
+        if self._shapes is None:
+            return shape
+        try:
+            return getattr(self._shapes, method)(shape)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
 
 @walk.value_and_log_det.register

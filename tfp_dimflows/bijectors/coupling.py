@@ -129,7 +129,7 @@ class Coupling(base.FlowBijector):
         """`recompute.again` with one evaluation of the network, which sees the same before and after the transformation."""
         conditioning, transformed = self._mask.split(result)
         tape.watch(conditioning)
-        bijector = self._elementwise(conditioning, transformed, condition)
+        bijector = self._elementwise(conditioning, transformed, self._route(condition, {}))
         with tape.stop_recording():
             transformed, _ = self._apply(bijector, transformed, opposite(direction))
         tape.watch(transformed)
