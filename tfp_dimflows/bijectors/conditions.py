@@ -71,6 +71,8 @@ def as_tensors(condition: Any, dtype: tf.DType) -> Any:
 def vector_condition(condition: Any, value: tf.Tensor, event_ndims: int, name: str) -> tf.Tensor | None:
     """Checks a composite's condition that `append_condition` will be given: one vector for each event of `value`.
 
+    A walk that has no value has no condition either.
+
     Raises:
       ValueError: if it is a structure or has another number of axes.
     """

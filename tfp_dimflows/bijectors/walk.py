@@ -85,7 +85,7 @@ class Walk:
         raise NotImplementedError
 
     def split(self, by: Parts) -> list[Self]:
-        """A walk for each part of the value; what has been summed so far goes on with the last."""
+        """A walk for each part of the value. All must be joined again: what has been summed so far goes on with the last."""
         raise NotImplementedError
 
     def join(self, *others: Self, by: Parts) -> Self:
@@ -133,9 +133,9 @@ class Summed(Walk):
         constant = _constant(value, event_ndims, -by.log_det_per_dim)
         return Summed(value, event_ndims, self._plus(*(other._log_det for other in others), constant))
 
-    def _plus(self, *log_dets: tf.Tensor | None) -> tf.Tensor | None:
-        terms = [term for term in (self._log_det, *log_dets) if term is not None]
-        return functools.reduce(tf.add, terms) if terms else None
+    def _plus(self, *terms: tf.Tensor | None) -> tf.Tensor | None:
+        known = [term for term in (self._log_det, *terms) if term is not None]
+        return functools.reduce(tf.add, known) if known else None
 
     def _ndims_of(self, value: tf.Tensor) -> int:
         """Event axes of what is made of this value in the same batch."""
@@ -155,7 +155,7 @@ class PerDimension(Walk):
 
     Args:
       value: where the walk starts.
-      numbers: the contributions so far, of the shape of the value; None: zero.
+      numbers: the contributions so far, in the places that the dimensions have where the walk is; None: zero.
     """
 
     def __init__(self, value: Any, numbers: Any = None):

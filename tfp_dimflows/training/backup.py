@@ -60,7 +60,7 @@ class Backup(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes a backup, unless the training has diverged: there is no way on from there."""
-        if not has_finite_weights(self.model):
+        if not (np.isfinite((logs or {}).get("loss", 0.0)) and has_finite_weights(self.model)):
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         unfinished = self._directory / "unfinished.weights.h5"
