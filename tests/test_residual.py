@@ -552,7 +552,7 @@ def test_lcma_follows_contributions(name):
     assert third.bijector.factorization == expected
     x = normal([2, 4, 4, 1], 2, "float32")
     assert_close(third.bijector.forward(fresh(third.bijector.inverse(x))), x, 1e-4)
-    with pytest.raises(ValueError, match="lcma: got num_levels=1, needs at least 2"):
+    with pytest.raises(ValueError, match=f"lcma-{name}: got num_levels=1, needs at least 2"):
         recipes.get(f"lcma-{name}")([4, 4, 1], num_levels=1)
 
 
