@@ -812,6 +812,7 @@ class TestFilesOfFolder:
         with pytest.raises(ImportError, match=rf"Folder {photos}: .*pip install 'tfp-dimflows\[demo\]'"):
             data.info(photos, data_dir=tmp_path / "tfds")
 
+    @pytest.mark.slow
     def test_a_run_remembers_the_background(self, tmp_path, capsys):
         images = np.random.default_rng(0).integers(0, 256, size=(10, 4, 4, 2), dtype=np.uint8)
         folder = self.write(tmp_path / "logos", {f"{k}.png": encoded(image, "PNG") for k, image in enumerate(images)})

@@ -879,7 +879,7 @@ def test_gradient_tape():
     assert all(g is not None for g in gradients)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_training_loop_of_ones_own(jit_compile):
     model, x = dimflows.FlowModel(keras_networks(), seed=0), tf.constant(pairs(64))
     optimizer = keras.optimizers.Adam(0.02)
