@@ -258,7 +258,7 @@ def test_vectors():
     flow_model.compile(keras.optimizers.Adam(0.01))
     x = tf.data.Dataset.from_tensor_slices(normal([64, 6], dtype="float32")).batch(16)
     flow_model.fit(x, epochs=2, verbose=0, callbacks=[dimflows.training.DecideFactorization(x, steps=4)])
-    multiscale = flow_model.bijector
+    multiscale = dimflows.distributions.structure_of(flow_model.distribution).multiscale
     assert multiscale.num_decided == 1 and multiscale.factorization.kept[0].shape == (3,)
 
 
