@@ -5,6 +5,7 @@ import csv
 import errno
 import fcntl
 import importlib.metadata
+import inspect
 import io
 import json
 import math
@@ -501,6 +502,7 @@ def test_typos_need_no_tensorflow(tmp_path):
         (["train", "glow", "--data", "digits", "--out", "run"], 2, "required: --epochs"),
         ([*train, "--batch-size", "0"], 2, "--batch-size: got '0', needs a positive integer"),
         ([*train, "--set", "width"], 2, "^dimflows: error: --set: got 'width', needs KEY=VALUE$"),
+        ([*train, "--set", "widht=3"], 2, "^dimflows: error: glow: got the argument 'widht'; did you mean 'width'\\?; "),
         (["train", "lcma-realnpv", *train[2:]], 2, "^dimflows: error: .*'lcma-realnpv', .*; did you mean 'lcma-realnvp'\\?$"),
         ([*train, "--data", "mnsit"], 2, "^dimflows: error: Dataset 'mnsit' is unknown .*; did you mean 'mnist'\\?"),
         ([*train, "--data", "photo_patchse"], 2, "; did you mean 'photo_patches'\\?"),
@@ -528,6 +530,9 @@ def test_typos_need_no_tensorflow(tmp_path):
 
 def test_names_that_are_checked_without_tensorflow_are_those_there_are():
     assert cli.RECIPES == tuple(recipes.names())
+    own = {name for recipe in recipes.names() for name in inspect.signature(recipes.get(recipe)).parameters}
+    old = {name for recipe in recipes.names() for name in recipes.registry.renamed_arguments(recipe, {"num_layers": 1})}
+    assert set(cli.ARGUMENTS) == own | old
     assert dataset_names.EMBEDDED == tuple(embedded.BUILDERS)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tfp_dimflows.dataset_names import check_dataset
-from tfp_dimflows.messages import Failure, check_name
+from tfp_dimflows.messages import Failure, check_name, did_you_mean
 from tfp_dimflows.run_config import RunConfig, stored_config
 from tfp_dimflows.version import __version__
 
@@ -39,6 +39,18 @@ RECIPES = (
     "vflow",
     "vflow-glow",
     "wavenet-flow",
+)
+
+# The names of all recipes' arguments, the old ones too.
+ARGUMENTS = tuple(
+    """
+    activation adaptive_range alpha attention attribution batch_norm coeff condition_shape config context_blocks
+    contributions coupling depth dropout end_time event_shape factorization features flow granularity grey_levels
+    hidden keep kernel_size l2 latent_dims layout levels likelihood memory network noise_attention noise_blocks
+    noise_couplings noise_depth num_blocks num_components num_couplings num_dense_blocks num_exact num_extra
+    num_flows num_halvings num_heads num_hidden num_layers num_levels num_scales num_steps num_terms pointwise
+    posterior posterior_blocks posterior_couplings posterior_depth roulette seed smooth trace vae_width width
+    """.split()
 )
 
 
@@ -211,6 +223,11 @@ def _check(arguments: argparse.Namespace) -> None:
         check_name("recipes", arguments.recipe, recipes.names() if recipes else RECIPES)
         check_dataset(arguments.data, arguments.data_dir)
         arguments.set = _settings(arguments.set)
+        if not recipes and (unknown := [key for key in arguments.set if key not in ARGUMENTS]):
+            raise ValueError(
+                f"{arguments.recipe}: got the argument {unknown[0]!r}{did_you_mean(unknown[0], ARGUMENTS)}; `dimflows recipes` "
+                "lists those of each recipe"
+            )
         arguments.options = {field.name: getattr(arguments, field.name) for field in _options()}
     elif "run" in arguments:
         stored_config(arguments.run)

@@ -76,12 +76,12 @@ def present_names(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
       ValueError: if an argument is given by its old name and by its new one.
     """
     try:
-        return new_names(name, arguments, _renamed(name, arguments))
+        return new_names(name, arguments, renamed_arguments(name, arguments))
     except TypeError as error:
         raise ValueError(str(error)) from None
 
 
-def _renamed(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
+def renamed_arguments(name: str, arguments: Mapping[str, Any]) -> dict[str, str]:
     """Old names of a recipe's arguments, and the present ones."""
     renamed = _RENAMED_EVERYWHERE | _RENAMED.get(name, {})
     if "depth" in renamed and "num_layers" not in arguments:
@@ -105,7 +105,11 @@ def errors_as_given(name: str, arguments: Mapping[str, Any], event_shape: Any = 
         raise ValueError(f"{name}: got {given}: {error}") from error
     except ValueError as error:
         message = str(error)
-        old = [f"{key} is now {new}" for key, new in _renamed(name, arguments).items() if key in arguments and new in message]
+        old = [
+            f"{key} is now {new}"
+            for key, new in renamed_arguments(name, arguments).items()
+            if key in arguments and new in message
+        ]
         message = f"{message} ({', '.join(old)})" if old else message
         error.args = (message if message.startswith(f"{name}: ") else f"{name} of events {event_shape}: {message}",)
         raise
