@@ -254,8 +254,9 @@ def test_columns_of_any_scale_start_like_standardised_ones(name):
 def test_adapt_says_when_nothing_adapts():
     shift = tfb.Shift(tf.Variable([0.0, 0.0, 0.0, 0.0]))
     model = dimflows.FlowModel(tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [4]), shift))
-    with pytest.warns(UserWarning, match="nothing in .* was initialised"):
+    with pytest.warns(UserWarning, match="nothing in .* was initialised") as warned:
         model.adapt(X)
+    assert len(warned) == 1 and not np.any(shift.shift)
 
 
 def test_adapt_warns_of_a_trained_model(tmp_path):
@@ -267,13 +268,15 @@ def test_adapt_warns_of_a_trained_model(tmp_path):
     fitted(model, X)
     model.save(tmp_path / "model.keras")
     for trained in (model, dimflows.load(tmp_path / "model.keras")):
-        with pytest.warns(UserWarning, match="trained before"):
+        with pytest.warns(UserWarning, match="trained before") as warned:
             trained.adapt(X)
+        assert sum("trained before" in str(warning.message) for warning in warned) == 1
 
 
 def test_fit_warns_once_of_data_far_from_unit_scale():
-    with pytest.warns(UserWarning, match="far from unit scale.*adapt"):
+    with pytest.warns(UserWarning, match="far from unit scale.*adapt") as warned:
         model = fitted(new(), 1000.0 * X)
+    assert sum("far from unit scale" in str(warning.message) for warning in warned) == 1
     adapted = new()
     adapted.adapt(1000.0 * X)
     scaled = dfb.Chain([tfb.Scale(1000.0), dfb.ActNorm(4)])
@@ -322,6 +325,12 @@ def test_a_model_is_loaded_in_its_own_precision(tmp_path, floatx, policy):
     assert [layer.dtype_policy.name for layer in loaded.layers] == [policy]
     np.testing.assert_array_equal(loaded.log_prob(X), model.log_prob(X))
     assert loaded.log_prob(X).dtype == floatx
+
+
+def test_the_shape_of_a_condition_is_kept(tmp_path):
+    model = dimflows.FlowModel(dimflows.recipes.maf([4], depth=1, hidden=[8], condition_shape=[3]), condition_shape=[None])
+    model.save(tmp_path / "model.keras")
+    assert dimflows.load(tmp_path / "model.keras").get_config()["condition_shape"] == [None]
 
 
 # Conditions.

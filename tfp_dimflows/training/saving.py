@@ -98,7 +98,7 @@ class SavedFlow(keras.Model):
             return super().load_weights(filepath, *args, **kwargs)
 
     def get_config(self) -> dict:
-        """The recipe and its arguments, the precision it was made in, and which layers are frozen.
+        """The recipe and its arguments, the precision it was made in, a condition's shape, and which layers are frozen.
 
         Raises:
           ValueError: if no recipe made the distribution; `save_weights` and `load_weights` work for any.
@@ -110,14 +110,15 @@ class SavedFlow(keras.Model):
                 "save_weights, and load_weights on a model made by the same code"
             )
         frozen = [k for k, layer in enumerate(self._flatten_layers()) if not layer.trainable]
-        return {**config, "name": self.name, "frozen": frozen}
+        return {**config, "name": self.name, "condition_shape": self._condition_shape, "frozen": frozen}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> "SavedFlow":
         """Builds the recipe anew, in the precision it was made in."""
         with warnings.catch_warnings(), _precision(**config.get("precision", {})):
             warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that had other names when it was saved
-            model = cls(recipes.get(config["recipe"])(**config["arguments"]), name=config["name"])
+            distribution = recipes.get(config["recipe"])(**config["arguments"])
+            model = cls(distribution, name=config["name"], condition_shape=config.get("condition_shape"))
         layers = list(model._flatten_layers())
         for k in config.get("frozen", []):
             layers[k].trainable = False
