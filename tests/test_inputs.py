@@ -507,6 +507,13 @@ def test_scores_are_log_probabilities(model):
     assert set(model.score(X)) == {"log_prob"}
 
 
+def test_scores_of_one_condition(conditional):
+    expected = conditional.log_prob(X, condition=C[0])
+    np.testing.assert_allclose(conditional.score({"x": X, "condition": C[0]})["log_prob"], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="got one event"):
+        conditional.score({"x": X[0], "condition": C[0]})
+
+
 def test_scores_of_images_are_the_same_each_time():
     flow = dimflows.recipes.realnvp([4, 4, 1], num_levels=1, depth=1, width=4, num_blocks=1, grey_levels=4)
     model = dimflows.FlowModel(flow)

@@ -37,6 +37,17 @@ def broadcast(batch: Any, event_ndims: int, condition_shape: Sequence[int] | Non
     return {"x": _broadcast_to(x, shape, event_ndims), "condition": tf.nest.pack_sequence_as(condition, leaves)}
 
 
+def whole(batch: Any) -> Any:
+    """A batch of `broadcast` in which conditions too have the size of the first batch axis."""
+    if not isinstance(batch, dict):
+        return batch
+    num = ps.shape(batch["x"])[:1]
+    conditions = tf.nest.map_structure(
+        lambda c: tf.broadcast_to(c, ps.concat([num, ps.shape(c)[1:]], axis=0)), batch["condition"]
+    )
+    return {"x": batch["x"], "condition": conditions}
+
+
 def condition_ndims(condition: tf.Tensor, condition_shape: Sequence[int] | None, batch_axes: int = 1) -> int:
     """Number of axes of one condition in a tensor of them.
 

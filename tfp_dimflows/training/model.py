@@ -426,7 +426,8 @@ class FlowModel(SavedFlow):
         array([ -1.84, -10.84], dtype=float32)
         """
         if not isinstance(data, tf.data.Dataset):
-            data = tf.data.Dataset.from_tensor_slices(self._checked(data)).batch(batch_size)
+            events = self._broadcast(batches.checked(data, self._distribution, batch_axes=1), self.event_shape.rank)
+            data = tf.data.Dataset.from_tensor_slices(conditions.whole(events)).batch(batch_size)
         log_probs, others = [], []
         for step, batch in enumerate(data):
             log_probs.append(self.log_prob(batches.events(batch), num_samples, seed + step).numpy())
