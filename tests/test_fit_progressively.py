@@ -349,6 +349,7 @@ def test_a_wrong_number_of_epochs(epochs):
     assert_equal(values(model.variables), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [0, 2])
 def test_a_stage_without_variables_is_passed_over(fixed):
     stages = [dfb.ActNorm(size) for size in VALUE_SIZES]
@@ -384,6 +385,7 @@ def test_a_stage_of_frozen_networks_is_passed_over():
     assert_equal(stage_values(model)[1], before[1])
 
 
+@pytest.mark.slow
 def test_the_optimizer_is_a_configuration():
     model = model_of(tiny_flow())
     optimizer = keras.optimizers.SGD(0.1, momentum=0.5)
@@ -534,6 +536,7 @@ def test_every_epoch_has_noise_of_its_own(noisy_histories, metric, k):
     assert not set(other) & set(first)
 
 
+@pytest.mark.slow
 def test_every_batch_has_noise_of_its_own():
     seen = []
 
@@ -546,6 +549,7 @@ def test_every_batch_has_noise_of_its_own():
     assert len(seen) == 3 and len({round(nll, 5) for nll in seen}) == 3
 
 
+@pytest.mark.slow
 def test_continuous_events_get_no_noise():
     histories = fit(model_of(tiny_flow()), batches(signals()), 2, optimizer=standing())
     assert all(h.history["nll"][0] == h.history["nll"][1] for h in histories)
@@ -633,6 +637,7 @@ def test_steps_of_endless_data():
     assert [len(h.history["val_nll"]) for h in histories] == [2, 2]
 
 
+@pytest.mark.slow
 def test_callbacks_are_made_for_every_stage():
     asked, trained = [], []
 
@@ -645,6 +650,7 @@ def test_callbacks_are_made_for_every_stage():
     assert trained == [(k, [size]) for k, size in enumerate(VALUE_SIZES)]
 
 
+@pytest.mark.slow
 def test_early_stopping_of_every_stage():
     histories = fit(
         model_of(tiny_flow()),
@@ -715,6 +721,7 @@ def test_a_finished_run_leaves_other_files_and_is_not_resumed(tmp_path):
         assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["logs", "logs/events", "notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_stopped_early_is_not_trained_again(tmp_path):
     """It has fewer epochs than it could have had, and may have taken back the last of them."""
 
@@ -738,6 +745,7 @@ def test_a_stage_that_stopped_early_is_not_trained_again(tmp_path):
     assert_equal(resumed, at_the_kill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [0, [0, 1, 0]], ids=["none", "some"])
 def test_backups_of_stages_without_epochs(tmp_path, epochs):
     model = model_of(plain_flow())
@@ -746,6 +754,7 @@ def test_backups_of_stages_without_epochs(tmp_path, epochs):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_without_a_backup_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit(model_of(tiny_flow()), batches(signals()))
