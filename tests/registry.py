@@ -1407,6 +1407,108 @@ def _splits():
         )
 
 
+def rotated_blocks_move(kept, factor=2):
+    """The movement of a `PNF` of one `OrthogonalSplit`: what is kept of the squeezed channels, then the others."""
+
+    def move(y):
+        blocks = squeezed(y, factor=factor)
+        return np.concatenate([part.reshape(len(y), -1) for part in np.split(blocks, [kept], axis=-1)], axis=-1)
+
+    return move
+
+
+def _rotations():
+    orthogonal = np.linalg.qr(np.random.default_rng(5).normal(size=[5, 5]))[0]
+    for name, size, matrix, trainable, shape in (
+        ("given", 5, orthogonal, False, (5,)),
+        ("random", 4, "random", False, (2, 1, 4)),
+        ("trainable", 5, "random", True, (2, 5)),
+        ("haar", 8, "haar", False, (1, 2, 8)),
+        ("principal", 3, "principal", True, (3,)),
+    ):
+        yield Entry(
+            f"rotation_{name}",
+            functools.partial(
+                lambda s, t, size, matrix, trainable: dfb.Rotation(size, matrix, trainable, s, t),
+                size=size,
+                matrix=matrix,
+                trainable=trainable,
+            ),
+            shape,
+            reference=zero_reference,
+            xla=name == "trainable",
+            fixed=not trainable,
+        )
+    for name, sizes, trainable, shape, latent, move in (
+        ("image", (2, 3, 2), False, (2, 4, 2), (1, 2, 8), squeezed),
+        ("channels", (3, 1, 1), True, (1, 2, 3), None, stay),
+        ("vector", (5, 2, None), True, (5,), None, stay),
+    ):
+        yield Entry(
+            f"orthogonal_split_{name}",
+            functools.partial(
+                lambda s, t, sizes, trainable: dfb.OrthogonalSplit(*sizes, "random", trainable, s, t),
+                sizes=sizes,
+                trainable=trainable,
+            ),
+            shape,
+            latent,
+            reference=zero_reference,
+            move=move,
+            xla=name == "image",
+            fixed=not trainable,
+        )
+    yield Entry(
+        "pnf_rotated_image",
+        lambda s, t: dfb.PNF(
+            image_stage((2, 2, 1), s, t),
+            [image_stage((2, 2, 3), s + 1, t, (2, 2, 1))],
+            GRID,
+            splits=[dfb.OrthogonalSplit(1, 1, 2, "random", True, s, t)],
+        ),
+        GRID,
+        (16,),
+        move=rotated_blocks_move(1),
+        open_to_conditions=True,
+        xla=True,
+    )
+    yield Entry(
+        "pnf_rotated_vector",
+        lambda s, t: dfb.PNF(
+            vector_stage(2, s, t),
+            [vector_stage(4, s + 1, t, 2), vector_stage(2, s + 2, t, 6)],
+            [8],
+            splits=[dfb.OrthogonalSplit(size, kept, None, "random", seed=s, dtype=t) for size, kept in ((6, 2), (8, 6))],
+        ),
+        (8,),
+        open_to_conditions=True,
+    )
+    yield Entry(
+        "principal_multiscale_image",
+        lambda s, t: dfb.PrincipalMultiscale(
+            [glow_step(4, (2, 2, 4), s, t), affine_coupling(dfb.masks.Channel(), (1, 1, 8), s + 1, t)],
+            GRID,
+            "random",
+            exits=[exit_for((2, 2, 2), (2, 2, 2), s + 7, t)],
+            seed=s,
+            dtype=t,
+        ),
+        GRID,
+        (16,),
+        move=multiscale_move(dfb.DimensionFactorization.channels(GRID, 2), squeezed, squeezed),
+        in_place=False,
+        xla=True,
+    )
+    yield Entry(
+        "principal_multiscale_vector",
+        lambda s, t: dfb.PrincipalMultiscale(
+            plain_levels([(5,), (3,), (2,)], s, t), [5], ["random", "principal", np.eye(2)], trainable=True, seed=s, dtype=t
+        ),
+        (5,),
+        move=multiscale_move(VECTOR_HALVES, stay, stay, stay),
+    )
+
+
 def embedded_vector_reference(bijector, y, condition):
     return exp_reference(bijector.bijector, y, bijector.parameters["embedding"](condition))
 
@@ -2163,6 +2265,7 @@ CORE = frozenset(
     mixture_coupling_columns spline_coupling_conditional blockwise_image
     chain_nested_conditional chain_squeeze chain_elementwise_after_moves chain_recompute scan_image_conditional
     multiscale_exits multiscale_vector_random lcma_block online_free haar_height_orthonormal embed_image
+    rotation_trainable orthogonal_split_image pnf_rotated_image principal_multiscale_image
     pnf_image_conditional pnf_signal_odd_orthonormal vflow_image vflow_vector_conditional residual_conditional
     prelu_per_channel planar radial sylvester_orthogonal autoregressive_conditional
     autoregressive_gated autoregressive_image
@@ -2179,6 +2282,7 @@ FAMILIES = (
     _scans,
     _multiscales,
     _splits,
+    _rotations,
     _embeddings,
     _progressive,
     _augmented,

@@ -22,13 +22,16 @@ from tfp_dimflows.bijectors.invertible_conv import InvertibleConv1x1
 from tfp_dimflows.bijectors.lcma import LCMA
 from tfp_dimflows.bijectors.mixture_logistic import MixtureLogisticCDF
 from tfp_dimflows.bijectors.multiscale import Multiscale
+from tfp_dimflows.bijectors.orthogonal_split import OrthogonalSplit
 from tfp_dimflows.bijectors.planar import Planar
 from tfp_dimflows.bijectors.pnf import PNF
 from tfp_dimflows.bijectors.prelu import PReLU
 from tfp_dimflows.bijectors.preprocess import LogitPreprocess
+from tfp_dimflows.bijectors.principal import PrincipalMultiscale
 from tfp_dimflows.bijectors.radial import Radial
 from tfp_dimflows.bijectors.reorder import Squeeze
 from tfp_dimflows.bijectors.residual import InvertibleResidual
+from tfp_dimflows.bijectors.rotation import Rotation
 from tfp_dimflows.bijectors.scan import Scan
 from tfp_dimflows.bijectors.sylvester import Sylvester
 from tfp_dimflows.bijectors.transformers import ElementwiseAffine, Transformer
@@ -57,10 +60,13 @@ __all__ = [
     "MixtureLogisticCoupling",
     "Multiscale",
     "OnlineFactorization",
+    "OrthogonalSplit",
     "PNF",
     "PReLU",
     "Planar",
+    "PrincipalMultiscale",
     "Radial",
+    "Rotation",
     "Scan",
     "SplineCoupling",
     "Squeeze",

@@ -1,12 +1,14 @@
 """`HaarSplit`: pairs of neighbours as their average and half their difference."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfp_dimflows.bijectors import base
 from tfp_dimflows.bijectors.log_dets import log_det_dtype
+from tfp_dimflows.bijectors.walk import Parts
 from tfp_dimflows.upstream import prefer_static as ps
 
 
@@ -60,6 +62,21 @@ class HaarSplit(base.FlowBijector):
         """The inverse log-det of every dimension: -ln(2) / 2, or 0 if orthonormal."""
         return 0.0 if self._orthonormal else -0.5 * math.log(2.0)
 
+    @property
+    def parts(self) -> Parts:
+        """How a value falls into averages and half differences, and how they are put together again."""
+        return Parts(self.split, self.merge, self.deinterleave, self.interleave, self.log_det_per_dim)
+
+    def part_shapes(self, event_shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of S and Delta of events of a shape, which are the same.
+
+        Raises:
+          ValueError: if the size along the axis is odd.
+        """
+        shape = list(event_shape)
+        shape[self._axis] = self._num_pairs(tf.TensorShape(shape))
+        return tuple(shape), tuple(shape)
+
     def split(self, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The averages S and half differences Delta of `y`, each half its size along the axis."""
         first, second = self.deinterleave(y)
@@ -73,7 +90,7 @@ class HaarSplit(base.FlowBijector):
 
     def deinterleave(self, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The first and the second elements of all pairs along the axis."""
-        num_pairs = self._num_pairs(y)
+        num_pairs = self._num_pairs(y.shape)
         shape = ps.shape(y)
         place = y.shape.rank + self._axis
         pairs = tf.reshape(y, ps.concat([shape[:place], [num_pairs, 2], shape[place + 1 :]], axis=0))
@@ -96,12 +113,12 @@ class HaarSplit(base.FlowBijector):
         return tf.constant(self.log_det_per_dim, log_det_dtype(value.dtype))
 
     def _halves(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.split(x, [self._num_pairs(x)] * 2, axis=self._axis)
+        return tf.split(x, [self._num_pairs(x.shape)] * 2, axis=self._axis)
 
-    def _num_pairs(self, value: tf.Tensor) -> int:
-        size = value.shape[self._axis] if value.shape.rank >= -self._axis else None
+    def _num_pairs(self, shape: tf.TensorShape) -> int:
+        size = shape[self._axis] if shape.rank >= -self._axis else None
         if size is None or size % 2:
-            raise ValueError(f"{self.name}: got shape {value.shape}, needs an even size along axis {self._axis}")
+            raise ValueError(f"{self.name}: got shape {shape}, needs an even size along axis {self._axis}")
         return size // 2
 
     def _transport_inverse(self, per_dim: tf.Tensor) -> tf.Tensor:

@@ -15,7 +15,8 @@ from tfp_dimflows.bijectors.conditions import append_condition, uses_condition, 
 from tfp_dimflows.bijectors.factor_out import flat_latents
 from tfp_dimflows.bijectors.haar import HaarSplit
 from tfp_dimflows.bijectors.log_dets import sum_event
-from tfp_dimflows.bijectors.walk import AnyWalk, Parts, Summed, Walk
+from tfp_dimflows.bijectors.orthogonal_split import OrthogonalSplit
+from tfp_dimflows.bijectors.walk import AnyWalk, Summed, Walk
 from tfp_dimflows.upstream import prefer_static as ps
 from tfp_dimflows.upstream import samplers
 
@@ -23,17 +24,21 @@ from tfp_dimflows.upstream import samplers
 class PNF(Composite):
     r"""Progressive normalizing flow between a flat latent vector `[D]` and an event, an image `[H, W, C]` or a signal `[D]`.
 
-    From data to latent, `HaarSplit`s halve the event y = h_K again and again; what is lost in a halving is modelled given what
+    From data to latent, linear splits take the event y = h_K apart again and again; what one takes away is modelled given what
     remains:
 
         (h_{k-1}, Delta_k) = split_k(h_k),   u_k = detail_k.inverse(Delta_k; condition=h_{k-1}),   k = K ... 1
         u_0 = base.inverse(h_0),   z = [u_0, u_1, ..., u_K]
-        inverse log-det = sum of the stages' inverse log-dets - (D - D_0) ln 2,   D_0 = size of h_0
+        inverse log-det = sum of the stages' inverse log-dets + that of the splits
 
-    and from latent to data `h_k = merge_k(h_{k-1}, detail_k.forward(u_k; condition=h_{k-1}))`. The constant is
-    that of the halvings (each pair contributes -ln 2); with `orthonormal=True` it is 0. An image is halved along its height
-    first (stage K), then along its width, and so on in turns, so that from coarse to fine it grows along x (the width) first
-    when K is even. Each stage's parameters are its own, and every term of the log-density depends on one stage's only.
+    and from latent to data `h_k = merge_k(h_{k-1}, detail_k.forward(u_k; condition=h_{k-1}))`. What remains never depends on
+    what was taken away, so h_0 is an exact linear code of the event. Each stage's parameters are its own, and every term of the
+    log-density depends on one stage's only.
+
+    Splits are by default `HaarSplit`s, which halve: an image along its height first (stage K), then along its width, and so on
+    in turns, so that from coarse to fine it grows along x (the width) first when K is even. Their log-det is
+    -(D - D_0) ln 2 with D_0 the size of h_0 (-ln 2 for each pair), or 0 if they are orthonormal. `OrthogonalSplit`s split off
+    any part of the channels of rotated blocks, such as all but the principal components, with log-det 0.
 
     The latent is ordered base first, then the details from coarse to fine, so `z[..., :D_0]` is the low-dimensional code. One
     pass evaluates every stage once. Stages are any bijectors: their latent values may be flat or of any shape. A `condition=`
@@ -42,14 +47,16 @@ class PNF(Composite):
 
     Args:
       base: bijector of the coarsest image h_0.
-      details: bijectors of the details, from coarse to fine, K of them; detail k works on events of the shape of h_{k-1}, and,
-        if it can use a condition, is given h_{k-1}.
+      details: bijectors of the details, from coarse to fine, K of them; detail k works on events of the shape of Delta_k (which
+        of halves is that of h_{k-1}), and, if it can use a condition, is given h_{k-1}.
       event_shape: `[H, W, C]` or `[D]`.
       orthonormal: whether the halvings divide by sqrt(2) (orthonormal Haar transform) rather than 2 (averages).
+      splits: a `HaarSplit` or `OrthogonalSplit` for each detail, from coarse to fine; None: the halvings.
       name: the name of the operations.
 
     Raises:
-      ValueError: if the event's sides cannot be halved as often as there are details, or a stage does not fit its shape.
+      ValueError: if the event's sides cannot be halved as often as there are details, or splits or stages do not fit their
+        shapes.
 
     References: "PNF: Progressive normalizing flows" (with mirrored orders of analysis and synthesis, and the constant
     included); Yu, Derpanis, Brubaker, "Wavelet Flow: Fast training of high resolution normalizing flows", 2020.
@@ -71,6 +78,7 @@ class PNF(Composite):
         details: Sequence[tfb.Bijector],
         event_shape: Sequence[int],
         orthonormal: bool = False,
+        splits: Sequence[HaarSplit | OrthogonalSplit] | None = None,
         name: str = "pnf",
     ):
         parameters = dict(locals())
@@ -78,10 +86,18 @@ class PNF(Composite):
             raise ValueError(f"PNF: got details {details!r}, needs a sequence of bijectors, at least one")
         self._event_shape = tuple(int(size) for size in event_shape)
         self._stages = [base, *details]
-        self._splits = [HaarSplit(axis, orthonormal) for axis in _axes(len(details), len(self._event_shape))]
+        if splits is None:
+            self.halved_shapes(self._event_shape, len(details))  # raises
+            splits = [HaarSplit(axis, orthonormal) for axis in _axes(len(details), len(self._event_shape))]
+        elif len(splits) != len(details) or orthonormal:
+            raise ValueError(
+                f"PNF: got {len(splits)} splits, {len(details)} details and orthonormal={orthonormal}, needs a split for each "
+                "detail, and orthonormal=False beside them"
+            )
+        self._splits = list(splits)
         self._shapes = tfb.Reshape(self._event_shape, [math.prod(self._event_shape)])
-        self._stage_shapes = self._no_dependency(self.halved_shapes(self._event_shape, len(details)))
-        values = [self._stage_shapes[0], *self._stage_shapes[:-1]]
+        stage_shapes, values = _split_shapes(self._splits, self._event_shape)
+        self._stage_shapes = self._no_dependency(stage_shapes)
         self._latent_shapes = self._no_dependency(
             [_latent_shape(k, stage, shape) for k, (stage, shape) in enumerate(zip(self._stages, values))]
         )
@@ -121,6 +137,11 @@ class PNF(Composite):
         return list(self._stages)
 
     @property
+    def splits(self) -> list[HaarSplit | OrthogonalSplit]:
+        """The splits, from coarse to fine."""
+        return list(self._splits)
+
+    @property
     def stage_shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the images h_0 ... h_K, from coarse to fine."""
         return list(self._stage_shapes)
@@ -148,7 +169,7 @@ class PNF(Composite):
         return h
 
     def decode(self, low_resolution: tf.Tensor, condition: Any = None) -> tf.Tensor:
-        """Up-scaling with zero latent details, u_k = 0; `encode` undoes it exactly.
+        """Up-scaling with zero latent details, u_k = 0, the conditional mode of Gaussian details; `encode` undoes it exactly.
 
         Args:
           low_resolution: images of the shape of any stage, `batch + stage_shapes[stage]`.
@@ -216,9 +237,9 @@ class PNF(Composite):
     def stage_log_prob(self, x: tf.Tensor, condition: Any = None) -> tf.Tensor:
         """Log-density of every stage under standard normal latent values; their sum is the log-density of the flow.
 
-            term 0: log N(u_0) + log-det of the base,   term k: log N(u_k) + log-det of detail k - (D_k / 2) ln 2
+            term 0: log N(u_0) + log-det of the base,   term k: log N(u_k) + log-det of detail k + that of split k
 
-        with D_k the size of h_k, so that term k is the log-density of h_k given h_{k-1}.
+        (that of a halving of h_k, of size D_k, is -(D_k / 2) ln 2), so that term k is the log-density of h_k given h_{k-1}.
 
         Args:
           x: events, `batch + event_shape`.
@@ -266,8 +287,8 @@ class PNF(Composite):
         condition = self._condition(condition, h.value, len(self._event_shape))
         parts = []
         for detail, split in zip(self._stages[:0:-1], self._splits[::-1]):
-            h, difference = h.split(_halves(split))
-            parts.append(difference.inverse(detail, self._given(h.value, condition)))
+            h, rest = h.split(split.parts)
+            parts.append(rest.inverse(detail, self._given(h.value, condition)))
         return [h.inverse(self._stages[0], condition), *parts[::-1]]
 
     # Latent to data.
@@ -283,7 +304,7 @@ class PNF(Composite):
 
     def _grow(self, k: int, h: AnyWalk, u: AnyWalk, condition: Any) -> AnyWalk:
         """h_k from h_{k-1} and latent details."""
-        return h.join(u.forward(self._stages[k], self._given(h.value, condition)), by=_halves(self._splits[k - 1]))
+        return h.join(u.forward(self._stages[k], self._given(h.value, condition)), by=self._splits[k - 1].parts)
 
     # What the stages share.
 
@@ -321,15 +342,27 @@ class PNF(Composite):
             raise ValueError(f"{self.name}: got stage {stage!r}, needs 0 to {len(self._stages) - 1}")
 
 
-def _halves(split: HaarSplit) -> Parts:
-    return Parts(split.split, split.merge, split.deinterleave, split.interleave, split.log_det_per_dim)
-
-
 def _axes(num_details: int, rank: int) -> list[int]:
     """The axis of each halving, from coarse to fine; the finest halves the height of images."""
     if rank == 1:
         return [-1] * num_details
     return [(-3, -2)[(num_details - k) % 2] for k in range(1, num_details + 1)]
+
+
+def _split_shapes(
+    splits: Sequence[HaarSplit | OrthogonalSplit], event_shape: tuple[int, ...]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The shapes of h_0 ... h_K, and of what the stages model: h_0, Delta_1 ... Delta_K."""
+    stage_shapes, values = [event_shape], []
+    for split in reversed(splits):
+        if not isinstance(split, (HaarSplit, OrthogonalSplit)):
+            raise ValueError(f"PNF: got {split!r} as a split, needs a HaarSplit or an OrthogonalSplit")
+        if split.inverse_min_event_ndims > len(event_shape):
+            raise ValueError(f"PNF: {split.name} is for images, does not fit events of shape {list(event_shape)}")
+        low, rest = split.part_shapes(stage_shapes[0])
+        stage_shapes.insert(0, low)
+        values.insert(0, rest)
+    return stage_shapes, [stage_shapes[0], *values]
 
 
 def _latent_shape(k: int, stage: tfb.Bijector, shape: tuple[int, ...]) -> tuple[int, ...]:
