@@ -47,7 +47,7 @@ def factorizations():
     yield "channels", Factorization.channels(IMAGE, 3)
     yield "checkerboard", Factorization.checkerboard(IMAGE, 3)
     yield "random", Factorization.random(IMAGE, 3, seed=1)
-    for granularity in ("channel", "block"):
+    for granularity in ("channel", "block", "squeezed"):
         yield granularity, Factorization.from_contributions(STATISTICS, granularity=granularity)
     yield "vector_channels", Factorization.channels([11], 4)
     yield "vector_random", Factorization.random([11], 4, seed=1)
@@ -175,7 +175,7 @@ def test_kept_channels_are_rank_one_of_all_channels_then_rank_two():
 
 
 def test_reversing_the_sign_of_the_statistic_swaps_the_halves():
-    for granularity in ("block", "channel"):
+    for granularity in ("block", "channel", "squeezed"):
         one = Factorization.from_contributions(STATISTICS[:1], granularity=granularity)
         negated = Factorization.from_contributions([-STATISTICS[0]], granularity=granularity)
         low = Factorization.from_contributions(STATISTICS[:1], keep="low", granularity=granularity)
@@ -210,6 +210,8 @@ def test_a_constant_statistic_falls_back_to_the_static_split(constant):
     for granularity in ("block", "channel"):
         fallback = Factorization.from_contributions([image, image], granularity=granularity)
         assert fallback == Factorization.checkerboard(IMAGE, 3)
+    squeezed = Factorization.from_contributions([image, image], granularity="squeezed")
+    assert squeezed == Factorization.channels(IMAGE, 3)
     assert Factorization.from_contributions([np.full([7], constant)]) == Factorization.channels([7], 2)
     mixed = Factorization.from_contributions([STATISTICS[0], image])
     assert (mixed.kept[0] == Factorization.from_contributions(STATISTICS).kept[0]).all()
@@ -242,6 +244,17 @@ def test_channel_granularity_takes_the_same_positions_in_every_block():
             for rank in range(2):
                 di, dj = divmod(order[rank], 2)
                 assert (kept[..., c + channels * rank] == grid[di::2, dj::2, c]).all()
+        grid = kept
+
+
+def test_squeezed_granularity_takes_any_half_of_the_squeezed_channels():
+    factorization = Factorization.from_contributions(STATISTICS, granularity="squeezed")
+    grid = np.arange(np.prod(IMAGE)).reshape(IMAGE)
+    for statistic, kept, left in zip(STATISTICS, factorization.kept, factorization.left):
+        channels = dfb.Squeeze().inverse(grid).numpy()
+        means = statistic.ravel()[channels].mean(axis=(0, 1))
+        ranked = channels[..., np.argsort(-means)]
+        np.testing.assert_array_equal(np.concatenate([kept, left], axis=-1), ranked)
         grid = kept
 
 

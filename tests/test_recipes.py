@@ -175,6 +175,7 @@ def factorization_options(event_shape):
     options = {
         "conventional": ("conventional", build.checkerboard(shape, 2) if images else build.channels(shape, 2)),
         "channels": ("channels", build.channels(shape, 2)),
+        "principal": ("principal", build.channels(shape, 2)),
         "random": ("random", build.random(shape, 2, seed=0)),
         "object": (other, other),
         "config": (json.loads(json.dumps(reverse.get_config())), reverse),
@@ -200,6 +201,75 @@ def test_factorizations_of_vectors(option):
     distribution = small("realnvp", VECTOR, factorization=argument)
     assert multiscale(distribution).factorization == expected
     assert_round_trip(perturb(distribution))
+
+
+ROTATED = {  # the level of which the rotation is the last part before the couplings that are the identity at first
+    "realnvp": ({"depth": 2}, IMAGE, 1),
+    "glow-even": ({"depth": 2}, IMAGE, 2),
+    "glow-odd": ({"depth": 3}, IMAGE, 2),
+    "iresnet": ({"depth": 1, "width": 4}, IMAGE, 2),
+    "residual-flow": ({"depth": 1, "width": 4}, IMAGE, 1),
+    "realnvp-vector": ({"depth": 2}, VECTOR, 2),
+    "glow-vector": ({"depth": 3}, VECTOR, 2),
+    "iresnet-vector": ({"depth": 1, "width": 4}, VECTOR, 2),
+    "residual-flow-vector": ({"depth": 1, "width": 4}, VECTOR, 2),
+}
+
+
+@pytest.mark.parametrize("case", ROTATED)
+def test_principal_components_are_what_stays(case):
+    options, shape, num_rotations = ROTATED[case]
+    name = next(name for name in ("realnvp", "glow", "iresnet", "residual-flow") if case.startswith(name))
+    distribution = recipes.get(name)(shape, **SMALL.get(name, {}) | options, factorization="principal")
+    rotations = [
+        part for level in multiscale(distribution).levels for part in level.bijectors if isinstance(part, dfb.Rotation)
+    ]
+    assert len(rotations) == num_rotations
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=[400, *shape]).cumsum(axis=1)[..., :1] + 0.1 * generator.normal(size=[400, *shape])
+    x = (x if len(shape) == 3 else x @ generator.normal(size=[7, 7])).astype(np.float32)
+    with dimflows.adaptation():
+        distribution.log_prob(x)
+    level = multiscale(distribution).levels[0]
+    place = next(k for k, part in enumerate(level.bijectors) if isinstance(part, dfb.Rotation))
+    rotated = dfb.Chain(level.bijectors[: place + 1])
+    for part in distribution.bijector.bijectors[:-1] if isinstance(distribution.bijector, dfb.Chain) else []:
+        x = part.inverse(x)
+    before, after = (b.inverse(x).numpy() for b in (rotated, level))
+    before, after = (value.reshape(-1, value.shape[-1]) for value in (before, after))
+    deviations = before.std(axis=0)
+    assert (np.diff(deviations) < 1e-3).all() and deviations[0] > 2.0 * deviations[-1]
+    if name in ("realnvp", "glow"):  # whose couplings start as constant scales
+        same = np.abs(np.diag(np.corrcoef(before, after, rowvar=False)[: before.shape[-1], before.shape[-1] :]))
+        np.testing.assert_allclose(same, np.ones_like(same), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "glow"])
+def test_rotations_by_name(name):
+    for rotation, changes in (("haar", False), ("random", True)):
+        first, again, other = (small(name, rotation=rotation, factorization=None, seed=seed) for seed in (0, 0, 1))
+        assert multiscale(first).factorization is None
+        matrices = [
+            next(v.numpy() for v in distribution.variables if v.name.startswith("matrix"))
+            for distribution in (first, again, other)
+        ]
+        np.testing.assert_array_equal(*matrices[:2])
+        assert np.array_equal(matrices[0], matrices[2]) != changes
+    with pytest.raises(ValueError, match=f"{name} of events .*: rotation: got 'haar' with factorization='principal'"):
+        small(name, rotation="haar", factorization="principal")
+    with pytest.raises(ValueError, match=f"{name} of events .*: Rotation: got matrix='fourier'"):
+        small(name, rotation="fourier")
+
+
+def test_lcma_in_a_rotated_frame():
+    given = contributions()
+    first = small("lcma-realnvp", rotation="principal")
+    second = small("lcma-realnvp", rotation="principal", granularity="squeezed", contributions=given)
+    expected = dfb.DimensionFactorization.from_contributions(given, granularity="squeezed")
+    assert multiscale(first).factorization is None and multiscale(second).factorization == expected
+    for distribution in (first, second):
+        assert any(isinstance(part, dfb.Rotation) for part in multiscale(distribution).levels[0].bijectors)
+        assert_round_trip(perturb(distribution))
 
 
 def assert_round_trip(distribution):

@@ -11,7 +11,7 @@ from tfp_dimflows import representation
 _TL, _TR, _BL, _BR = range(4)
 
 # Of images, and of vectors; the first is the default.
-IMAGE_GRANULARITIES = ("channel", "block")
+IMAGE_GRANULARITIES = ("channel", "block", "squeezed")
 VECTOR_GRANULARITIES = ("free",)
 
 
@@ -121,13 +121,14 @@ class DimensionFactorization:
               averages: a lattice, which convolutions can use,
             * `"block"` (the paper's): two of the four entries of every block stay, whichever they are there;
 
-            of vectors `"free"`: any half.
+            of all channels together `"squeezed"`: any half of the squeezed channels by their averages, as it suits channels
+            that have been rotated; of vectors `"free"`: any half.
 
         Returns:
           The factorization. The kept channels are ordered by rank: the highest entry of every channel's block, then the
           second. Ties go by position; where a whole statistic is
-          constant (an additive flow contributes 0 everywhere) the split is the static checkerboard, or the first half of a
-          vector.
+          constant (an additive flow contributes 0 everywhere) the split is the static checkerboard, or the first half of
+          squeezed channels or a vector.
 
         Raises:
           ValueError: if contributions differ in shape or are not finite, or an option does not fit.
@@ -332,6 +333,9 @@ def _checkerboard_split(grid: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _split_by_rank(grid: np.ndarray, statistic: np.ndarray, keep: str, granularity: str) -> tuple[np.ndarray, ...]:
     scores = statistic.ravel()[grid] if keep == "high" else -statistic.ravel()[grid]
+    if granularity == "squeezed":
+        channels, scores = (_blocks(a).reshape(*_blocks(a).shape[:2], -1) for a in (grid, scores))
+        return _halves(channels[..., np.argsort(-scores.mean(axis=(0, 1)), kind="stable")])
     if np.ptp(scores) == 0:
         return _halves(grid) if grid.ndim == 1 else _checkerboard_split(grid)
     if granularity == "free":

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from tfp_dimflows.bijectors import base, dense
 from tfp_dimflows.bijectors.log_dets import log_det_dtype, sum_event
@@ -19,7 +20,8 @@ class InvertibleConv1x1(base.FlowBijector):
         W = P L (U + diag(sign * exp(log_s)))
 
     with a fixed permutation P and fixed signs, a unit lower triangular L, a strictly upper triangular U and log_s trained, all
-    from the decomposition of a random orthogonal matrix. Inverse log-det per pixel: sum(log_s), in O(C).
+    from the decomposition of a random orthogonal matrix, or of one that is given. Inverse log-det per pixel: sum(log_s), in
+    O(C).
 
     The map is dense, so how the log-det is shared among the channels is a convention, `attribution`. With J the Jacobian of the
     direction asked for and sigma its singular values, in the frame of the argument:
@@ -35,12 +37,13 @@ class InvertibleConv1x1(base.FlowBijector):
     Args:
       channels: number of channels C.
       attribution: one of the four conventions.
-      seed: integer seed of the initial orthogonal matrix.
+      seed: integer seed of the initial matrix.
+      matrix: the initial matrix: `"random"`, an orthogonal one, or an invertible array `[C, C]`.
       dtype: dtype of the variables.
       name: the name of the operations.
 
     Raises:
-      ValueError: for an unknown attribution or an event with another number of channels.
+      ValueError: for an unknown attribution, another or a singular matrix, or an event with another number of channels.
 
     References: Kingma, Dhariwal, "Glow", 2018.
 
@@ -58,14 +61,14 @@ class InvertibleConv1x1(base.FlowBijector):
         attribution: str = "polar",
         seed: int = 0,
         dtype: tf.DType = tf.float32,
+        matrix: str | ArrayLike = "random",
         name: str = "invertible_conv1x1",
     ):
         parameters = dict(locals())
         if attribution not in ATTRIBUTIONS:
             raise ValueError(f"InvertibleConv1x1: got attribution={attribution!r}, needs one of {ATTRIBUTIONS}")
-        orthogonal = np.linalg.qr(np.random.default_rng(seed).normal(size=[channels, channels]))[0]
         with tf.init_scope():
-            packed, order = (t.numpy() for t in tf.linalg.lu(orthogonal))
+            packed, order = (t.numpy() for t in tf.linalg.lu(_initial(matrix, channels, seed)))
         self._attribution = attribution
         self._channels = channels
         self._permutation = np.eye(channels)[np.argsort(order)]
@@ -132,3 +135,14 @@ class InvertibleConv1x1(base.FlowBijector):
         if self._attribution == "lu":
             return log_scale if direction_sign > 0 else tf.linalg.matvec(tf.cast(self._permutation, jacobian.dtype), log_scale)
         return tf.fill(tf.shape(log_scale), tf.reduce_mean(log_scale))
+
+
+def _initial(matrix: str | ArrayLike, channels: int, seed: int) -> np.ndarray:
+    if isinstance(matrix, str) and matrix == "random":
+        return np.linalg.qr(np.random.default_rng(seed).normal(size=[channels, channels]))[0]
+    given = np.asarray(np.nan if isinstance(matrix, str) else matrix, np.float64)
+    if given.shape != (channels, channels) or not np.linalg.matrix_rank(given) == channels:
+        raise ValueError(
+            f'InvertibleConv1x1: got matrix={matrix!r}, needs "random" or an invertible array [{channels}, {channels}]'
+        )
+    return given

@@ -32,7 +32,7 @@ class LCMA(Multiscale):
       levels: as in `Multiscale`.
       contributions: one array of the event's shape per factor-out.
       keep: `"high"` (LCMA), `"low"`, or a list of them.
-      granularity: `"channel"`, `"block"` or `"free"`, as in `DimensionFactorization.from_contributions`.
+      granularity: `"channel"`, `"block"`, `"squeezed"` or `"free"`, as in `DimensionFactorization.from_contributions`.
       exits: as in `Multiscale`.
       name: the name of the operations.
 

@@ -1,6 +1,7 @@
 """What the recipes share: the base distribution, the factorization argument, integer images."""
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -118,8 +119,8 @@ def resolve_factorization(
     """The `factorization=` argument of a recipe as a factorization, or None for a model that nothing leaves.
 
     Args:
-      factorization: `"conventional"`, `"channels"`, `"checkerboard"`, `"random"`, a `DimensionFactorization` or an
-        `OnlineFactorization` (or its config), or None.
+      factorization: `"conventional"`, `"channels"`, `"principal"` (as `"channels"`: the frame is rotated, see `rotations`),
+        `"checkerboard"`, `"random"`, a `DimensionFactorization` or an `OnlineFactorization` (or its config), or None.
       event_shape: the event's shape.
       num_levels: number of levels.
       conventional: what `"conventional"` means.
@@ -132,6 +133,8 @@ def resolve_factorization(
         return None
     if factorization == "conventional":
         factorization = conventional
+    if factorization == "principal":
+        factorization = "channels"
     if factorization == "random":
         return dfb.DimensionFactorization.random(event_shape, num_levels, seed=seed)
     if isinstance(factorization, str) and factorization in ("channels", "checkerboard"):
@@ -141,7 +144,7 @@ def resolve_factorization(
         factorization = kind.from_config(factorization)
     if not isinstance(factorization, (dfb.DimensionFactorization, dfb.OnlineFactorization)):
         raise ValueError(
-            f"factorization: got {factorization!r}, needs conventional, channels, checkerboard, random, None, a "
+            f"factorization: got {factorization!r}, needs conventional, channels, principal, checkerboard, random, None, a "
             "DimensionFactorization or an OnlineFactorization"
         )
     if (factorization.event_shape, factorization.num_levels) != (event_shape, num_levels):
@@ -150,6 +153,31 @@ def resolve_factorization(
             f"levels, needs {list(event_shape)} and {num_levels}"
         )
     return factorization
+
+
+def rotations(rotation: str | None, factorization: Factorization | None, seed: int) -> Callable[[int], list[dfb.Rotation]]:
+    """A function that makes the rotation of so many squeezed channels, or dimensions of a vector: a list of it, or of none.
+
+    Args:
+      rotation: a recipe's argument `rotation=`: None, or the matrix of a `dfb.Rotation` by name.
+      factorization: its argument `factorization=`; `"principal"` stands for principal components too.
+      seed: integer seed of random matrices.
+
+    Raises:
+      ValueError: for another rotation than principal components with `factorization="principal"`.
+    """
+    if isinstance(factorization, str) and factorization == "principal":
+        if rotation not in (None, "principal"):
+            raise ValueError(f"rotation: got {rotation!r} with factorization='principal', needs 'principal' or None")
+        rotation = "principal"
+    own = itertools.count()
+
+    def make(channels: int) -> list[dfb.Rotation]:
+        if rotation is None:
+            return []
+        return [dfb.Rotation(channels, rotation, seed=seeds(seed, next(own) + 1)[-1], dtype=floatx())]
+
+    return make
 
 
 def check_halvings(recipe: str, event_shape: tuple[int, ...], times: int, /, **argument: int) -> None:

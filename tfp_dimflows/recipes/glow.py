@@ -27,6 +27,7 @@ def glow(
     num_hidden: int = 2,
     coupling: str = "affine",
     factorization: common.Factorization | None = "conventional",
+    rotation: str | None = None,
     condition_shape: Sequence[int] | None = None,
     attribution: str = "polar",
     memory: str = "keep",
@@ -38,7 +39,8 @@ def glow(
     Between levels half of the dimensions leave, scored by a conditional Gaussian given those that stay; the deepest part has a
     learned Gaussian prior. Integer images are scaled to [-1/2, 1/2), without logit. On vectors the convolution is a matrix, the
     couplings' networks are MLPs of `num_hidden` layers, their log-scales a trainable multiple of a tanh, and all latent
-    dimensions are standard normal.
+    dimensions are standard normal. With a rotation before the steps, the convolutions start as exchanges of the two halves of
+    the channels, so that at first the leading components are what stays; without, as random orthogonal matrices.
 
     Reference sizes: CIFAR-10 `num_levels=3, depth=32, width=512`, ImageNet 32x32 `depth=48`.
 
@@ -50,7 +52,10 @@ def glow(
       num_hidden: hidden layers of the coupling networks of vectors.
       coupling: `"affine"` or `"additive"`.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
-        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+        `"checkerboard"`, `"random"`, `"principal"` (the leading half of principal components, `rotation="principal"`), a
+        `DimensionFactorization`, or None: nothing leaves.
+      rotation: None, or what each level's squeezed channels (the dimensions of a vector) are multiplied with, a matrix of
+        `dfb.Rotation`: `"principal"`, `"haar"` or `"random"`. `"principal"` is taken from the data by `FlowModel.adapt`.
       condition_shape: shape of the condition of a conditional flow: a vector `[n]` or an image `[H, W, n]` of the event's
         height and width. It enters every coupling network.
       attribution: how the convolutions' log-dets are shared among the channels, as in `dfb.InvertibleConv1x1`; matters to
@@ -82,17 +87,21 @@ def glow(
     grids = glow_grids("glow", shape, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
     seeds = iter(np.random.SeedSequence(seed).generate_state(2 * num_levels * depth).tolist())
+    rotate = common.rotations(rotation, factorization, seed)
     if len(shape) == 1:
         condition = common.condition_channels("glow", condition_shape, shape)
         sizes = (depth, width, num_hidden, coupling, condition, seeds, attribution)
-        flow_levels = [dfb.Chain(vector_steps(grid[0], *sizes), memory) for grid in grids]
+        flow_levels = []
+        for (dims,) in grids:
+            rotated = rotate(dims)
+            flow_levels.append(dfb.Chain([*rotated, *vector_steps(dims, *sizes, unmixed=bool(rotated))], memory))
         flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
         return common.as_distribution(flow, shape, grey_levels, common.centred)
     conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_levels)]
-    flow_levels = [
-        dfb.Chain([dfb.Squeeze(), image_steps(4 * grid[-1], depth, width, coupling, condition, seeds, attribution, memory)])
-        for grid, condition in zip(grids, conditions)
-    ]
+    flow_levels = []
+    for (*_, channels), condition in zip(grids, conditions):
+        rotated, sizes = rotate(4 * channels), (depth, width, coupling, condition, seeds, attribution, memory)
+        flow_levels.append(dfb.Chain([dfb.Squeeze(), *rotated, image_steps(4 * channels, *sizes, exchange=bool(rotated))]))
     left_channels = [2 * grid[-1] for grid in grids[:-1]]
     exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
     flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)
@@ -108,8 +117,9 @@ def image_steps(
     seeds: Iterator[int],
     attribution: str = "polar",
     memory: str = "keep",
+    exchange: bool = False,
 ) -> dfb.Scan:
-    """`depth` steps of flow on images."""
+    """`depth` steps of flow on images; with `exchange` their convolutions start as exchanges of halves of the channels."""
     mask = dfb.masks.Channel()
     inputs, outputs = mask.sizes(channels)
     seeds_of_steps = [(next(seeds), next(seeds) % 2**31) for _ in range(depth)]
@@ -117,7 +127,8 @@ def image_steps(
     def step(k: int) -> dfb.Chain:
         of_convolution, of_network = seeds_of_steps[k]
         actnorm = dfb.ActNorm(channels, log_scale_factor=3.0, dtype=common.floatx())
-        convolution = dfb.InvertibleConv1x1(channels, attribution, seed=of_convolution, dtype=common.floatx())
+        matrix = _exchange(channels, k, depth) if exchange else "random"
+        convolution = dfb.InvertibleConv1x1(channels, attribution, of_convolution, common.floatx(), matrix)
         network = networks.GlowConvNet(
             inputs,
             COUPLINGS[coupling] * outputs,
@@ -139,15 +150,20 @@ def vector_steps(
     condition_channels: int,
     seeds: Iterator[int],
     attribution: str = "polar",
+    unmixed: bool = False,
 ) -> list[dfb.FlowBijector]:
-    """`depth` steps of flow on vectors, from data to latent; successive couplings transform the one and the other half."""
+    """`depth` steps of flow on vectors, from data to latent; successive couplings transform the one and the other half.
+
+    With `unmixed` the convolutions start as the identity, in place of random ones.
+    """
     parts = []
     for k in range(depth):
         flip = k % 2 == 1
         mask = dfb.masks.Channel(flip, event_ndims=1, num_conditioning=dims - dims // 2 if flip else dims // 2)
         inputs, outputs = mask.sizes(dims)
         parts.append(dfb.ActNorm(dims, dtype=common.floatx()))
-        parts.append(dfb.InvertibleConv1x1(dims, attribution, seed=next(seeds), dtype=common.floatx()))
+        matrix = np.eye(dims) if unmixed else "random"
+        parts.append(dfb.InvertibleConv1x1(dims, attribution, next(seeds), common.floatx(), matrix))
         network = networks.MLP(
             inputs,
             COUPLINGS[coupling] * outputs,
@@ -163,6 +179,11 @@ def _coupling(network: Callable[..., tf.Tensor], mask: dfb.masks.Mask, coupling:
     if coupling == "affine":
         return dfb.AffineCoupling(network, mask, scale=scale, dtype=common.floatx())
     return dfb.AdditiveCoupling(network, mask)
+
+
+def _exchange(channels: int, step: int, depth: int) -> np.ndarray:
+    """The exchange of the halves of the channels; the identity in the last of an odd number of steps, for their order."""
+    return np.roll(np.eye(channels), channels // 2 if step < depth - depth % 2 else 0, axis=0)
 
 
 def _gaussian(channels: int) -> dfb.ConditionalTransform:

@@ -29,7 +29,7 @@ _DOC = """{family} whose factor-outs follow the likelihood contributions of the 
       event_shape: the event's shape.
       contributions: one array of the event's shape for each of the `num_levels - 1` factor-outs; `"online"`; or None.
       keep: `"high"` (LCMA), `"low"` (reversed), or a list with one of them per factor-out: which half stays.
-      granularity: `"channel"`, `"block"` or `"free"`, as in `dfb.DimensionFactorization.from_contributions`.
+      granularity: `"channel"`, `"block"`, `"squeezed"` or `"free"`, as in `dfb.DimensionFactorization.from_contributions`.
       **arguments: those of `recipes.{base}`, but for `factorization` and `network`.
 
     Returns:

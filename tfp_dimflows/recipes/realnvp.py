@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ def realnvp(
     num_blocks: int = 2,
     network: str | None = None,
     factorization: common.Factorization | None = "conventional",
+    rotation: str | None = None,
     condition_shape: Sequence[int] | None = None,
     batch_norm: bool = False,
     l2: float = 5e-5,
@@ -57,7 +58,10 @@ def realnvp(
       num_blocks: residual blocks (`"conv"`) or hidden layers (`"dense"`).
       network: `"conv"` (ResNets) or `"dense"` (MLPs); None: `"conv"` for images, `"dense"` for vectors.
       factorization: which half stays: `"conventional"` (images: checkerboard, vectors: first half), `"channels"`,
-        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+        `"checkerboard"`, `"random"`, `"principal"` (the leading half of principal components, `rotation="principal"`), a
+        `DimensionFactorization`, or None: nothing leaves.
+      rotation: None, or what each level's squeezed channels (the dimensions of a vector) are multiplied with, a matrix of
+        `dfb.Rotation`: `"principal"`, `"haar"` or `"random"`. `"principal"` is taken from the data by `FlowModel.adapt`.
       condition_shape: shape of the condition of a conditional flow: a vector `[n]` or, for `"conv"`, an image `[H, W, n]` of
         the event's height and width. It enters every network.
       batch_norm: batch normalisation in the ResNets, as in the reference.
@@ -90,7 +94,8 @@ def realnvp(
     grids = realnvp_grids("realnvp", flat, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, flat, num_levels, "channels" if is_dense else "checkerboard", seed)
     seeds = iter(np.random.SeedSequence(seed).generate_state(4 * num_levels * (depth + 1)).tolist())
-    options = {"depth": depth, "num_blocks": num_blocks, "memory": memory, "seeds": seeds}
+    rotate = common.rotations(rotation, factorization, seed)
+    options: dict[str, Any] = {"depth": depth, "num_blocks": num_blocks, "memory": memory, "seeds": seeds, "rotate": rotate}
     flow_levels = []
     if is_dense:
         channels = common.condition_channels("realnvp", condition_shape, flat)
@@ -117,6 +122,7 @@ def _image_level(
     memory: str,
     is_last: bool,
     seeds: Iterator[int],
+    rotate: Callable[[int], list[dfb.Rotation]],
 ) -> dfb.Chain:
     height, grid_width, channels = grid
     parts = []
@@ -147,16 +153,24 @@ def _image_level(
         mask = masks.Checkerboard(parity=1 - i % 2)
         add(mask, channels, width, condition_channels[0], mask.array(height, grid_width))
     if not is_last:
-        parts.append(dfb.Squeeze())
+        parts += [dfb.Squeeze(), *rotate(4 * channels)]
         for i in range(depth):
             add(masks.Channel(flip=i % 2 == 1), 4 * channels, 2 * width, condition_channels[1], None)
     return dfb.Chain(parts, memory)
 
 
 def _vector_level(
-    dims: int, width: int, condition_channels: int, *, depth: int, num_blocks: int, memory: str, seeds: Iterator[int]
+    dims: int,
+    width: int,
+    condition_channels: int,
+    *,
+    depth: int,
+    num_blocks: int,
+    memory: str,
+    seeds: Iterator[int],
+    rotate: Callable[[int], list[dfb.Rotation]],
 ) -> dfb.Chain:
-    parts: list[tfb.Bijector] = []
+    parts: list[tfb.Bijector] = [*rotate(dims)]
     for i in range(depth + 1):
         if i % 2 == 0:
             chosen = np.random.default_rng(next(seeds)).permutation(dims)[: dims // 2]

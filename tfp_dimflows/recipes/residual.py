@@ -40,6 +40,7 @@ def iresnet(
     coeff: float = 0.9,
     num_terms: int = 5,
     factorization: common.Factorization | None = "conventional",
+    rotation: str | None = None,
     grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
@@ -61,7 +62,10 @@ def iresnet(
       coeff: bound of the spectral norm of each layer.
       num_terms: terms of the log-det's series.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
-        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+        `"checkerboard"`, `"random"`, `"principal"` (the leading half of principal components, `rotation="principal"`), a
+        `DimensionFactorization`, or None: nothing leaves.
+      rotation: None, or what each level's squeezed channels (the dimensions of a vector) are multiplied with, a matrix of
+        `dfb.Rotation`: `"principal"`, `"haar"` or `"random"`. `"principal"` is taken from the data by `FlowModel.adapt`.
       grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
 
@@ -89,10 +93,11 @@ def iresnet(
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
     seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * sizes["depth"]).tolist())
     log_det = dfb.residual.PowerSeries(num_terms)
+    rotate = common.rotations(rotation, factorization, seed)
     flow_levels = []
     for k, grid in enumerate(grids):
         inner = (grid[0] // 2, grid[1] // 2, 4 * grid[2]) if is_image else grid
-        parts = [dfb.Squeeze()] if is_image else []
+        parts = [*([dfb.Squeeze()] if is_image else []), *rotate(inner[-1])]
         for i in range(sizes["depth"]):
             network = _branch(inner, sizes["width"], "elu", coeff, bool(k or i), next(seeds))
             parts += [_actnorm(inner), dfb.InvertibleResidual(network, log_det, len(shape))]
@@ -118,6 +123,7 @@ def residual_flow(
     roulette: str = "poisson",
     num_exact: int = 2,
     factorization: common.Factorization | None = "conventional",
+    rotation: str | None = None,
     alpha: float = 0.05,
     grey_levels: int | None = None,
     seed: int = 0,
@@ -142,7 +148,10 @@ def residual_flow(
       roulette: distribution of the number of terms of the log-det, `"poisson"` or `"geometric"`.
       num_exact: terms that are always there in training; 20 in evaluation.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
-        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+        `"checkerboard"`, `"random"`, `"principal"` (the leading half of principal components, `rotation="principal"`), a
+        `DimensionFactorization`, or None: nothing leaves.
+      rotation: None, or what each level's squeezed channels (the dimensions of a vector) are multiplied with, a matrix of
+        `dfb.Rotation`: `"principal"`, `"haar"` or `"random"`. `"principal"` is taken from the data by `FlowModel.adapt`.
       alpha: margin of the logit preprocessing.
       grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
@@ -173,14 +182,15 @@ def residual_flow(
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
     seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * sizes["depth"] + sizes["num_dense_blocks"]).tolist())
     log_det = dfb.residual.RussianRoulette(roulette, num_exact=num_exact)
+    rotate = common.rotations(rotation, factorization, seed)
     flow_levels = []
     for k, grid in enumerate(grids):
-        parts = [_actnorm(grid)] if k == 0 else []
+        parts = [*([] if is_image else rotate(grid[-1])), *([_actnorm(grid)] if k == 0 else [])]
         for i in range(sizes["depth"]):
             network = _branch(grid, sizes["width"], "lipswish", coeff, bool(k or i), next(seeds))
             parts += [dfb.InvertibleResidual(network, log_det, len(shape)), _actnorm(grid)]
         if is_image and k < num_levels - 1:
-            parts.append(dfb.Squeeze())
+            parts += [dfb.Squeeze(), *rotate(4 * grid[-1])]
         flow_levels.append(parts)
     if sizes["num_dense_blocks"]:
         dims = math.prod(grids[-1])
