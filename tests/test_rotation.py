@@ -97,6 +97,20 @@ def test_constant_and_dependent_channels_come_last():
     assert_close(rotation.matrix @ tf.transpose(rotation.matrix), np.eye(5), 1e-10)
 
 
+def test_leading_rows_span_the_components_near_the_coordinates():
+    y = correlated(200, 6)
+    components, rotation = dfb.Rotation(6, dtype=tf.float64), dfb.Rotation(6, leading=2, dtype=tf.float64)
+    adapted(components, y)
+    adapted(rotation, y)
+    q, p = rotation.matrix.numpy(), components.matrix.numpy()
+    assert_close(q @ q.T, np.eye(6), 1e-10)
+    assert_close(q[:2].T @ q[:2], p[:2].T @ p[:2], 1e-8)
+    for part, place in ((q[:2], slice(0, 2)), (q[2:], slice(2, 6))):
+        own = part[:, place]
+        assert_close(own, own.T, 1e-8)  # of all bases of a span the nearest has a symmetric positive overlap
+        assert (np.linalg.eigvalsh(own) > 0.0).all()
+
+
 def test_the_other_direction_adapts_too():
     x = correlated(30, 4)
     rotation = dfb.Rotation(4, dtype=tf.float64)
@@ -134,6 +148,8 @@ def flow_of_a_rotation(size):
         ((3, "fourier"), "Rotation: got matrix='fourier', needs one of principal, random, haar, identity"),
         ((3, np.ones([3, 3])), r"Rotation: got a matrix of shape \(3, 3\), needs an orthogonal one, \[3, 3\]"),
         ((3, np.eye(2)), r"Rotation: got a matrix of shape \(2, 2\), needs an orthogonal one, \[3, 3\]"),
+        ((6, "random", False, 0, tf.float32, 2), 'Rotation: got leading=2, needs matrix="principal" and 1 to 5 components'),
+        ((6, "principal", False, 0, tf.float32, 6), "Rotation: got leading=6, needs"),
         ((6, "haar"), 'Rotation: got 6 channels, matrix="haar" needs those of squeezed 2x2 blocks'),
     ],
 )
@@ -210,6 +226,27 @@ def test_an_image_may_be_one_block():
     leading = np.linalg.eigh(np.cov(flat, rowvar=False))[1][:, :-6:-1]
     code = flow.encode(y).numpy().reshape(100, 5)
     assert_close(np.abs(np.diag(np.corrcoef(code, flat @ leading, rowvar=False)[:5, 5:])), np.ones(5), 1e-8)
+
+
+def test_the_code_of_whole_images_keeps_the_layout_of_blocks():
+    generator = np.random.default_rng(0)
+    smooth = generator.normal(size=[400, 2, 4, 1]).repeat(2, axis=1).repeat(2, axis=2).cumsum(axis=1).cumsum(axis=2)
+    y = smooth + 0.1 * generator.normal(size=smooth.shape)
+    split = dfb.OrthogonalSplit(1, 2, dtype=tf.float64, whole=[4, 8])
+    adapted(split, y)
+    h, rest = split.split(y)
+    assert h.shape == [400, 2, 4, 2] and rest.shape == [400, 2, 4, 2]
+    assert_close(split.merge(h, rest), y, 1e-9)
+    flat = y.reshape(400, 32)
+    leading = np.linalg.eigh(np.cov(flat, rowvar=False))[1][:, 16:]
+    reconstructed = split.merge(h, tf.zeros_like(rest)).numpy().reshape(400, 32)
+    assert_close(reconstructed, flat @ leading @ leading.T, 1e-8)
+    blocks = split.rotation.inverse(dfb.Squeeze().inverse(y)).numpy()[..., :2]
+    same = np.diag(np.corrcoef(*(part.reshape(400, -1) for part in (h.numpy(), blocks)), rowvar=False)[:16, 16:])
+    assert np.median(same) > 0.8
+    numbers = normal([1, 4, 8, 1])
+    moved = dfb.Squeeze().inverse(numbers).numpy()
+    assert_close(dfb.walk.transport(split, numbers, "inverse"), moved, 0.0)
 
 
 @pytest.mark.parametrize(

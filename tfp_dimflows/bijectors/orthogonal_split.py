@@ -1,5 +1,6 @@
 """`OrthogonalSplit`: an orthogonal transform of blocks, the leading channels of which are kept apart from the others."""
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -7,6 +8,7 @@ from numpy.typing import ArrayLike
 from tensorflow_probability import bijectors as tfb
 
 from tfp_dimflows.bijectors import base
+from tfp_dimflows.bijectors.factor_out import flat_latents
 from tfp_dimflows.bijectors.reorder import Squeeze
 from tfp_dimflows.bijectors.rotation import Rotation
 from tfp_dimflows.bijectors.walk import Parts, Walk, transport
@@ -20,16 +22,22 @@ class OrthogonalSplit(base.Composite):
     where squeeze makes f x f blocks of pixels the channels, f = `factor`, and the first `kept` of the rotated channels are h.
     With `matrix="principal"`, after `FlowModel.adapt`, h holds the projection of every block onto as many principal components,
     of all linear maps to so many numbers the one from which blocks are reconstructed with the least mean squared error. A
-    factor as large as an image makes it one block. It is what `dfb.PNF` is made of.
+    factor as large as an image makes it one block.
+
+    With `whole` the kept part is a code of whole images that keeps the layout of blocks: all D dimensions, those of h before
+    those of Delta, are rotated by a `Rotation` whose first rows span the leading principal components of the images, and are
+    as near as possible to the dimensions of h. Images are reconstructed from it as well as from their principal components,
+    and convolutions still find neighbours side by side. That costs O(D^2) per image, and O(D^3) in `adapt`.
 
     Args:
       channels: channels of an event, or the dimensions of a vector.
       kept: how many of the rotated channels h has.
       factor: side f of the blocks of images; None: vectors.
       matrix: as in `dfb.Rotation`.
-      trainable: as there.
+      trainable: as there, of the blocks' rotation.
       seed: as there.
       dtype: as there.
+      whole: height and width of the images if they are to be rotated as a whole after their blocks; None: they are not.
       name: the name of the operations.
 
     Raises:
@@ -52,6 +60,7 @@ class OrthogonalSplit(base.Composite):
         trainable: bool = False,
         seed: int = 0,
         dtype: tf.DType = tf.float32,
+        whole: Sequence[int] | None = None,
         name: str = "orthogonal_split",
     ):
         parameters = dict(locals())
@@ -62,6 +71,11 @@ class OrthogonalSplit(base.Composite):
         self._rotation = Rotation(size, matrix, trainable, seed, dtype)
         self._squeeze = tfb.Identity() if factor in (None, 1) else Squeeze(factor)
         self._shapes = self._squeeze
+        self._whole, self._flat = None, None
+        if whole is not None:
+            shapes = self.part_shapes([*whole, channels])
+            self._whole = Rotation(math.prod(whole) * channels, dtype=dtype, leading=math.prod(shapes[0]))
+            self._flat = flat_latents(shapes)
         event_ndims = 1 if factor is None else 3
         super().__init__(forward_min_event_ndims=event_ndims, is_constant_jacobian=True, parameters=parameters, name=name)
 
@@ -81,7 +95,7 @@ class OrthogonalSplit(base.Composite):
         Raises:
           ValueError: if the events do not fit.
         """
-        *space, size = self.inverse_event_shape(list(event_shape))
+        *space, size = self._shapes.inverse_event_shape(list(event_shape))
         if size != self._size:
             raise ValueError(f"{self.name}: got events of shape {list(event_shape)}, is for {self._size} rotated channels")
         return (*space, self._kept), (*space, size - self._kept)
@@ -104,7 +118,20 @@ class OrthogonalSplit(base.Composite):
         return x[..., : self._kept], x[..., self._kept :]
 
     def _walk_inverse(self, y: Walk, condition: None) -> Walk:
-        return y.inverse(self._squeeze).inverse(self._rotation)
+        return self._along(y.inverse(self._squeeze).inverse(self._rotation), "inverse")
 
     def _walk_forward(self, x: Walk, condition: None) -> Walk:
-        return x.forward(self._rotation).forward(self._squeeze)
+        return self._along(x, "forward").forward(self._rotation).forward(self._squeeze)
+
+    def _along(self, blocks: Walk, direction: str) -> Walk:
+        """On through the rotation of whole images."""
+        if self._whole is None:
+            return blocks
+        h, rest = blocks.split(self._channels)
+        h, rest = h.join(rest, by=self._flat).through(self._whole, direction, {}).split(self._flat)
+        return h.join(rest, by=self._channels)
+
+    @property
+    def _channels(self) -> Parts:
+        """The rotated channels of h, and those of Delta."""
+        return Parts(self._halves, lambda h, rest: tf.concat([h, rest], axis=-1))

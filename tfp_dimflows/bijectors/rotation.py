@@ -24,6 +24,9 @@ class Rotation(base.FlowBijector):
     `FlowModel.adapt` makes) takes for Q the eigenvectors of the covariance of all C-vectors that it sees, by falling
     eigenvalues, each with the sign that makes its largest entry positive (of equal ones the first); so two runs on the same
     data agree. Channels that are constant, or follow from others, come last. The mean is not subtracted: shifts are ActNorm's.
+    With `leading=k` the first k rows only span the leading k components, and the others the rest: within both spans the
+    orthonormal basis is the one that is nearest to the coordinates (orthogonal Procrustes problem), so that entry i of x
+    remains as local as entry i of y.
 
     Q is constant, a variable that is saved with the weights, or with `trainable=True` the product of a Cayley transform and
     that matrix, which stays orthogonal whatever the gradient:
@@ -42,12 +45,14 @@ class Rotation(base.FlowBijector):
       trainable: whether Q is trained.
       seed: integer seed of `"random"`.
       dtype: dtype of the variables.
+      leading: k, for `"principal"`; None: the rows are the components themselves.
       name: the name of the operations.
 
     Raises:
       ValueError: for another matrix or number of channels; in adaptation, if there are fewer C-vectors than channels.
 
-    References: Jolliffe, "Principal component analysis", 2002; Cayley, "Sur quelques proprietes des determinants
+    References: Jolliffe, "Principal component analysis", 2002; Schoenemann, "A generalized solution of the orthogonal
+    Procrustes problem", 1966; Cayley, "Sur quelques proprietes des determinants
     gauches", 1846.
 
     #### Example
@@ -65,11 +70,15 @@ class Rotation(base.FlowBijector):
         trainable: bool = False,
         seed: int = 0,
         dtype: tf.DType = tf.float32,
+        leading: int | None = None,
         name: str = "rotation",
     ):
         parameters = dict(locals())
         self._channels = channels
         self._is_principal = isinstance(matrix, str) and matrix == "principal"
+        if leading is not None and not (self._is_principal and 0 < leading < channels):
+            raise ValueError(f'Rotation: got leading={leading!r}, needs matrix="principal" and 1 to {channels - 1} components')
+        self._leading = leading
         self._matrix = tf.Variable(_initial(matrix, channels, seed), dtype=dtype, trainable=False, name="matrix")
         self._below = tf.Variable(tf.zeros([channels * (channels - 1) // 2], dtype), name="below") if trainable else None
         super().__init__(forward_min_event_ndims=1, is_constant_jacobian=True, parameters=parameters, name=name)
@@ -118,9 +127,18 @@ class Rotation(base.FlowBijector):
         _, vectors = tf.linalg.eigh(tf.matmul(centred, centred, transpose_a=True) / len(vectors))
         rows = tf.reverse(tf.transpose(vectors), axis=[0])
         sizes = tf.abs(rows)
+        if self._leading is not None:
+            spans = tf.split(rows, [self._leading, self._channels - self._leading])
+            return tf.concat([_nearest(span, place) for span, place in zip(spans, (0, self._leading))], axis=0)
         is_largest = tf.cast(sizes > (1.0 - 1e-3) * tf.reduce_max(sizes, axis=1, keepdims=True), tf.int32)
         largest = tf.gather(rows, tf.argmax(is_largest, axis=1), axis=1, batch_dims=1)
         return rows * tf.sign(largest)[:, tf.newaxis]
+
+
+def _nearest(span: tf.Tensor, place: int) -> tf.Tensor:
+    """The orthonormal basis of a span of k rows that is nearest to the k coordinates from a place on."""
+    _, u, v = tf.linalg.svd(span[:, place : place + len(span)])
+    return tf.matmul(tf.matmul(v, u, transpose_b=True), span)
 
 
 def _initial(matrix: str | ArrayLike, channels: int, seed: int) -> np.ndarray:
