@@ -24,6 +24,7 @@ SMALL = {  # arguments of a small model of 8x8x1 images
 }
 SMALL |= {f"lcma-{name}": options for name, options in SMALL.items()}
 SMALL["pnf"] = SMALL["realnvp"] | {"num_halvings": 1}
+SMALL["principal-pnf"] = {"num_halvings": 2, "depth": 1, "width": 4}
 IMAGE, VECTOR = [8, 8, 1], [7]
 
 
@@ -71,7 +72,7 @@ def perturb(distribution, scale=0.1, seed=0):
 def test_names():
     lcma = [f"lcma-{base}" for base in ("glow", "iresnet", "realnvp", "residual-flow")]
     others = ["ffjord", "flow-vae", "flowpp", "glow", "iaf", "iresnet", "maf", "nice", "pixelcnn-flow", "pnf", "realnvp"]
-    others += ["residual-flow", "vae-flow", "vflow", "vflow-glow", "wavenet-flow"]
+    others += ["principal-pnf", "residual-flow", "vae-flow", "vflow", "vflow-glow", "wavenet-flow"]
     assert recipes.names() == sorted([*others, *lcma])
     assert {name: recipes.base_of(name) for name in recipes.names() if recipes.base_of(name)} == {
         f"lcma-{base}": base for base in ("glow", "iresnet", "realnvp", "residual-flow")
@@ -79,7 +80,8 @@ def test_names():
     assert recipes.get("lcma-glow") is recipes.lcma_glow
 
 
-CASES = [(name, IMAGE) for name in SMALL] + [("realnvp", VECTOR), ("lcma-realnvp", VECTOR), ("pnf", [8])]
+CASES = [(name, IMAGE) for name in SMALL]
+CASES += [("realnvp", VECTOR), ("lcma-realnvp", VECTOR), ("pnf", [8]), ("principal-pnf", VECTOR)]
 
 
 @pytest.mark.parametrize("levels", [None, LEVELS])
@@ -214,9 +216,10 @@ ROTATED = {  # the level of which the rotation is the last part before the coupl
     "iresnet-vector": ({"depth": 1, "width": 4}, VECTOR, 2),
     "residual-flow-vector": ({"depth": 1, "width": 4}, VECTOR, 2),
 }
+QUICK = ("realnvp", "glow-odd", "residual-flow-vector")
 
 
-@pytest.mark.parametrize("case", ROTATED)
+@pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in ROTATED])
 def test_principal_components_are_what_stays(case):
     options, shape, num_rotations = ROTATED[case]
     name = next(name for name in ("realnvp", "glow", "iresnet", "residual-flow") if case.startswith(name))
@@ -270,6 +273,52 @@ def test_lcma_in_a_rotated_frame():
     for distribution in (first, second):
         assert any(isinstance(part, dfb.Rotation) for part in multiscale(distribution).levels[0].bijectors)
         assert_round_trip(perturb(distribution))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "stage_shapes", "sizes_below"),
+    [
+        ([8, 16, 2], {}, [(2, 4, 8), (4, 8, 4), (8, 16, 2)], None),
+        ([4, 4, 1], {"whole": True, "code_dims": 3}, [(1, 1, 4), (2, 2, 2), (4, 4, 1)], [(3,), (4,)]),
+        ([4, 4, 1], {"network": "dense"}, [(4,), (8,), (16,)], None),
+        ([7], {"num_halvings": 1, "code_dims": 2}, [(2,), (4,), (7,)], None),
+    ],
+    ids=["blocks", "whole", "dense", "vector"],
+)
+def test_codes_of_principal_components_are_linear(shape, options, stage_shapes, sizes_below):
+    distribution = small("principal-pnf", shape, **options)
+    y = events(shape, 80)
+    with dimflows.adaptation():
+        distribution.log_prob(y)
+    perturb(distribution)
+    *outer, flow = distribution.bijector.bijectors if isinstance(distribution.bijector, dfb.Chain) else [distribution.bijector]
+    assert flow.stage_shapes == stage_shapes
+    x = dfb.Chain(outer).inverse(y) if outer else tf.constant(y)
+    code = flow.encode(x)
+    np.testing.assert_allclose(flow.encode(0.25 * x[:40] + 0.75 * x[40:]), 0.25 * code[:40] + 0.75 * code[40:], atol=1e-4)
+    np.testing.assert_allclose(flow.encode(flow.decode(code)), code, atol=1e-4)
+    if sizes_below:
+        assert flow.stages[0].bijectors[-1].stage_shapes == sizes_below
+    assert_round_trip(distribution)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ([8, 8, 1], {"num_halvings": 4}),
+            r"got event shape .* and num_halvings=4, needs height and width divisible by 16",
+        ),
+        (([8, 8, 1], {"code_dims": 8, "num_halvings": 3}), "got code_dims=8 and as many halvings as leave 8 dimensions"),
+        (([7], {"num_halvings": 3}), "got code_dims=None and as many halvings as leave 1 dimensions, needs two or more"),
+        (([7], {"whole": True}), "got whole=True for vectors"),
+        (([8, 8, 1], {"depth": 0}), "got depth=0, needs a positive integer"),
+    ],
+)
+def test_principal_codes_that_do_not_fit(arguments, message):
+    shape, options = arguments
+    with pytest.raises(ValueError, match=f"principal-pnf: {message}"):
+        recipes.principal_pnf(shape, **options)
 
 
 def assert_round_trip(distribution):

@@ -33,6 +33,7 @@ RECIPES = (
     "nice",
     "pixelcnn-flow",
     "pnf",
+    "principal-pnf",
     "realnvp",
     "residual-flow",
     "vae-flow",
@@ -44,12 +45,12 @@ RECIPES = (
 # The names of all recipes' arguments, the old ones too.
 ARGUMENTS = tuple(
     """
-    activation adaptive_range alpha attention attribution batch_norm coeff condition_shape config context_blocks
+    activation adaptive_range alpha attention attribution batch_norm code_dims coeff condition_shape config context_blocks
     contributions coupling depth dropout end_time event_shape factorization features flow granularity grey_levels
     hidden keep kernel_size l2 latent_dims layout levels likelihood memory network noise_attention noise_blocks
     noise_couplings noise_depth num_blocks num_components num_couplings num_dense_blocks num_exact num_extra
     num_flows num_halvings num_heads num_hidden num_layers num_levels num_scales num_steps num_terms pointwise
-    posterior posterior_blocks posterior_couplings posterior_depth roulette seed smooth trace vae_width width
+    posterior posterior_blocks posterior_couplings posterior_depth rotation roulette seed smooth trace vae_width whole width
     """.split()
 )
 

@@ -8,6 +8,7 @@ from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.lcma import lcma_glow, lcma_iresnet, lcma_realnvp, lcma_residual_flow
 from tfp_dimflows.recipes.nice import nice
 from tfp_dimflows.recipes.pnf import pnf
+from tfp_dimflows.recipes.principal_pnf import principal_pnf
 from tfp_dimflows.recipes.realnvp import realnvp
 from tfp_dimflows.recipes.registry import base_of, config_of, get, names, recipe
 from tfp_dimflows.recipes.residual import iresnet, residual_flow
@@ -33,6 +34,7 @@ __all__ = [
     "nice",
     "pixelcnn_flow",
     "pnf",
+    "principal_pnf",
     "realnvp",
     "recipe",
     "residual_flow",

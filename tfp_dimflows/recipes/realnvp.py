@@ -99,7 +99,7 @@ def realnvp(
     flow_levels = []
     if is_dense:
         channels = common.condition_channels("realnvp", condition_shape, flat)
-        flow_levels = [_vector_level(grid[0], width, channels, **options) for grid in grids]
+        flow_levels = [vector_level(grid[0], width, channels, **options) for grid in grids]
     else:
         for k, grid in enumerate(grids):
             conditions = [common.condition_channels("realnvp", condition_shape, shape, squeezes) for squeezes in (k, k + 1)]
@@ -159,7 +159,7 @@ def _image_level(
     return dfb.Chain(parts, memory)
 
 
-def _vector_level(
+def vector_level(
     dims: int,
     width: int,
     condition_channels: int,
@@ -168,8 +168,9 @@ def _vector_level(
     num_blocks: int,
     memory: str,
     seeds: Iterator[int],
-    rotate: Callable[[int], list[dfb.Rotation]],
+    rotate: Callable[[int], list[dfb.Rotation]] = lambda dims: [],
 ) -> dfb.Chain:
+    """`depth + 1` couplings of vectors, by random halves each followed by its complement, an ActNorm after each."""
     parts: list[tfb.Bijector] = [*rotate(dims)]
     for i in range(depth + 1):
         if i % 2 == 0:
