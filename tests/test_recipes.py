@@ -83,8 +83,14 @@ def test_names():
 CASES = [(name, IMAGE) for name in SMALL] + [("realnvp", VECTOR), ("lcma-realnvp", VECTOR), ("pnf", [8])]
 
 
-@pytest.mark.parametrize("levels", [None, LEVELS])
-@pytest.mark.parametrize(("name", "event_shape"), CASES, ids=lambda v: v if isinstance(v, str) else f"{len(v)}d")
+@pytest.mark.parametrize(
+    ("levels", "name", "event_shape"),
+    [
+        *((LEVELS, *case) for case in CASES),
+        *((slow if name.startswith("lcma") or name == "pnf" else pytest.param)(None, name, shape) for name, shape in CASES),
+    ],
+    ids=lambda v: f"{len(v)}d" if isinstance(v, list) else v,
+)
 def test_every_recipe_samples_and_scores(name, event_shape, levels):
     distribution = small(name, event_shape, grey_levels=levels)
     assert distribution.event_shape == event_shape and distribution.batch_shape == []

@@ -190,7 +190,7 @@ def test_float32_agrees_to_its_rounding():
     assert_equal(results[1], results[0], 1e-3)
 
 
-@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("mode", ["graph", slow("xla")])
 def test_gradients_reach_structured_conditions_and_tensors_that_parts_hold(mode):
     def network(x, condition):
         return tf.concat([tf.sin(x) * condition["a"], x + condition["b"]], axis=-1)
