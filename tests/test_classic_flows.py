@@ -340,7 +340,7 @@ def test_a_prefix_is_right_however_wild_the_rest_is():
     assert_close(flow.forward(tf.constant([[5.0, 5.0, 5.0]])), [[5.0, 5.0, 5.0]])
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, slow(True)])
 def test_gradients_of_the_sequential_direction(jit_compile):
     entry = ENTRIES["autoregressive_tanh"]
     bijector, variables = build(entry, "large")
@@ -437,14 +437,8 @@ def integers(event_shape, grey_levels=LEVELS, num=6):
     return np.random.default_rng(0).integers(0, grey_levels, size=[num, *event_shape]).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-    "name, shapes",
-    [
-        ("maf", SMALL),
-        *(slow(name, SMALL) for name in SMALL if name != "maf"),
-        *(slow(name, ON_IMAGES) for name in ON_IMAGES),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, shapes", [*((name, SMALL) for name in SMALL), *((name, ON_IMAGES) for name in ON_IMAGES)])
 def test_recipes_train_sample_score_and_are_saved(name, shapes, tmp_path):
     event_shape = shapes[name][0]
     model = dimflows.FlowModel(small(name, shapes, grey_levels=LEVELS), seed=0)

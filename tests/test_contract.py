@@ -35,7 +35,7 @@ WITH_GRAPHS = {
     "autoregressive_conditional",
     "chain_recompute",
     "coupling_checkerboard_odd_sigmoid",
-    "multiscale_exits",
+    "multiscale_vector_random",
     "online_free",
     "pnf_image_conditional",
     "residual_conditional",

@@ -72,7 +72,8 @@ def datasets_and_working_directory(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-LONG = tuple(f"{dimflows.__name__}.{room}." for room in ("recipes", "training"))  # their examples make and train models
+# Their examples make and train models, solve differential equations or draw.
+LONG = tuple(f"{dimflows.__name__}.{room}" for room in ("recipes.", "training.", "bijectors.continuous", "plot"))
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,16 @@ def test_public_classes_have_examples(package):
     assert [name for name, value in classes.items() if not examples(value.__doc__)] == []
 
 
+LONG_BLOCKS = ("First example", "Your own flow", "Data, conditions and scores", "LCMA", "Use a model elsewhere")
+
+
 def readme_blocks():
-    """The README's Python code, by the headings above it; what trains or exports models of images is slow."""
+    """The README's Python code, by the headings above it; the blocks that take longest are slow."""
     for section in re.split(r"^## ", README.read_text(), flags=re.MULTILINE)[1:]:
         heading = section.splitlines()[0]
         for language, block in FENCE.findall(section):
             if language == "python":
-                values = slow if heading in ("LCMA", "Use a model elsewhere") else pytest.param
+                values = slow if heading in LONG_BLOCKS else pytest.param
                 yield values(heading, block, id=heading)
 
 

@@ -299,7 +299,7 @@ def test_orthonormal_halvings_have_no_constant():
 # One stage at a time.
 
 
-@pytest.mark.parametrize("k", range(STAGES))
+@pytest.mark.parametrize("k", [0, *(slow(k) for k in range(1, STAGES - 1)), STAGES - 1])
 def test_a_stage_trains_its_own_variables_only(k):
     model = model_of(small_flow())
     before = stage_values(model)

@@ -8,6 +8,7 @@ import pytest
 import scipy.special
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import slow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import bijectors as dfb
@@ -449,7 +450,7 @@ def draws(layer):
 
 
 @pytest.mark.parametrize(
-    ("name", "xla"), [("net", False), ("net", True), ("context", False), ("gated_conv", True), ("attention", False)]
+    ("name", "xla"), [("net", False), slow("net", True), ("context", False), ("gated_conv", True), ("attention", False)]
 )
 def test_dropout_follows_the_training_argument(name, xla):
     layer = randomize(LAYERS[name]())

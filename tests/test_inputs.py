@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import slow
 
 import tfp_dimflows as dimflows
 
@@ -154,7 +155,7 @@ def test_a_wrong_width_of_a_later_batch_gets_our_message(model):
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=pytest.mark.slow)],
+    [{}, slow({"run_eagerly": True}), slow({"jit_compile": True})],
     ids=["graph", "eager", "xla"],
 )
 def test_weights_survive_a_later_batch_that_is_not_finite(mode):
@@ -239,7 +240,7 @@ SMALL |= {name: {"width": 8, "depth": 1} for name in ("iresnet", "residual-flow"
 SLOWER = ["realnvp", "iaf", "glow", "ffjord", "wavenet-flow", "iresnet", "residual-flow", "lcma-realnvp", "vflow-glow"]
 
 
-@pytest.mark.parametrize("name", ["maf", "nice", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWER)])
+@pytest.mark.parametrize("name", ["maf", "nice", *(slow(name) for name in SLOWER)])
 def test_columns_of_any_scale_start_like_standardised_ones(name):
     scales = np.float32([1e-8, 1e-3, 1.0, 1e9])
     z = np.random.default_rng(0).normal(size=(512, 4)).astype(np.float32)

@@ -364,7 +364,7 @@ CASES = {
         Case(TRIANGULAR, lambda: tfb.Blockwise([tfb.Sinh(), tfb.ScaleMatvecTriL(lower_triangular(3))], [2, 3]), five),
         Case(TRIANGULAR, lambda: tfb.Blockwise([maf(3), tfb.Sinh()], [3, 2]), five),
     ],
-    "Glow": [Case(TOTAL, make_glow, lambda: normal(BATCH, 16))],
+    "Glow": [Case(TOTAL, lambda: make_glow(steps=1), lambda: normal(BATCH, 16))],
 }
 
 # Not public, but what `tfb.Glow` is made of.
@@ -417,10 +417,13 @@ REFUSED = {
 ABSTRACT = {"Bijector", "AutoCompositeTensorBijector"}
 
 
+# A solver, and a loop over splines.
+LONG = [("FFJORD", 0, "inverse"), ("FFJORD", 0, "forward"), ("MaskedAutoregressiveFlow", 2, "forward")]
+
 every_case = pytest.mark.parametrize(
     ("case", "direction"),
     [
-        (slow if name == "FFJORD" else pytest.param)(case, direction, id=f"{name}-{i}-{direction}")
+        (slow if (name, i, direction) in LONG else pytest.param)(case, direction, id=f"{name}-{i}-{direction}")
         for name, listed in (CASES | PARTS_OF_GLOW).items()
         for i, case in enumerate(listed)
         for direction in case.directions
@@ -757,7 +760,7 @@ def test_one_network_evaluation_per_pass():
 
 @both_directions
 def test_glow_with_activation_normalization(direction):
-    glow = make_glow(use_actnorm=True)
+    glow = make_glow(use_actnorm=True, steps=1)
     value = normal(BATCH, 4, 4, 1) if direction == "inverse" else normal(BATCH, 16)
     first = HOOK[direction](glow, value)  # this call initialises from the data
     for log_det in (first, HOOK[direction](glow, value)):

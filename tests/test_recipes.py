@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_probability as tfp
+from registry import slow
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import keras_bridge, networks, recipes
@@ -84,8 +85,14 @@ CASES = [(name, IMAGE) for name in SMALL]
 CASES += [("realnvp", VECTOR), ("lcma-realnvp", VECTOR), ("pnf", [8]), ("principal-pnf", VECTOR)]
 
 
-@pytest.mark.parametrize("levels", [None, LEVELS])
-@pytest.mark.parametrize(("name", "event_shape"), CASES, ids=lambda v: v if isinstance(v, str) else f"{len(v)}d")
+@pytest.mark.parametrize(
+    ("levels", "name", "event_shape"),
+    [
+        *((LEVELS, *case) for case in CASES),
+        *((slow if name.startswith("lcma") or name == "pnf" else pytest.param)(None, name, shape) for name, shape in CASES),
+    ],
+    ids=lambda v: f"{len(v)}d" if isinstance(v, list) else v,
+)
 def test_every_recipe_samples_and_scores(name, event_shape, levels):
     distribution = small(name, event_shape, grey_levels=levels)
     assert distribution.event_shape == event_shape and distribution.batch_shape == []
@@ -376,7 +383,7 @@ def test_lcma_follows_contributions(name):
         given = contributions()
         factorization = multiscale(small(name, contributions=given, **options)).factorization
         assert factorization == dfb.DimensionFactorization.from_contributions(given, **options)
-        assert multiscale(small(name, contributions=given.tolist(), **options)).factorization == factorization
+    assert multiscale(small(name, contributions=given.tolist(), **options)).factorization == factorization
     base = recipes.get(recipes.base_of(name))
     conventional = base(IMAGE, **SMALL[name])
     assert count(small(name, contributions=contributions())) == count(conventional) < count(small(name))
@@ -860,8 +867,10 @@ def test_the_configuration_of_a_progressive_model():
 # Configuration.
 
 
-@pytest.mark.parametrize("name", list(SMALL))
-@pytest.mark.parametrize("levels", [None, LEVELS])
+@pytest.mark.parametrize(
+    ("levels", "name"),
+    [*((LEVELS, name) for name in SMALL), *((pytest.param if name == "glow" else slow)(None, name) for name in SMALL)],
+)
 def test_the_configuration_rebuilds_the_model(name, levels):
     options = {"contributions": contributions()} if name.startswith("lcma") else {}
     if name == "glow":
