@@ -302,8 +302,8 @@ def test_codes_of_principal_components_are_linear(shape, options, stage_shapes, 
     assert flow.stage_shapes == stage_shapes
     x = dfb.Chain(outer).inverse(y) if outer else tf.constant(y)
     code = flow.encode(x)
-    np.testing.assert_allclose(flow.encode(0.25 * x[:40] + 0.75 * x[40:]), 0.25 * code[:40] + 0.75 * code[40:], atol=1e-4)
-    np.testing.assert_allclose(flow.encode(flow.decode(code)), code, atol=1e-4)
+    np.testing.assert_allclose(flow.encode(0.25 * x[:40] + 0.75 * x[40:]), 0.25 * code[:40] + 0.75 * code[40:], atol=1e-3)
+    np.testing.assert_allclose(flow.encode(flow.decode(code)), code, atol=1e-3)
     if sizes_below:
         assert flow.stages[0].bijectors[-1].stage_shapes == sizes_below
     assert_round_trip(distribution)
