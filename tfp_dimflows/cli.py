@@ -171,9 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("codes", help="what the first latent values tell of images, beside principal components")
     command.set_defaults(name="codes")
-    command.add_argument(
-        "run", metavar="RUN", help="a run with ordered latent values (multi-scale, progressive), or of flow-vae"
-    )
+    command.add_argument("run", metavar="RUN", help="a run of a multi-scale or progressive flow, or of a VAE")
     command.add_argument("--num-images", type=_positive_integer, default=8, help="number of images in the picture")
     command.add_argument("--seed", type=int, default=0, help="chooses up to 2000 images from the test split")
     _add_output(command, "codes")

@@ -71,7 +71,7 @@ class PCA:
 
     def __init__(self, events: ArrayLike):
         events = _flat(events)
-        self._mean: np.ndarray = np.mean(events, axis=0, dtype=np.float64)
+        self._mean = events.mean(axis=0, dtype=np.float64)
         covariance = np.zeros([self._mean.size] * 2)
         for start in range(0, len(events), 1024):  # float64 copies of all would take much memory
             centred = events[start : start + 1024] - self._mean

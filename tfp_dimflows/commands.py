@@ -4,7 +4,6 @@ import argparse
 import csv
 import inspect
 import json
-import math
 import pathlib
 import re
 from typing import Any
@@ -18,6 +17,7 @@ from tfp_dimflows.codes import compare_with_pca
 from tfp_dimflows.dataset_names import as_folder
 from tfp_dimflows.distributions import VAEPrior, structure_of, variational
 from tfp_dimflows.messages import Failure
+from tfp_dimflows.training.codes import bits_of_parts
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -187,6 +187,8 @@ def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: d
         raise ValueError(
             f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.name} need a VAE (flow-vae, vae-flow)"
         )
+    if arguments.name == "walks" and arguments.temperature != 1.0:
+        raise ValueError("sample: got a temperature, but walks have no noise; it is for samples and means")
     if arguments.name == "walks":
         return _walks(arguments, model, config)
     if arguments.name == "means":
@@ -223,9 +225,9 @@ def _codes(arguments: argparse.Namespace) -> None:
     training_images = np.concatenate(list(_run_data(arguments, "train").as_numpy_iterator()))
     comparison = compare_with_pca(model, images, training_images, arguments.num_images)
     structure = structure_of(model.distribution)
-    bits = [math.nan] * len(comparison.sizes)
+    bits = np.full(len(comparison.sizes), np.nan)
     if structure.ordering is not None and structure.augmented is None:
-        bits = training.explained(model, images, arguments.seed)["bits"]
+        bits, _ = bits_of_parts(model, images, arguments.seed)
     plot.save_codes(arguments.out, comparison)
     print(f"\nnumbers   PSNR of the model   PSNR of PCA   bits/dim of the part   ({len(images)} test images)")
     for size, of_model, of_pca, of_part in zip(comparison.sizes, comparison.psnr, comparison.pca_psnr, bits):

@@ -256,9 +256,9 @@ def codes(
 ) -> np.ndarray:
     """What codes of growing size tell of images: PSNR beside principal components, and reconstructions.
 
-    The reconstruction from the first k latent values is `model.decode(model.encode(images, dims=k))`; that from as many principal
-    components of the training images is rounded to grey levels too. The PSNR of all images at once is infinite, and not drawn,
-    where they are exact.
+    The reconstruction from the first k latent values is `model.decode(model.encode(images, dims=k))`; that from as many
+    principal components of the training images is rounded to grey levels too. Where all are exact, the PSNR is infinite, and
+    not drawn.
 
     Args:
       model: a `FlowModel` of integer images with a `dfb.Multiscale` or a `dfb.PNF` next to the latent values, or with a

@@ -87,27 +87,25 @@ def _is_standard_normal(noise: tfd.Distribution) -> bool:
     return isinstance(normal, tfd.Normal) and bool(np.all(normal.loc == 0.0) and np.all(normal.scale == 1.0))
 
 
-def bits_of_parts(model: FlowModel, data: Any, seed: int = 0, batch_size: int = 64) -> tuple[np.ndarray, float]:
-    """The bits/dim of every part of the latent values without preprocessing, the coarsest first, and those of preprocessing.
-
-    Arguments and errors are those of `explained`.
-    """
+def bits_of_parts(model: FlowModel, data: Any, seed: int = 0, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """The bits and the entropy of every part of the latent values; arguments, formulas and errors as those of `explained`."""
     terms = LogProbTerms(model, (Multiscale, PNF), f"explained: {model.distribution.name}")
     if batches.checked_first(data, model.distribution)[0] is None:
         raise ValueError("explained: the dataset is empty")
     bits = terms.mean_bits(_batches(model, data, batch_size), seed)
     *of_terms, preprocessing = bits if terms.has_preprocessing else [*bits, 0.0]
-    parts = np.zeros(len(terms.flow.latent_sizes))
-    np.add.at(parts, _parts_of_terms(terms.flow), of_terms)
-    return parts, float(preprocessing)
+    shares = np.diff(model.code_sizes, prepend=0) / model.code_sizes[-1]
+    of_parts = np.zeros(len(shares))
+    np.add.at(of_parts, _parts_of_terms(terms.flow, len(shares)), of_terms)
+    return of_parts + preprocessing * shares, of_parts / shares * math.log(2.0)
 
 
-def _parts_of_terms(flow: Multiscale | PNF) -> np.ndarray:
+def _parts_of_terms(flow: Multiscale | PNF, num_parts: int) -> np.ndarray:
     """To which part each term belongs; that of a level which nothing leaves to the part that leaves next."""
     if isinstance(flow, PNF):
-        return np.arange(len(flow.stages))
+        return np.arange(num_parts)
     leaving = [0] * (len(flow.levels) - 1) if flow.factorization is None else [left.size for left in flow.factorization.left]
-    return len(flow.latent_sizes) - 1 - np.cumsum([0, *(size > 0 for size in leaving)])
+    return num_parts - 1 - np.cumsum([0, *(size > 0 for size in leaving)])
 
 
 def explained(model: FlowModel, data: Any, seed: int = 0, batch_size: int = 64) -> dict[str, np.ndarray]:
@@ -147,21 +145,19 @@ def explained(model: FlowModel, data: Any, seed: int = 0, batch_size: int = 64) 
     >>> columns["size"], list(columns)
     (array([8, 8]), ['size', 'bits', 'entropy', 'error', 'psnr'])
     """
-    bits, preprocessing = bits_of_parts(model, data, seed, batch_size)
-    structure = structure_of(model.distribution)
-    sizes = np.diff(model.code_sizes, prepend=0)
-    num_dims = model.event_shape.num_elements()
+    bits, entropy = bits_of_parts(model, data, seed, batch_size)
     squared_errors, count = 0.0, 0
     reconstruct = Reconstruction(model)
     for batch in _batches(model, data, batch_size):
         x = np.asarray(batch["x"] if isinstance(batch, dict) else batch, np.float64)
         errors = reconstruct(batch, [0, *model.code_sizes[:-1]]) - x
-        squared_errors, count = squared_errors + np.square(errors).reshape(len(errors), -1).sum(axis=1), count + len(x)
-    mean_squared_errors = squared_errors / (count * num_dims)
+        squared_errors, count = squared_errors + np.square(errors).reshape(len(errors), -1).sum(axis=1), count + x.size
+    mean_squared_errors = squared_errors / count
+    structure = structure_of(model.distribution)
     columns = {
-        "size": sizes,
-        "bits": bits + preprocessing * sizes / num_dims,
-        "entropy": bits * num_dims * math.log(2.0) / sizes,
+        "size": np.diff(model.code_sizes, prepend=0),
+        "bits": bits,
+        "entropy": entropy,
         "error": np.sqrt(mean_squared_errors),
     }
     if structure.dequantized is not None and len(model.event_shape) == 3:
