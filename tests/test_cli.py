@@ -275,12 +275,14 @@ def test_codes_need_an_order(tmp_path, data_dir, capsys):
     assert cli.main(["codes", str(run), "--data-dir", str(data_dir)]) == 0
     assert re.search(r"(?m)^ +3 +[\d.]+ +[\d.]+ +nan$", capsys.readouterr().out)
     assert_picture(run / "codes-0.png")
+    assert cli.main(["sample", str(run), "--kind", "walks", "--temperature", "0.5", "--data-dir", str(data_dir)]) == 2
+    assert "sample: got a temperature, but walks have no noise" in capsys.readouterr().err
     shutil.rmtree(run)
-    argv = ["train", "iresnet", "--batch-size", "128", "--set", "num_levels=1", "depth=1", "width=4"]
-    assert cli.main(arguments(argv, run, data_dir, "--epochs", "1", "--steps-per-epoch", "2")) == 0
+    assert cli.main(arguments(PLAIN, run, data_dir, "--epochs", "1", "--steps-per-epoch", "2")) == 0  # one level
     capsys.readouterr()
-    status = cli.main(["codes", str(run), "--data-dir", str(data_dir)])
-    print(status, capsys.readouterr())
+    assert cli.main(["codes", str(run), "--data-dir", str(data_dir)]) == 2
+    assert "needs a Multiscale that dimensions leave" in capsys.readouterr().err
+    assert not list(run.glob("codes*"))
 
 
 @pytest.mark.slow

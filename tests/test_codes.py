@@ -392,7 +392,7 @@ def test_a_comparison_with_principal_components():
                 tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [4, 4, 1]), dfb.ActNorm(1)), 4
             ),
             images(),
-            r"has the parts \['actnorm'\], needs a Multiscale or PNF next to its latent values, or a VAEPrior",
+            r"has the parts \['actnorm'\], needs a Multiscale that dimensions leave, or a PNF, next to its latent",
         ),
         (integers, images(shape=(2, 2, 1)), r"got images of shape \[6, 2, 2, 1\], needs \[N, 4, 4, 1\]"),
         (integers, images(0), r"got images of shape \[0, 4, 4, 1\]"),

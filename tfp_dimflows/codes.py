@@ -127,10 +127,10 @@ def compare_with_pca(
     structure = structure_of(model.distribution)
     if structure.dequantized is None or len(model.event_shape) != 3:
         raise ValueError(f"codes: {model.distribution.name} has no events that are integer images, needs them for the PSNR")
-    if structure.ordering is None and not isinstance(structure.noise, VAEPrior):
+    if len(model.code_sizes) < 2 and not isinstance(structure.noise, VAEPrior):
         raise ValueError(
-            f"codes: {model.distribution.name} has the parts {[part.name for part in structure.parts]}, needs a Multiscale or "
-            "PNF next to its latent values, or a VAEPrior: there are no codes without"
+            f"codes: {model.distribution.name} has the parts {[part.name for part in structure.parts]}, needs a Multiscale "
+            "that dimensions leave, or a PNF, next to its latent values, or a VAEPrior: there are no codes without"
         )
     images, training_images = np.asarray(images), np.asarray(training_images)
     for given in (images, training_images):
