@@ -27,6 +27,7 @@ import tensorflow_datasets as tfds
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import bijectors, cli, commands, data, dataset_names, recipes, training
+from tfp_dimflows.codes import compare_with_pca
 from tfp_dimflows.data import embedded
 
 SMALL = ["width=4", "num_blocks=1", "depth=1"]
@@ -229,6 +230,62 @@ def test_sample(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_samples_of_a_temperature(finished, tmp_path, capsys):
+    def sample(name, *more):
+        assert cli.main(["sample", str(finished[0]), "--num", "9", "--out", str(tmp_path / name), *more]) == 0
+        return matplotlib.image.imread(tmp_path / name)
+
+    usual, cold = sample("usual.png"), sample("cold.png", "--temperature", "0")
+    np.testing.assert_array_equal(sample("same.png", "--temperature", "1"), usual)
+    tile = len(cold) // 3
+    np.testing.assert_array_equal(cold, np.tile(cold[:tile, :tile], [3, 3, 1]))
+    assert (usual != cold).any()
+    assert cli.main(["sample", str(finished[0]), "--kind", "walks", "--temperature", "0.5"]) == 2
+    assert "walks need a VAE" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_codes(finished, data_dir, tmp_path, capsys):
+    out, _, _ = finished
+    path = tmp_path / "codes.png"
+    argv = ["codes", str(out), "--data-dir", str(data_dir), "--out", str(path), "--num-images", "5"]
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert_picture(path)
+    assert printed[-1] == str(path) and "(360 test images)" in printed[1]
+    rows = [[float(number) for number in line.split()] for line in printed[2:4]]
+    model = dimflows.load(out)
+    images, training_images = (
+        np.concatenate(list(data.load("digits", split, batch_size=360, drop_remainder=False, data_dir=data_dir)))
+        for split in ("test", "train")
+    )
+    comparison = compare_with_pca(model, images, training_images)
+    assert [row[:2] for row in rows] == [[32, pytest.approx(comparison.psnr[0], abs=0.01)], [64, math.inf]]
+    assert [row[2] for row in rows] == pytest.approx(comparison.pca_psnr, abs=0.01)
+    bits = -np.mean(model.log_prob(images, num_samples=1, seed=0)) / (64 * math.log(2.0))
+    assert sum(row[3] for row in rows) == pytest.approx(bits, abs=0.02)  # with other noise
+    assert cli.main(argv) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_codes_need_an_order(tmp_path, data_dir, capsys):
+    run = tmp_path / "run"
+    assert cli.main(arguments(FLOW_VAE, run, data_dir, "--epochs", "1", "--steps-per-epoch", "2")) == 0
+    assert cli.main(["codes", str(run), "--data-dir", str(data_dir)]) == 0
+    assert re.search(r"(?m)^ +3 +[\d.]+ +[\d.]+ +nan$", capsys.readouterr().out)
+    assert_picture(run / "codes-0.png")
+    assert cli.main(["sample", str(run), "--kind", "walks", "--temperature", "0.5", "--data-dir", str(data_dir)]) == 2
+    assert "sample: got a temperature, but walks have no noise" in capsys.readouterr().err
+    shutil.rmtree(run)
+    assert cli.main(arguments(PLAIN, run, data_dir, "--epochs", "1", "--steps-per-epoch", "2")) == 0  # one level
+    capsys.readouterr()
+    assert cli.main(["codes", str(run), "--data-dir", str(data_dir)]) == 2
+    assert "needs a Multiscale that dimensions leave" in capsys.readouterr().err
+    assert not list(run.glob("codes*"))
+
+
+@pytest.mark.slow
 def test_interpolate(finished, data_dir, tmp_path, capsys):
     out, _, _ = finished
     path = tmp_path / "walks.png"
@@ -355,7 +412,7 @@ def test_recipes(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["evaluate", "score", "sample", "interpolate", "upscale"])
+@pytest.mark.parametrize("command", ["evaluate", "score", "sample", "interpolate", "upscale", "codes"])
 def test_commands_need_a_finished_run(command, tmp_path, capsys):
     assert cli.main([command, str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
@@ -512,6 +569,8 @@ def test_typos_need_no_tensorflow(tmp_path):
         (["evaluate", "photos"], 2, "^dimflows: error: run: photos holds no run"),
         (["sample", "runs/glow", "--out", "taken.png"], 2, "taken.png already exists; .*--out.* --overwrite"),
         (["sample", "runs/glow", "--out", "pictures/a.png"], 2, "there is no directory pictures"),
+        (["sample", "runs/glow", "--temperature", "-1"], 2, "--temperature: got '-1', needs a nonnegative number"),
+        (["codes", "runs/glow", "--num-images", "0"], 2, "--num-images: got '0', needs a positive integer"),
         (["upscale", "runs/glow", "--temperature", "-1"], 2, "--temperature: got '-1', needs a nonnegative number"),
         (train, "tensorflow is imported", "^$"),  # it is needed for the work
     ]
@@ -554,7 +613,7 @@ def test_a_recipe_of_a_user_is_known(tmp_path, data_dir, capsys):
 def test_pictures_have_names_that_are_free(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"recipe": "pnf", "event_shape": [8, 8, 1]}')
     monkeypatch.setattr(commands, "run", lambda arguments: written.append(arguments.out) or arguments.out.write_text(""))
-    for command, name in (("sample", "samples"), ("interpolate", "interpolation"), ("upscale", "upscale")):
+    for command, name in (("sample", "samples"), ("interpolate", "interpolation"), ("upscale", "upscale"), ("codes", "codes")):
         written = []
         for more in ([], [], [], ["--overwrite"], ["--seed", "7"]):
             assert cli.main([command, str(tmp_path), *more]) == 0

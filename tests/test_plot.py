@@ -16,7 +16,7 @@ import tensorflow_probability as tfp
 from matplotlib import pyplot
 
 import tfp_dimflows as dimflows
-from tfp_dimflows import plot
+from tfp_dimflows import codes, plot
 
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
@@ -262,6 +262,53 @@ def test_errors_of_densities(distribution, bounds, message):
         plot.density(distribution, bounds)
     with pytest.raises(ValueError, match="plot.density: got resolution=1, needs at least 2"):
         plot.density(tfd.Sample(tfd.Normal(0.0, 1.0), [2]), [-1, 1], resolution=1)
+    assert pyplot.get_fignums() == []
+
+
+# Codes.
+
+
+def coded():
+    """A model of integer images of two levels that is fast to make, and test and training images."""
+    levels = [dfb.ActNorm(2), dfb.ActNorm(4)]
+    flow = dfb.Chain([tfb.Scale(4.0), dfb.Multiscale(levels, CHECKERBOARD)])
+    distribution = tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [32]), flow)
+    images = np.random.default_rng(0).integers(0, 4, [2, 7, 4, 4, 2])
+    return dimflows.FlowModel(dfd.Dequantized(distribution, grey_levels=4)), *images
+
+
+def test_codes_are_curves_beside_principal_components_and_rows_of_images():
+    model, images, training_images = coded()
+    given = axes_of(2)
+    axes = plot.codes(model, images, training_images, num_images=3, ax=given)
+    assert axes.tolist() == given.tolist() and pyplot.get_fignums() == []
+    curves, grid = axes
+    comparison = codes.compare_with_pca(model, images, training_images)
+    assert [line.get_label() for line in curves.lines] == ["model", "PCA"]
+    for line, psnr in zip(curves.lines, (comparison.psnr, comparison.pca_psnr)):
+        assert line.get_xdata().tolist() == [16, 32]
+        np.testing.assert_allclose(line.get_ydata(), np.where(np.isfinite(psnr), psnr, np.nan))
+    assert np.isnan(curves.lines[0].get_ydata()[1])  # all latent values give the images themselves
+    assert [label.get_text() for label in curves.get_xticklabels()] == ["16", "32"]
+    np.testing.assert_array_equal(tiles(shown(grid), 3, 3), comparison.images[:, :3, ..., 0] * 85)
+    assert [label.get_text() for label in grid.get_yticklabels()] == ["original", "16", "32"]
+    assert grid.get_yticks().tolist() == [2.5, 8.5, 14.5]  # the middles of images of 6 pixels
+    assert plot.codes(model, images, training_images)[1].figure in map(pyplot.figure, pyplot.get_fignums())
+
+
+def test_a_saved_picture_of_codes(tmp_path):
+    comparison = codes.compare_with_pca(*coded())
+    plot.save_codes(tmp_path / "codes.png", comparison)
+    assert matplotlib.image.imread(tmp_path / "codes.png").shape == (384, 2 * 384, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["codes.png"] and pyplot.get_fignums() == []
+
+
+def test_errors_of_codes():
+    model, images, training_images = coded()
+    with pytest.raises(ValueError, match=r"codes: got images of shape \[7, 4, 4, 1\], needs \[N, 4, 4, 2\]"):
+        plot.codes(model, images[..., :1], training_images, ax=axes_of(2))
+    with pytest.raises(ValueError, match="plot.codes: got ax=.*, needs 2 matplotlib axes"):
+        plot.codes(model, images, training_images, ax=axes_of(1))
     assert pyplot.get_fignums() == []
 
 

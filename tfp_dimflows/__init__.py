@@ -16,13 +16,14 @@ if TYPE_CHECKING or not {"tensorflow", "keras"}.isdisjoint(sys.modules):
         register_log_det_per_dim,
     )
     from tfp_dimflows.keras_bridge import adaptation
-    from tfp_dimflows.training import FlowModel, fit_progressively, load
+    from tfp_dimflows.training import FlowModel, explained, fit_progressively, load
 else:
     import importlib
 
     _MODULES = {
         "FlowModel": "training",
         "adaptation": "keras_bridge",
+        "explained": "training",
         "fit_progressively": "training",
         "forward_log_det_per_dim": "bijectors.per_dimension",
         "inverse_log_det_per_dim": "bijectors.per_dimension",
@@ -48,6 +49,7 @@ __all__ = [
     "bijectors",
     "data",
     "distributions",
+    "explained",
     "fit_progressively",
     "forward_log_det_per_dim",
     "inverse_log_det_per_dim",

@@ -135,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(steps=8)
     command.add_argument("run", metavar="RUN")
     command.add_argument("--num", type=_positive_integer, default=64)
+    command.add_argument(
+        "--temperature", type=_nonnegative_number, default=1.0, help="scale of the noise; below 1: more typical samples"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument(
         "--kind",
@@ -165,6 +168,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="chooses images from the test split, and the details")
     _add_output(command, "upscale")
+    _add_data_dir(command)
+
+    command = commands.add_parser("codes", help="what the first latent values tell of images, beside principal components")
+    command.set_defaults(name="codes")
+    command.add_argument("run", metavar="RUN", help="a run of a multi-scale or progressive flow, or of a VAE")
+    command.add_argument("--num-images", type=_positive_integer, default=8, help="number of images in the picture")
+    command.add_argument("--seed", type=int, default=0, help="chooses up to 2000 images from the test split")
+    _add_output(command, "codes")
     _add_data_dir(command)
 
     commands.add_parser("recipes", help="the recipes and their arguments")

@@ -13,9 +13,11 @@ import tensorflow as tf
 
 from tfp_dimflows import data, plot, recipes, training
 from tfp_dimflows.bijectors import PNF
+from tfp_dimflows.codes import compare_with_pca
 from tfp_dimflows.dataset_names import as_folder
 from tfp_dimflows.distributions import VAEPrior, structure_of, variational
 from tfp_dimflows.messages import Failure
+from tfp_dimflows.training.codes import bits_of_parts
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -28,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
       ValueError: for arguments that do not fit.
       Failure: if the work fails that has begun.
     """
-    works = {"train": _train, "evaluate": _evaluate, "score": _score, "recipes": _recipes}
+    works = {"train": _train, "evaluate": _evaluate, "score": _score, "codes": _codes, "recipes": _recipes}
     try:
         works.get(arguments.command, _picture)(arguments)
     except tf.errors.ResourceExhaustedError as error:
@@ -185,11 +187,14 @@ def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: d
         raise ValueError(
             f"sample: {arguments.run} is a run of {config['recipe']}, {arguments.name} need a VAE (flow-vae, vae-flow)"
         )
+    if arguments.name == "walks" and arguments.temperature != 1.0:
+        raise ValueError("sample: got a temperature, but walks have no noise; it is for samples and means")
     if arguments.name == "walks":
         return _walks(arguments, model, config)
     if arguments.name == "means":
-        return model.decode(tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed]))
-    return model.sample(arguments.num, seed=arguments.seed)
+        noise = tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed])
+        return model.decode(arguments.temperature * noise)
+    return model.sample(arguments.num, seed=arguments.seed, temperature=arguments.temperature)
 
 
 def _walks(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> np.ndarray:
@@ -211,6 +216,23 @@ def _upscaled(arguments: argparse.Namespace, model: training.FlowModel, config: 
     upscaled = flow.upscale(low_resolution, arguments.temperature, seed=[1, arguments.seed])
     columns = [flow.encode(upscaled, stage) for stage in range(len(flow.stages))] + [images]
     return np.floor(np.stack([_enlarged(c, model.event_shape) for c in columns], axis=1))
+
+
+def _codes(arguments: argparse.Namespace) -> None:
+    """Draws codes of every size beside principal components, and prints a table of them."""
+    model = training.load_run(arguments.run)
+    images = _some_images(_run_data(arguments), 2000, arguments.seed).numpy()
+    training_images = np.concatenate(list(_run_data(arguments, "train").as_numpy_iterator()))
+    comparison = compare_with_pca(model, images, training_images, arguments.num_images)
+    structure = structure_of(model.distribution)
+    bits = np.full(len(comparison.sizes), np.nan)
+    if structure.ordering is not None and structure.augmented is None:
+        bits, _ = bits_of_parts(model, images, arguments.seed)
+    plot.save_codes(arguments.out, comparison)
+    print(f"\nnumbers   PSNR of the model   PSNR of PCA   bits/dim of the part   ({len(images)} test images)")
+    for size, of_model, of_pca, of_part in zip(comparison.sizes, comparison.psnr, comparison.pca_psnr, bits):
+        print(f"{size:7,d}{of_model:20.2f}{of_pca:14.2f}{of_part:23.4f}")
+    print(f"\n{arguments.out}")
 
 
 def _some_images(batches: tf.data.Dataset, num: int, seed: int) -> tf.Tensor:

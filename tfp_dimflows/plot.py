@@ -1,4 +1,4 @@
-"""Pictures: grids of images, which dimensions stay in a flow and why, densities, walks in latent space, learning curves.
+"""Pictures: grids of images, which dimensions stay in a flow and why, densities, walks in latent space, codes, learning curves.
 
 matplotlib draws them; it is imported with the first picture. A function draws on the axes that it is given (`ax=`), else on
 those of a new pyplot figure, and returns them: `ax.figure` is the figure, to show or to save.
@@ -18,13 +18,14 @@ from numpy.typing import ArrayLike
 from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import DimensionFactorization
+from tfp_dimflows.codes import Comparison, compare_with_pca
 from tfp_dimflows.renamed import renamed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-__all__ = ["contributions", "density", "image_grid", "interpolation", "kept_dimensions", "learning_curves"]
+__all__ = ["codes", "contributions", "density", "image_grid", "interpolation", "kept_dimensions", "learning_curves"]
 
 _PANEL = 3.2  # inches
 
@@ -245,6 +246,64 @@ def density(
     return ax
 
 
+def codes(
+    model: keras.Model,
+    images: ArrayLike,
+    training_images: ArrayLike,
+    *,
+    num_images: int = 8,
+    ax: "Sequence[Axes] | np.ndarray | None" = None,
+) -> np.ndarray:
+    """What codes of growing size tell of images: PSNR beside principal components, and reconstructions.
+
+    The reconstruction from the first k latent values is `model.decode(model.encode(images, dims=k))`; that from as many
+    principal components of the training images is rounded to grey levels too. Where all are exact, the PSNR is infinite, and
+    not drawn.
+
+    Args:
+      model: a `FlowModel` of integer images with a `dfb.Multiscale` or a `dfb.PNF` next to the latent values, or with a
+        `dfd.VAEPrior`.
+      images: test images, `[N, H, W, C]`.
+      training_images: the images whose principal components are taken.
+      num_images: how many images to show: the originals in the first row, below them one row for each size of codes.
+      ax: two matplotlib axes, for the curves and for the images; None: those of a new figure.
+
+    Returns:
+      An array of both axes.
+
+    Raises:
+      ValueError: for another model, images that do not fit it, or another number of axes.
+      ImportError: without matplotlib.
+
+    #### Example
+
+    >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_levels=2, depth=1, width=4, grey_levels=4))
+    >>> images = np.random.default_rng(0).integers(0, 4, [20, 4, 4, 1])
+    >>> curves, grid = dimflows.plot.codes(model, images[:10], images[10:])
+    >>> [label.get_text() for label in grid.get_yticklabels()]
+    ['original', '8', '16']
+    """
+    axes = _axes("codes", ax, 2, [2 * _PANEL, _PANEL])
+    _draw_codes(axes, compare_with_pca(model, images, training_images, num_images))
+    return axes
+
+
+def _draw_codes(axes: np.ndarray, comparison: Comparison) -> None:
+    curves, grid = axes
+    for name, psnr in (("model", comparison.psnr), ("PCA", comparison.pca_psnr)):
+        curves.plot(comparison.sizes, np.where(np.isfinite(psnr), psnr, np.nan), marker="o", markersize=3, label=name)
+    curves.set_xscale("log", base=2)
+    curves.set_xticks(comparison.sizes, [str(size) for size in comparison.sizes])
+    curves.set(xlabel="numbers of the code", ylabel="PSNR (dB)")
+    curves.legend()
+    pixels = grid_pixels(comparison.images, comparison.grey_levels, name="plot.codes")
+    _show(grid, pixels)
+    rows = len(comparison.images)
+    grid.set_yticks((np.arange(rows) + 0.5) * len(pixels) / rows - 0.5, ["original", *map(str, comparison.sizes)])
+    grid.set_xticks([])
+    grid.spines[:].set_visible(False)
+
+
 def learning_curves(run: str | os.PathLike, metric: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
     """A metric after each epoch of a run and of the runs inside it: in training, and dashed in validation.
 
@@ -355,6 +414,11 @@ def save_factorizations(
         kept_dimensions(factorizations, ax=axes[len(statistics) :])
 
     save_pixels(path, figure_pixels(len(statistics) + len(factorizations), draw))
+
+
+def save_codes(path: str | os.PathLike, comparison: Comparison) -> None:
+    """Writes the picture of `codes` as a PNG, of what `tfp_dimflows.codes.compare_with_pca` has found."""
+    save_pixels(path, figure_pixels(2, lambda axes: _draw_codes(axes, comparison)))
 
 
 def figure_pixels(num_axes: int, draw: Callable[[np.ndarray], Any]) -> np.ndarray:

@@ -200,11 +200,14 @@ class Multiscale(base.Composite):
             copy._assign(self.factorization, self.num_decided)
         return copy
 
+    @property
+    def latent_sizes(self) -> list[int]:
+        """Sizes of the parts of the latent values, the deepest first, without empty ones; `[]` if they are unknown."""
+        return [size for shape in self._part_shapes or () if (size := math.prod(shape))]
+
     def split_latent(self, x: tf.Tensor) -> list[tf.Tensor]:
         """Splits flat latent values `[..., D]` into the parts that left at each level, the deepest first."""
-        if self._part_shapes is None:
-            return [x]
-        return tf.split(x, [size for shape in self._part_shapes if (size := math.prod(shape))], axis=-1)
+        return tf.split(x, self.latent_sizes, axis=-1) if self.latent_sizes else [x]
 
     def join_latent(self, parts: Sequence[tf.Tensor]) -> tf.Tensor:
         """Joins the parts of `split_latent` to flat latent values `[..., D]`."""

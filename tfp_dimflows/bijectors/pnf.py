@@ -146,6 +146,11 @@ class PNF(Composite):
         """The shapes of the images h_0 ... h_K, from coarse to fine."""
         return list(self._stage_shapes)
 
+    @property
+    def latent_sizes(self) -> list[int]:
+        """Sizes of the stages' parts of the latent values, the base first, without empty ones."""
+        return [size for shape in self._latent_shapes if (size := math.prod(shape))]
+
     # Down- and up-scaling.
 
     def encode(self, x: tf.Tensor, stage: int = 0) -> tf.Tensor:

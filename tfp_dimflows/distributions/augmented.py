@@ -7,7 +7,8 @@ from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows.bijectors import Chain, VFlow
-from tfp_dimflows.distributions.variational import VariationalDistribution, decode, encode, noise_log_prob, with_sample_axis
+from tfp_dimflows.distributions import variational
+from tfp_dimflows.distributions.variational import VariationalDistribution
 from tfp_dimflows.upstream import TFPTransformedDistribution, samplers
 from tfp_dimflows.upstream import prefer_static as ps
 
@@ -76,29 +77,29 @@ class Augmented(VariationalDistribution):
         """Latent values of events joined with e = 0, the median of the noise."""
         x = tf.convert_to_tensor(x, dtype=self.dtype)
         e = tf.zeros(self._noise_shape(x), x.dtype)
-        return encode(self._distribution, tf.concat([x, e], axis=-1), condition)
+        return variational.encode(self._distribution, tf.concat([x, e], axis=-1), condition)
 
     def decode(self, z: TensorLike, condition: Any = None) -> tf.Tensor:
         """Events of latent values, without the extra dimensions."""
-        return self._drop(decode(self._joint(), z, condition))
+        return self._drop(variational.decode(self._joint(), z, condition))
 
     def _log_weights(self, x: tf.Tensor, num_samples: int, seed: Any, **kwargs: Any) -> tf.Tensor:
         x = tf.cast(x, self.dtype)
         if num_samples == 1:  # spares the networks the folding of a second batch axis
             return self._log_weight(x, seed, **kwargs)[tf.newaxis]
         x = tf.broadcast_to(x, ps.concat([[num_samples], ps.shape(x)], axis=0))
-        return self._log_weight(x, seed, **with_sample_axis(kwargs))
+        return self._log_weight(x, seed, **variational.with_sample_axis(kwargs))
 
     def _log_weight(self, x: tf.Tensor, seed: Any, **kwargs: Any) -> tf.Tensor:
         e = samplers.normal(self._noise_shape(x), dtype=x.dtype, seed=seed)
-        log_noise = noise_log_prob(e, self.event_shape.rank)
+        log_noise = variational.noise_log_prob(e, self.event_shape.rank)
         return self._distribution.log_prob(tf.concat([x, e], axis=-1), **kwargs) - log_noise
 
     def _noise_shape(self, x: tf.Tensor) -> tf.Tensor:
         return ps.concat([ps.shape(x)[:-1], [self._num_extra]], axis=0)
 
-    def _sample_n(self, n: int, seed: Any = None, **kwargs: Any) -> tf.Tensor:
-        return self._drop(self._joint().sample(n, seed=seed, **kwargs))
+    def _sample_n(self, n: int, seed: Any = None, temperature: TensorLike | None = None, **kwargs: Any) -> tf.Tensor:
+        return self._drop(variational.sample(self._joint(), n, seed, temperature, **kwargs))
 
     def _joint(self) -> tfd.Distribution:
         """What x is drawn from, with extra dimensions to drop: of a `VFlow` z, which spares its posterior the way to e."""

@@ -1,14 +1,20 @@
 """What a distribution is made of: its flow, its multi-scale architecture, its noise."""
 
-from typing import NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
+import tensorflow as tf
+from tensorflow.types.experimental import TensorLike
 from tensorflow_probability import bijectors as tfb
 from tensorflow_probability import distributions as tfd
 
-from tfp_dimflows.bijectors import Multiscale, VFlow
+from tfp_dimflows.bijectors import PNF, Multiscale, VFlow
 from tfp_dimflows.bijectors.chain import flattened
+from tfp_dimflows.distributions import variational
 from tfp_dimflows.distributions.augmented import Augmented
 from tfp_dimflows.distributions.dequantized import Dequantized
+from tfp_dimflows.distributions.vae_prior import VAEPrior
+from tfp_dimflows.upstream import prefer_static as ps
 
 
 class Structure(NamedTuple):
@@ -36,19 +42,68 @@ class Structure(NamedTuple):
         """The bijectors and, in the place of chains, their parts."""
         return [part for bijector in self.bijectors for part in flattened(bijector)]
 
-    def innermost(self, kind: type, owner: str) -> tuple[list[tfb.Bijector], tfb.Bijector]:
+    def innermost(self, kind: type | tuple[type, ...], owner: str) -> tuple[list[tfb.Bijector], tfb.Bijector]:
         """The part next to the latent values, after those between it and the data.
 
         Raises:
-          ValueError: in the name of `owner`, unless it is of this kind.
+          ValueError: in the name of `owner`, unless it is of this kind, or one of these.
         """
         *outer, last = self.parts or [None]
         if self.augmented is not None or not isinstance(last, kind):
+            kinds = " or ".join(cls.__name__ for cls in (kind if isinstance(kind, tuple) else [kind]))
             raise ValueError(
-                f"{owner} has the parts {[part.name for part in self.parts]} and the noise {self.noise.name}, needs a "
-                f"{kind.__name__} next to its latent values"
+                f"{owner} has the parts {[part.name for part in self.parts]} and the noise {self.noise.name}, needs a {kinds} "
+                "next to its latent values"
             )
         return outer, last
+
+    @property
+    def ordering(self) -> Multiscale | PNF | None:
+        """The part next to the latent values, also of the flow of a `VFlow`, if it orders them; None if it does not."""
+        *_, last = self.parts or [None]
+        last = flattened(last.flow)[-1] if isinstance(last, VFlow) else last
+        return last if isinstance(last, (Multiscale, PNF)) else None
+
+    @property
+    def code_sizes(self) -> list[int]:
+        """How many of the first latent values make a code: up to each boundary between parts of them, and all.
+
+        Empty if the latent values are no vectors.
+
+        #### Example
+
+        >>> dfd.structure_of(dimflows.recipes.realnvp([4, 4, 1], num_levels=2, width=4)).code_sizes
+        [8, 16]
+        """
+        if isinstance(self.noise, VAEPrior):
+            return [self.noise.latent_dims]
+        sizes = [] if self.ordering is None else self.ordering.latent_sizes[:-1]
+        return [*itertools.accumulate(sizes), *self.noise.event_shape] if self.noise.event_shape.rank == 1 else []
+
+    def completed(self, code: tf.Tensor, temperature: TensorLike | None = None, seed: Any = None) -> tf.Tensor:
+        """Latent values that begin with a code.
+
+        Args:
+          code: the first of them, `batch + [k]`, or all.
+          temperature: scale of the noise that the others are; None: they are its mean, which for standard normal noise is its
+            mode 0.
+          seed: as in `tfd.Distribution.sample`.
+
+        Returns:
+          `batch + [D]`.
+
+        Raises:
+          ValueError: if the noise has no mean.
+        """
+        if code.shape[-1] == self.code_sizes[-1]:
+            return code
+        shape = ps.shape(code)
+        if temperature is None:
+            mean = variational.mean_of_noise(self.noise)
+            noise = tf.broadcast_to(mean, ps.concat([shape[:-1], ps.shape(mean)], axis=0))
+        else:
+            noise = variational.sample(self.noise, shape[:-1], seed, temperature)
+        return tf.concat([code, tf.cast(noise[..., code.shape[-1] :], code.dtype)], axis=-1)
 
     @property
     def multiscale(self) -> Multiscale | None:

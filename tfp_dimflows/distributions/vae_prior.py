@@ -144,10 +144,11 @@ class VAEPrior(VariationalDistribution):
         variational.report(kl=kl, reconstruction=reconstruction)
         return reconstruction - kl
 
-    def _sample_n(self, n: int, seed: Any = None) -> tf.Tensor:
+    def _sample_n(self, n: int, seed: Any = None, temperature: TensorLike | None = None) -> tf.Tensor:
         seed, seed_below = samplers.split_seed(seed, n=2, salt="vae_prior")
         e = samplers.normal([n, self._latent_dims], dtype=self.dtype, seed=seed)
-        return self._decode(e).sample(seed=seed_below)
+        e = e if temperature is None else tf.cast(temperature, e.dtype) * e
+        return variational.sample(self._decode(e), [], seed_below, temperature)
 
 
 class _Gaussian(tf.Module):

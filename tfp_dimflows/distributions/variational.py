@@ -28,7 +28,8 @@ class VariationalDistribution(representation.DescribedByTFP, tfd.Distribution):
         elbo(x)     = E[w]                                  <= log p(x)
         log_prob(x) = log (1/S) sum_s exp(w_s),  S samples  <= log p(x) on average, and closer the larger S
 
-    A subclass writes `_log_weights(x, num_samples, seed, **kwargs)` of shape `[num_samples] + batch`, and `_sample_n`.
+    A subclass writes `_log_weights(x, num_samples, seed, **kwargs)` of shape `[num_samples] + batch`, and `_sample_n(n, seed)`;
+    for samples at other temperatures this has an argument `temperature=None`, by which it multiplies its noise.
 
     Samples are taken in chunks of about 130,000 values, such as 42 images of 32x32x3 (16 samples where the batch size is
     unknown), one after the other, so that the memory of an evaluation does not grow with their number; that of a gradient does.
@@ -259,6 +260,38 @@ def decode(distribution: tfd.Distribution, z: tf.Tensor, condition: Any = None) 
     if isinstance(below, (VariationalDistribution, TFPTransformedDistribution)):
         z = decode(below, z, condition)
     return distribution.bijector.forward(z, **conditions.condition_kwargs(distribution.bijector, condition))
+
+
+def sample(
+    distribution: tfd.Distribution, sample_shape: TensorLike, seed: Any, temperature: TensorLike | None = None, **kwargs: Any
+) -> tf.Tensor:
+    """Samples made of noise u of another temperature t: `t u + (1 - t) mean of u`; None: those of `distribution.sample`.
+
+    Raises:
+      ValueError: if t is given, but the noise has no mean.
+    """
+    if temperature is None:
+        return distribution.sample(sample_shape, seed=seed, **kwargs)
+    if isinstance(distribution, VariationalDistribution):
+        return distribution.sample(sample_shape, seed=seed, temperature=temperature, **kwargs)
+    if isinstance(distribution, TFPTransformedDistribution):
+        u = sample(distribution.distribution, sample_shape, seed, temperature, **kwargs.get("distribution_kwargs", {}))
+        return distribution.bijector.forward(u, **kwargs.get("bijector_kwargs", {}))
+    u, mean = distribution.sample(sample_shape, seed=seed, **kwargs), mean_of_noise(distribution)
+    temperature = tf.cast(temperature, u.dtype)
+    return temperature * u + (1.0 - temperature) * mean
+
+
+def mean_of_noise(noise: tfd.Distribution) -> tf.Tensor:
+    """The mean of what latent values are drawn from.
+
+    Raises:
+      ValueError: if it has none, or it is not one tensor of real numbers.
+    """
+    if isinstance(noise.dtype, tf.DType) and noise.dtype.is_floating:
+        with contextlib.suppress(NotImplementedError):
+            return noise.mean()
+    raise ValueError(f"{noise.name}: got another temperature than 1, needs a mean around which its values are scaled")
 
 
 def _given(distribution: tfd.Distribution, condition: Any) -> dict:

@@ -9,6 +9,7 @@ from tfp_dimflows.training.callbacks import (
     Reconstructions,
     SampleImages,
 )
+from tfp_dimflows.training.codes import explained
 from tfp_dimflows.training.model import FlowModel
 from tfp_dimflows.training.progressive import fit_progressively
 from tfp_dimflows.training.runs import load, load_run, read_config, read_metrics, train
@@ -22,6 +23,7 @@ __all__ = [
     "Reconstructions",
     "RunConfig",
     "SampleImages",
+    "explained",
     "fit_progressively",
     "load",
     "load_run",

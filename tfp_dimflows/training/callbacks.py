@@ -1,6 +1,5 @@
 """Keras callbacks."""
 
-import math
 import os
 import pathlib
 import re
@@ -14,13 +13,11 @@ import tensorflow as tf
 from numpy.typing import ArrayLike
 
 from tfp_dimflows import plot, recipes
-from tfp_dimflows.bijectors import Chain, Multiscale
-from tfp_dimflows.bijectors.conditions import condition_kwargs
+from tfp_dimflows.bijectors import Multiscale
 from tfp_dimflows.bijectors.lcma import likelihood_contributions
-from tfp_dimflows.bijectors.probes import probes_from
-from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.distributions import structure_of
 from tfp_dimflows.training import batches
+from tfp_dimflows.training.codes import LogProbTerms
 from tfp_dimflows.training.model import FlowModel
 
 
@@ -438,53 +435,24 @@ class BitsPerLevel(keras.callbacks.Callback):
         """Checks model and data."""
         if not isinstance(self.model, FlowModel):
             raise ValueError(f"BitsPerLevel: got the model {self.model.name}, needs a FlowModel")
-        structure = structure_of(self.model.distribution)
-        self._dequantized, self._noise = structure.dequantized, structure.noise
-        owner = f"BitsPerLevel: {self.model.distribution.name}"
-        self._outer, self._multiscale = structure.innermost(Multiscale, owner)
-        self._names = [f"bits_level_{k + 1}" for k in range(len(self._multiscale.levels))]
-        if self._dequantized is not None or self._outer:
-            self._names.append("bits_preprocessing")
-        self._compiled = tf.function(self._terms, autograph=False, reduce_retracing=True)
+        self._terms = LogProbTerms(self.model, Multiscale, f"BitsPerLevel: {self.model.distribution.name}")
+        self._names = [f"bits_level_{k + 1}" for k in range(len(self._terms.flow.levels))]
+        self._names += ["bits_preprocessing"] * self._terms.has_preprocessing
         self._check_data()
 
     def _check_data(self) -> None:
         batches.checked_first(self._data, self.model.distribution)
         for batch in self._batches():
-            self._terms(tf.nest.map_structure(lambda value: value[:1], batch), self._seeds(0))
+            self._terms(tf.nest.map_structure(lambda value: value[:1], batch), seed=self._seed)
             return
         raise ValueError("BitsPerLevel: the dataset is empty")
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Adds the terms to the logs."""
-        totals, count = 0.0, 0
-        for step, batch in enumerate(self._batches()):
-            terms = self._compiled(batch, self._seeds(step)).numpy().astype(np.float64)
-            totals, count = totals + terms.sum(axis=0), count + len(terms)
-        bits = -totals / (count * self.model.event_shape.num_elements() * math.log(2.0))
+        bits = self._terms.mean_bits(self._batches(), self._seed)
         if logs is not None:
             logs.update(zip(self._names, bits.tolist()))
 
     def _batches(self) -> Iterator[Any]:
         for batch in self._data if isinstance(self._data, tf.data.Dataset) else [self._data]:
             yield batches.tensors(batches.events(batch), self.model.distribution)
-
-    def _seeds(self, step: int) -> tf.Tensor:
-        return tf.constant([0, self._seed + step], tf.int32)
-
-    def _terms(self, batch: Any, seed: tf.Tensor) -> tf.Tensor:
-        """Terms of the log-density, `[batch, number of terms]`."""
-        x, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
-        with probes_from(seed):
-            preprocessing = 0.0
-            if self._dequantized is not None:
-                x, log_r, _ = self._dequantized.noisy(x, 1, seed)
-                preprocessing = -log_r
-            if self._outer:
-                outer = Summed(x, len(self.model.event_shape)).inverse(Chain(self._outer), condition)
-                x, preprocessing = outer.value, outer.log_det + preprocessing
-            terms = self._multiscale.level_log_prob(x, noise=self._noise, **condition_kwargs(self._multiscale, condition))
-        if len(self._names) > terms.shape[-1]:
-            preprocessing = tf.broadcast_to(tf.cast(preprocessing, terms.dtype), tf.shape(terms)[:-1])
-            terms = tf.concat([terms, preprocessing[..., tf.newaxis]], axis=-1)
-        return terms

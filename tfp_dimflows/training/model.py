@@ -439,21 +439,31 @@ class FlowModel(SavedFlow):
             columns["bits_per_dim"] = -columns["log_prob"] / (self.event_shape.num_elements() * math.log(2.0))
         return columns | ({"y": np.concatenate(others)} if others else {})
 
-    def sample(self, sample_shape: TensorLike = (), seed: int | None = None, condition: Any = None) -> tf.Tensor:
+    def sample(
+        self, sample_shape: TensorLike = (), seed: int | None = None, condition: Any = None, temperature: TensorLike = 1.0
+    ) -> tf.Tensor:
         """Samples of the distribution, compiled.
+
+        At a temperature t the noise u of the latent values becomes `t u + (1 - t) mean of u`; of standard normal noise that is
+        `t u`. Low temperatures give more typical and less diverse events, 0 always the same one. Of a `dfd.Augmented` the noise
+        of the extra dimensions is scaled too; of a `dfd.VAEPrior` that of its low-dimensional latent values, and that of its
+        likelihood.
 
         Args:
           sample_shape: as in `tfd.Distribution.sample`.
           seed: integer seed; None: the model's own stream.
           condition: the condition of a conditional distribution, one or a batch of them.
+          temperature: scale of the noise; 1: samples of the distribution itself.
 
         Returns:
           `sample_shape + batch of the condition + event`: of n conditions `sample(condition=c)` has one sample for each, and
           `sample(10, condition=c)` ten.
 
         Raises:
-          ValueError: if the condition does not fit the distribution.
+          ValueError: if the condition does not fit the distribution, the temperature is no finite number >= 0, or it is not 1
+            and the noise has no mean.
         """
+        temperature = _checked_temperature(temperature, "sample")
         sample_shape = sample_shape if tf.is_tensor(sample_shape) else np.asarray(sample_shape, np.int32)
         self._check_use(condition is not None)
         if condition is not None:
@@ -462,7 +472,7 @@ class FlowModel(SavedFlow):
         # As a tensor, so that another number of samples is no other function to trace.
         sample_shape = tf.reshape(tf.cast(sample_shape, tf.int32), [-1])
         ranks = (sample_shape.shape[0], *_ranks(condition))
-        samples = self._compiled_sample(ranks, sample_shape, self._seed(seed), condition)
+        samples = self._compiled_sample(ranks, sample_shape, self._seed(seed), condition, temperature)
         known = tf.get_static_value(sample_shape, partial=True)
         return samples if known is None else tf.ensure_shape(samples, [*known, *self.event_shape])
 
@@ -492,22 +502,77 @@ class FlowModel(SavedFlow):
         weights = tf.cast(weights, z_start.dtype)
         return self.decode((1.0 - weights) * z_start + weights * z_end, condition)
 
-    def encode(self, x: TensorLike | dict[str, TensorLike], condition: Any = None) -> tf.Tensor:
+    @property
+    def code_sizes(self) -> list[int]:
+        """How many of the first latent values make a code, in increasing order; the last is the number of all.
+
+        A `dfb.Multiscale` or a `dfb.PNF` next to the latent values orders them, from coarse to fine: a code ends where one of
+        the parts does whose sizes are its `latent_sizes`. Otherwise, as with a `dfd.VAEPrior`, all of them are the only code.
+        """
+        return structure_of(self._distribution).code_sizes
+
+    def encode(self, x: TensorLike | dict[str, TensorLike], condition: Any = None, dims: int | None = None) -> tf.Tensor:
         """Latent values of events `batch + event`; under a `dfd.VAEPrior` the posterior's means, `batch + [latent_dims]`.
 
         Args:
           x: events, or a dict with `x` and `condition`.
           condition: as in `log_prob`.
+          dims: how many of the first latent values to return, one of `code_sizes`; None: all.
 
         Raises:
-          ValueError: if x or the condition does not fit the distribution.
-        """
-        return self._encode(self._checked(x, condition))
+          ValueError: if x or the condition does not fit the distribution, or a code cannot have so many numbers.
 
-    def decode(self, z: TensorLike, condition: Any = None) -> tf.Tensor:
-        """Events of latent values; under a `dfd.VAEPrior` those of the likelihood's means. `condition` as in `log_prob`."""
+        #### Example
+
+        >>> model = dimflows.FlowModel(dimflows.recipes.glow([4, 4, 1], num_levels=2, depth=1, width=4))
+        >>> images = tf.random.stateless_normal([3, 4, 4, 1], seed=[0, 0])
+        >>> code = model.encode(images, dims=8)
+        >>> model.code_sizes, code.shape, model.decode(code).shape
+        ([8, 16], TensorShape([3, 8]), TensorShape([3, 4, 4, 1]))
+        """
+        if dims is not None:
+            self._check_code("encode", dims)
+        z = self._encode(self._checked(x, condition))
+        return z if dims is None else z[..., :dims]
+
+    def decode(self, z: TensorLike, condition: Any = None, temperature: TensorLike = 0.0, seed: int | None = None) -> tf.Tensor:
+        """Events of latent values, or of codes; under a `dfd.VAEPrior` those of the likelihood's means.
+
+        The latent values that a code lacks are filled in by noise of a temperature, as in `sample`. By default it is 0, and
+        they are the mean of the noise: the mode 0 of standard normal noise.
+
+        Args:
+          z: latent values, `batch + [D]`, or the first of them, `batch + [k]` with k one of `code_sizes`.
+          condition: as in `log_prob`.
+          temperature: scale of the noise in the place of what is not in a code; nothing changes where all is.
+          seed: integer seed of that noise; None: the model's own stream.
+
+        Returns:
+          `batch + event`.
+
+        Raises:
+          ValueError: if the condition does not fit the distribution, a code cannot have so many numbers, or as `sample`.
+        """
+        temperature = _checked_temperature(temperature, "decode", 0.0)
         z = tf.cast(tf.convert_to_tensor(z), batches.float_dtype(self._distribution))
-        return self._decode(z if condition is None else {"x": z, "condition": self._checked_condition(condition)})
+        batch = z if condition is None else {"x": z, "condition": self._checked_condition(condition)}
+        structure = structure_of(self._distribution)
+        if structure.code_sizes and z.shape.rank and z.shape[-1] not in (None, structure.code_sizes[-1]):
+            self._check_code("decode", z.shape[-1])
+            batch = self._broadcast(batch, 1)
+            code = batch["x"] if isinstance(batch, dict) else batch
+            z = structure.completed(code, temperature, None if temperature is None else self._seed(seed))
+            batch = batch | {"x": z} if isinstance(batch, dict) else z
+        return self._decode(batch)
+
+    def _check_code(self, method: str, size: Any) -> None:
+        """Raises unless a code can have so many numbers."""
+        if size not in (sizes := self.code_sizes):
+            needs = ", ".join(map(str, sizes)) or "all"
+            reason = "where its parts end" if len(sizes) > 1 else "since no Multiscale or PNF next to them orders them"
+            raise ValueError(
+                f"FlowModel.{method}: got a code of {size} latent values, {self._distribution.name} needs {needs}, {reason}"
+            )
 
     def _checked(self, x: Any, condition: Any = None) -> Any:
         """Events, or a dict of them and their condition, as tensors, after a check."""
@@ -557,12 +622,14 @@ class FlowModel(SavedFlow):
         # Each tuple of ranks is traced by itself: `reduce_retracing` would otherwise trace for tensors of unknown rank.
         return self._log_prob(x, seed, num_samples)
 
-    def _sample_by_rank(self, ranks: tuple[int, ...], sample_shape: tf.Tensor, seed: Any, condition: Any) -> tf.Tensor:
-        return self._sample(sample_shape, seed, condition)
+    def _sample_by_rank(
+        self, ranks: tuple[int, ...], sample_shape: tf.Tensor, seed: Any, condition: Any, temperature: Any
+    ) -> tf.Tensor:
+        return self._sample(sample_shape, seed, condition, temperature)
 
-    def _sample(self, sample_shape: Any, seed: Any, condition: Any) -> tf.Tensor:
+    def _sample(self, sample_shape: Any, seed: Any, condition: Any, temperature: Any = None) -> tf.Tensor:
         kwargs = {} if condition is None else variational.with_condition(self._distribution, condition)
-        return self._distribution.sample(sample_shape, seed=seed, **kwargs)
+        return variational.sample(self._distribution, sample_shape, seed, temperature, **kwargs)
 
     def _sample_shape_of(self, sample_shape: Any, condition: Any) -> tuple[Any, Any]:
         return conditions.sample_shape_of(sample_shape, condition, self._condition_shape)
@@ -579,6 +646,15 @@ class FlowModel(SavedFlow):
             return self._next_seed()
         high_and_low = [operator.index(seed) >> shift & 0xFFFFFFFF for shift in (32, 0)]
         return tf.constant(np.array(high_and_low, np.uint32).astype(np.int32))
+
+
+def _checked_temperature(temperature: TensorLike, method: str, neutral: float = 1.0) -> tf.Tensor | None:
+    """A temperature as a tensor, so that another one is no other function to trace; None if it is the neutral one."""
+    static = tf.get_static_value(temperature)
+    is_number = np.ndim(static) == 0 and np.asarray(static).dtype.kind in "iuf" and 0.0 <= static < math.inf
+    if not (is_number or (static is None and tf.is_tensor(temperature))):  # tensors of graphs have no values
+        raise ValueError(f"FlowModel.{method}: got temperature={temperature!r}, needs a finite number >= 0")
+    return None if static == neutral else tf.cast(temperature, tf.float64)
 
 
 def _condition_shape_of(distribution: Any) -> list[int] | None:
