@@ -45,7 +45,8 @@ def principal_pnf(
     Args:
       event_shape: `[H, W, C]`, whose sides are divisible by `2**num_halvings`, or `[D]`.
       num_halvings: how often half of the dimensions is split off.
-      code_dims: size of a code below the last half; None: there is none.
+      code_dims: size of a code below the last half, of principal components of what is left of the image as a whole (a multiple
+        of its pixels), or of the vector; None: there is none.
       depth: couplings of each part.
       width: width of the networks; that of the conditional Gaussians is twice as much. None: 32, dense ones 128.
       num_hidden: hidden layers of the MLPs.
@@ -95,27 +96,40 @@ def _image_flow(
     common.check_halvings("principal-pnf", shape, num_halvings, num_halvings=num_halvings)
     splits, details = [], []
     height, wide, channels = shape
+
+    def split_off(channels: int, kept: int, factor: int, is_whole: bool) -> None:
+        sides = (height, wide) if is_whole else None
+        splits.insert(0, dfb.OrthogonalSplit(channels, kept, factor, dtype=common.floatx(), whole=sides))
+        details.insert(0, _image_detail(channels * factor**2 - kept, kept, depth, width, dense["seeds"]))
+
     for _ in range(num_halvings):
-        sides = (height, wide) if whole else None
-        splits.append(dfb.OrthogonalSplit(channels, 2 * channels, dtype=common.floatx(), whole=sides))
+        split_off(channels, 2 * channels, 2, whole)
         height, wide, channels = height // 2, wide // 2, 2 * channels
-        details.append(_image_detail(channels, depth, width, dense["seeds"]))
-    dims = height * wide * channels
-    base = dfb.Chain([*common.from_flat((height, wide, channels)), _vector_flow([dims], code_dims, **dense)])
-    return dfb.PNF(base, details[::-1], shape, splits=splits[::-1])
+    if code_dims is not None:
+        pixels = height * wide
+        if code_dims % pixels or not 0 < code_dims < pixels * channels:
+            raise ValueError(
+                f"principal-pnf: got code_dims={code_dims} of the {pixels * channels} dimensions of images of {height}x{wide} "
+                f"pixels, needs fewer, and a multiple of {pixels}"
+            )
+        split_off(channels, code_dims // pixels, 1, True)
+        channels = code_dims // pixels
+    flat = common.from_flat((height, wide, channels))
+    base = dfb.Chain([*flat, _vector_flow([height * wide * channels], None, **dense)])
+    return dfb.PNF(base, details, shape, splits=splits)
 
 
-def _image_detail(channels: int, depth: int, width: int, seeds: Iterator[int]) -> dfb.EmbedCondition:
-    """A conditional flow of some channels given as many others."""
-    gaussian = networks.GlowConvNet(channels, 2 * channels, width=2 * width, seed=next(seeds))
+def _image_detail(channels: int, given: int, depth: int, width: int, seeds: Iterator[int]) -> dfb.EmbedCondition:
+    """A conditional flow of some channels given others."""
+    gaussian = networks.GlowConvNet(given, 2 * channels, width=2 * width, seed=next(seeds))
     parts: list[tfb.Bijector] = [dfb.ActNorm(channels, dtype=common.floatx()), _given(gaussian, 3)]
-    for k in range(depth):
-        mask = dfb.masks.Channel(flip=k % 2 == 1)
+    for k in range(depth if channels > 1 else 0):
+        mask = dfb.masks.Channel(flip=k % 2 == 1, num_conditioning=(channels + k % 2) // 2)
         inputs, outputs = mask.sizes(channels)
-        coupling = networks.GlowConvNet(inputs, 2 * outputs, width=width, condition_channels=channels, seed=next(seeds))
+        coupling = networks.GlowConvNet(inputs, 2 * outputs, width=width, condition_channels=given, seed=next(seeds))
         parts.append(dfb.ActNorm(channels, dtype=common.floatx()))
         parts.append(dfb.AffineCoupling(coupling, mask, dtype=common.floatx()))
-    embedding = dfb.ActNorm(channels, dtype=common.floatx())
+    embedding = dfb.ActNorm(given, dtype=common.floatx())
     return dfb.EmbedCondition(dfb.Chain(parts), embedding.inverse, condition_ndims=3)
 
 
