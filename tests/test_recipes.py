@@ -297,7 +297,7 @@ def test_codes_of_principal_components_are_linear(shape, options, stage_shapes):
     y = events(shape, 80)
     with dimflows.adaptation():
         distribution.log_prob(y)
-    perturb(distribution)
+    perturb(distribution, 0.03)
     *outer, flow = distribution.bijector.bijectors if isinstance(distribution.bijector, dfb.Chain) else [distribution.bijector]
     assert flow.stage_shapes == stage_shapes
     x = dfb.Chain(outer).inverse(y) if outer else tf.constant(y)
