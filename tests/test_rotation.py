@@ -137,6 +137,18 @@ def test_too_few_vectors_change_nothing():
         np.testing.assert_array_equal(weight, value)
 
 
+@pytest.mark.parametrize(("size", "steps", "used"), [(4, None, 40), (8, None, 80), (8, 3, 30), (2, None, 40)])
+def test_as_many_batches_as_components_need(size, steps, used):
+    y = correlated(200, size).astype(np.float32)
+    make = lambda: dimflows.FlowModel(  # noqa: E731
+        tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [size]), flow_of_a_rotation(size))
+    )
+    model, expected = make(), make()
+    model.adapt(tf.data.Dataset.from_tensor_slices(y).batch(10), steps)
+    expected.adapt(y[:used])
+    np.testing.assert_array_equal(model.encode(y), expected.encode(y))
+
+
 def flow_of_a_rotation(size):
     return dfb.Chain([dfb.ActNorm(size), dfb.Rotation(size)])
 

@@ -84,6 +84,11 @@ class Rotation(base.FlowBijector):
         super().__init__(forward_min_event_ndims=1, is_constant_jacobian=True, parameters=parameters, name=name)
 
     @property
+    def num_components(self) -> int:
+        """How many principal components it takes from data: C, or 0 for other matrices."""
+        return self._channels if self._is_principal else 0
+
+    @property
     def matrix(self) -> tf.Tensor:
         """Q at present."""
         return self._orthogonal(self._matrix.dtype)

@@ -17,6 +17,7 @@ from tfp_dimflows import keras_bridge, recipes
 from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.conditions import as_tensors
 from tfp_dimflows.bijectors.probes import probes_from
+from tfp_dimflows.bijectors.rotation import Rotation
 from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.distributions import structure_of, variational
 from tfp_dimflows.training import batches, conditions
@@ -299,20 +300,28 @@ class FlowModel(SavedFlow):
     def _has_workers(self) -> bool:
         return isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
-    def adapt(self, data: Any, steps: int = 1) -> None:
+    def adapt(self, data: Any, steps: int | None = None) -> None:
         """Data-dependent initialisation: one eager pass in which every ActNorm normalises what it sees.
 
-        Call it once, before `fit`. It warns if nothing in the distribution adapts, or if it overwrites what was trained.
+        A `dfb.Rotation` by principal components takes them from what it sees. Call it once, before `fit`. It warns if nothing in
+        the distribution adapts, or if it overwrites what was trained.
 
         Args:
           data: a dataset of batches, or one batch.
-          steps: how many batches of a dataset to use, as one large batch.
+          steps: how many batches of a dataset to use, as one large batch; None: four, or as many as have ten events for each of
+            the principal components that a rotation takes.
 
         Raises:
           ValueError: if the data does not fit the distribution; then nothing has changed.
         """
         if isinstance(data, tf.data.Dataset):
-            parts = [batches.tensors(batches.events(batch), self._distribution) for batch in data.take(steps)]
+            components = [part.num_components for part in self._distribution.submodules if isinstance(part, Rotation)]
+            parts, missing = [], 10 * max(components, default=0)
+            for batch in data.take(-1 if steps is None else steps):
+                parts.append(batches.tensors(batches.events(batch), self._distribution))
+                missing -= len(tf.nest.flatten(parts[-1])[0])
+                if steps is None and len(parts) >= 4 and missing <= 0:
+                    break
             if not parts:
                 raise ValueError("FlowModel.adapt: the dataset is empty")
             batch = tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *parts)

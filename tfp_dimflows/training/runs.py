@@ -297,7 +297,7 @@ def _fit(
         if not finished_epochs:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "FlowModel.adapt: nothing in")  # not every recipe adapts
-                model.adapt(train_data, steps=4)
+                model.adapt(train_data)
         _keep_rows(directory / HISTORY, finished_epochs)
         steps = config.steps_per_epoch
         history = model.fit(
