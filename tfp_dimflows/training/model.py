@@ -303,7 +303,7 @@ class FlowModel(SavedFlow):
     def adapt(self, data: Any, steps: int | None = None) -> None:
         """Data-dependent initialisation: one eager pass in which every ActNorm normalises what it sees.
 
-        A `dfb.Rotation` by principal components takes them from what it sees. Call it once, before `fit`. It warns if nothing in
+        A `dfb.Rotation` takes its principal components from what it sees. Call it once, before `fit`. It warns if nothing in
         the distribution adapts, or if it overwrites what was trained.
 
         Args:
