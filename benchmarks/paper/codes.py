@@ -112,9 +112,7 @@ def flow_row(build, name, train, test):
         "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
         "seconds": round(seconds, 1),
         "psnr": {size: round(float(value), 2) for size, value in zip(sizes, psnr(errors, 256))},
-        "probe": {
-            size: round(probe(*(code[:, :size] for code in codes), name), 3) for size in sizes if size <= test[0].size // 2
-        },
+        "probe": {size: round(probe(*(code[:, :size] for code in codes), name), 3) for size in small},
     }
     return row, {size: some[:8] for size, some in zip(sizes, restored)}, model.sample(16, seed=0, temperature=0.7).numpy()
 
