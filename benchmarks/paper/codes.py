@@ -25,7 +25,7 @@ from tfp_dimflows.codes import PCA, Reconstruction, psnr
 dfb, dfd = dimflows.bijectors, dimflows.distributions
 tfb, tfd = tfp.bijectors, tfp.distributions
 
-BATCH, STEPS, LEARNING_RATE = 64, 2500, 2e-3
+BATCH, STEPS, LEARNING_RATE = 64, 1500, 2e-3
 TEST, PROBE = 2000, 4000
 RUNS = pathlib.Path("runs/paper_codes")
 DATA = {"CIFAR-10": "cifar10", "MNIST": "mnist"}
