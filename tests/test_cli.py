@@ -171,6 +171,37 @@ def test_both_factorizations_have_as_many_parameters(finished):
     assert metrics["."]["parameters"] == metrics["conventional"]["parameters"]
 
 
+@pytest.mark.slow
+def test_recipes_beside(tmp_path, data_dir, capsys):
+    out = tmp_path / "run"
+    argv = arguments(["train", "nice", "--batch-size", "128"], out, data_dir, "--set", "width=8", "--epochs", "1")
+    argv += ["--steps-per-epoch", "2", "--beside", "principal-pnf"]
+    assert cli.main(argv) == 0
+    metrics = training.read_metrics(out)
+    assert set(metrics) == {".", "principal-pnf"}
+    printed = capsys.readouterr().out
+    assert printed.index("nice\n") < printed.index("principal-pnf\n")
+    for values in metrics.values():
+        assert f"{values['bits_per_dim']:13.4f}" in printed and f"{values['parameters']:,d}" in printed
+    assert training.load(str(out / "principal-pnf" / "model.keras")).distribution.distribution.bijector.bijectors[1].splits
+    assert_picture(out / "principal-pnf" / "samples.png", 8 * 8, 8 * 8)
+    assert json.loads((out / "config.json").read_text())["beside"] == ["principal-pnf"]
+    before = contents(out)
+    assert cli.main([*argv, "--resume"]) == 0 and contents(out).keys() == before.keys()
+
+
+def test_bad_recipes_beside(tmp_path, capsys):
+    start = ["train", "nice", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run"), "--beside"]
+    for others, message in (
+        (["nise"], "got 'nise', needs one of"),
+        (["nice"], "train: got nice beside nice, needs each recipe once"),
+        (["maf", "maf"], "train: got maf, maf beside nice, needs each recipe once"),
+    ):
+        assert cli.main([*start, *others]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # What one does with a run.
 
 

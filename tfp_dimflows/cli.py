@@ -192,7 +192,7 @@ def _add_option(command: argparse.ArgumentParser, field: dataclasses.Field) -> N
     least = options.pop("least", 1)
     if field.type is float:
         options["type"] = _positive_number
-    elif "action" not in options:
+    elif not {"action", "type"} & options.keys():
         options["type"] = _positive_integer if least else _nonnegative_integer
     needs = {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
     command.add_argument("--" + field.name.replace("_", "-"), **options | needs)
@@ -232,7 +232,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises an error for what can be known to be wrong without TensorFlow, and reads what needs more than `argparse`."""
     if arguments.command == "train":
         recipes = sys.modules.get("tfp_dimflows.recipes")  # if it is there, it knows recipes of a user's own too
-        check_name("recipes", arguments.recipe, recipes.names() if recipes else RECIPES)
+        for name in (arguments.recipe, *arguments.beside):
+            check_name("recipes", name, recipes.names() if recipes else RECIPES)
         check_dataset(arguments.data, arguments.data_dir)
         arguments.set = _settings(arguments.set)
         if not recipes and (unknown := [key for key in arguments.set if key not in ARGUMENTS]):

@@ -101,9 +101,13 @@ def _train_into(out: str, arguments: argparse.Namespace) -> None:
 
 
 def report(directory: str, recipe: str) -> None:
-    """Prints the test metrics of a run and of its conventional factorization, and what the run has written."""
-    titles = {".": recipe, "conventional": f"{recipes.base_of(recipe)}, conventional factorization"}
-    metrics = {titles[part]: values for part, values in training.read_metrics(directory).items() if part in titles}
+    """Prints the test metrics of a run, of its conventional factorization and of what was trained beside, and its files."""
+    titles = {}
+    for place, name in [(".", recipe), *((name, name) for name in training.read_config(directory).get("beside", []))]:
+        titles[place] = name
+        titles[str(pathlib.Path(place, "conventional"))] = f"{recipes.base_of(name)}, conventional factorization"
+    of_parts = training.read_metrics(directory)
+    metrics = {title: of_parts[part] for part, title in titles.items() if part in of_parts}
     metric, unit = ("bits_per_dim", "bits/dim") if all("bits_per_dim" in m for m in metrics.values()) else ("nll", "nats")
     print(f"\n{f'test {unit}':>13}   parameters   model")
     for title, values in metrics.items():

@@ -60,11 +60,12 @@ class RunConfig:
       online_steps: LCMA in one phase: a factor-out is decided after every so many steps, by as many batches
         (`DecideFactorization`). `contributions.npz` is then of the trained model.
       baseline: whether an LCMA recipe also trains the conventional factorization.
+      beside: other recipes that are trained with the same budget for comparison, with their default arguments.
       notes: further entries of `config.json`, such as the dataset's name.
 
     Raises:
-      ValueError: if the recipe does not exist or does not take the arguments; for `online_steps` with `pretrain_epochs` or a
-        recipe without LCMA; for LCMA with a condition.
+      ValueError: if a recipe does not exist or does not take the arguments; for `online_steps` with `pretrain_epochs` or a
+        recipe without LCMA; for LCMA with a condition; for a recipe beside itself.
 
     #### Example
 
@@ -88,6 +89,9 @@ class RunConfig:
     baseline: bool = _option(
         True, help="lcma recipes: train the conventional one beside", action=argparse.BooleanOptionalAction
     )
+    beside: Sequence[str] = _option(
+        (), help="other recipes to train with the same budget", nargs="+", metavar="RECIPE", type=str
+    )
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,6 +106,8 @@ class RunConfig:
             raise ValueError(f"train: got online_steps for {self.recipe}, needs an lcma recipe and no pretrain_epochs")
         if self.base is not None and arguments.get("condition_shape") is not None:
             raise ValueError(f"train: got condition_shape for {self.recipe}, needs none: contributions take no condition")
+        if len({self.recipe, *self.beside}) <= len(self.beside):
+            raise ValueError(f"train: got {', '.join(self.beside)} beside {self.recipe}, needs each recipe once")
         object.__setattr__(self, "event_shape", list(event_shape))
         object.__setattr__(self, "arguments", arguments)
         if self.base is not None and self.online_steps is None:
@@ -111,6 +117,11 @@ class RunConfig:
     def base(self) -> str | None:
         """The recipe on which an LCMA recipe stands, None for others."""
         return dimflows.recipes.base_of(self.recipe)
+
+    def others(self) -> "list[RunConfig]":
+        """The configurations of what is trained beside it."""
+        own = {"arguments": {}, "pretrain_epochs": None, "online_steps": None, "beside": ()}
+        return [dataclasses.replace(self, recipe=recipe, **own) for recipe in self.beside]
 
     def build(self, **more: Any) -> "tfd.Distribution":
         """The distribution of the recipe with these further arguments."""
@@ -124,4 +135,6 @@ class RunConfig:
         for option in ("pretrain_epochs", "online_steps", "baseline"):
             if self.base is None or entries[option] is None:
                 del entries[option]
+        if not self.beside:
+            del entries["beside"]
         return {"version": __version__, **entries, **notes}

@@ -50,7 +50,8 @@ def train(
     with the test metrics, and of images `samples.png`. An LCMA recipe goes through its three phases: a non-multi-scale model
     trained into `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the
     base recipe with its conventional factorization is trained with the same budget into `conventional/`, and
-    `factorization.png` shows which dimensions stayed. With `online_steps` it has one phase.
+    `factorization.png` shows which dimensions stayed. With `online_steps` it has one phase. The recipes of `beside` are trained
+    into directories of their names in the same way.
 
     A run that was killed or failed goes on from its last full epoch with `resume=True`, after reading the batches again that it
     was trained on; without a full epoch it does not keep the directory from another. If `train_data` is the same in each
@@ -83,6 +84,8 @@ def train(
         plot.require_matplotlib()  # now rather than after hours of training
     with registry.errors_as_given(recipe, options.get("arguments") or {}):
         multiscale = structure_of(config.build()).multiscale  # bad arguments fail before anything is written
+    for other in config.others():
+        other.build()
     if config.online_steps is not None and multiscale is not None:
         factor_outs = len(multiscale.levels) - 1
         steps = config.epochs * (config.steps_per_epoch or int(train_data.cardinality()))
@@ -128,6 +131,8 @@ def _train(config: RunConfig, directory: pathlib.Path, train_data: tf.data.Datas
             plot.save_factorizations(directory / "factorization.png", factorizations, contributions)
     if _has_samples(config) and not (directory / "samples.png").is_file():
         plot.save_grid(directory / "samples.png", _samples(model, config.seed, test_data), config.grey_levels)
+    for other in config.others():
+        _train(other, directory / other.recipe, train_data, test_data)
     return model
 
 
