@@ -804,7 +804,7 @@ def test_without_a_margin_no_image_leaves_the_range(event_shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factorization", ["channels", "checkerboard", "random", None])
+@pytest.mark.parametrize("factorization", ["channels", "principal", "checkerboard", "random", None])
 def test_factorizations_of_stages(factorization):
     distribution = small("pnf", factorization=factorization)
     flow = distribution.bijector
@@ -813,9 +813,12 @@ def test_factorizations_of_stages(factorization):
         split = multiscale_of(stage).factorization
         if factorization in ("channels", "checkerboard"):
             assert split == getattr(build, factorization)(shape, 2)
+        elif factorization == "principal":
+            assert split == build.channels(shape, 2)
+            assert sum(isinstance(part, dfb.Rotation) for part in multiscale_of(stage).levels[0].bijectors) == 1
         else:
             assert (split is None) == (factorization is None)
-    if factorization in ("random", None):
+    if factorization in ("principal", "random", None):
         assert_round_trip(perturb(distribution, scale=0.05))
 
 

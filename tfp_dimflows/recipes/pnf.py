@@ -52,8 +52,9 @@ def pnf(
       width: as in `realnvp`; a list gives one for each stage, the base first.
       num_blocks: as in `realnvp`; a list gives one for each stage, the base first.
       network: `"conv"` (ResNets) or `"dense"` (MLPs); None: `"conv"` for images, `"dense"` for vectors.
-      factorization: which half stays between the levels of a stage: `"conventional"`, `"channels"`, `"checkerboard"`,
-        `"random"`, or None, as in `realnvp`.
+      factorization: which half stays between the levels of a stage: `"conventional"`, `"channels"`, `"principal"`,
+        `"checkerboard"`, `"random"`, or None, as in `realnvp`. (In `recipes.principal_pnf` the stages themselves are
+        principal components.)
       batch_norm: batch normalisation in the ResNets.
       l2: L2 penalty on the ResNets' weight-norm magnitudes.
       alpha: margin of the logit preprocessing.
