@@ -71,8 +71,8 @@ MODELS = {
 class NestedDropout(dimflows.FlowModel):
     """Adds to the bits/dim, WEIGHT times, the squared error of images in [0, 1] from a code of a random size, of some images.
 
-    After Bekasov, Murray, "Ordering dimensions with nested dropout normalizing flows", 2020. The weight grows from 0 to its full
-    value between the steps 50 and 200.
+    After Bekasov, Murray, "Ordering dimensions with nested dropout normalizing flows", 2020. The weight grows from 0 to its
+    full value between the steps 50 and 200.
     """
 
     WEIGHT, IMAGES = 100.0, 16
@@ -134,7 +134,7 @@ def flow_row(kind, build, name, train, test):
         "bits_per_dim": round(float(bits) / (np.prod(test.shape[1:]) * np.log(2.0)), 4),
         "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
         "seconds": round(seconds, 1),
-        "psnr": {size: round(float(value), 2) for size, value in zip(sizes, psnr(errors, 256))},
+        "psnr": {size: round(float(value), 2) for size, value in zip(small, psnr(errors, 256))},
         "probe": {size: round(probe(*(code[:, :size] for code in codes), name), 3) for size in small},
     }
     return row, {size: some[:8] for size, some in zip(sizes, restored)}, model.sample(16, seed=0, temperature=0.7).numpy()
