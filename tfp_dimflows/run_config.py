@@ -120,7 +120,7 @@ class RunConfig:
 
     def others(self) -> "list[RunConfig]":
         """The configurations of what is trained beside it."""
-        own = {"arguments": {}, "pretrain_epochs": None, "online_steps": None, "beside": ()}
+        own: dict[str, Any] = {"arguments": {}, "pretrain_epochs": None, "online_steps": None, "beside": ()}
         return [dataclasses.replace(self, recipe=recipe, **own) for recipe in self.beside]
 
     def build(self, **more: Any) -> "tfd.Distribution":

@@ -71,11 +71,10 @@ class OrthogonalSplit(base.Composite):
         self._rotation = Rotation(size, matrix, trainable, seed, dtype)
         self._squeeze = tfb.Identity() if factor in (None, 1) else Squeeze(factor)
         self._shapes = self._squeeze
-        self._whole, self._flat = None, None
+        self._whole, self._flat_shapes = None, None
         if whole is not None:
-            shapes = self.part_shapes([*whole, channels])
-            self._whole = Rotation(math.prod(whole) * channels, dtype=dtype, leading=math.prod(shapes[0]))
-            self._flat = flat_latents(shapes)
+            self._flat_shapes = self.part_shapes([*whole, channels])
+            self._whole = Rotation(math.prod(whole) * channels, dtype=dtype, leading=math.prod(self._flat_shapes[0]))
         event_ndims = 1 if factor is None else 3
         super().__init__(forward_min_event_ndims=event_ndims, is_constant_jacobian=True, parameters=parameters, name=name)
 
@@ -125,13 +124,10 @@ class OrthogonalSplit(base.Composite):
 
     def _along(self, blocks: Walk, direction: str) -> Walk:
         """On through the rotation of whole images."""
-        if self._whole is None:
+        if self._whole is None or self._flat_shapes is None:
             return blocks
-        h, rest = blocks.split(self._channels)
-        h, rest = h.join(rest, by=self._flat).through(self._whole, direction, {}).split(self._flat)
-        return h.join(rest, by=self._channels)
-
-    @property
-    def _channels(self) -> Parts:
-        """The rotated channels of h, and those of Delta."""
-        return Parts(self._halves, lambda h, rest: tf.concat([h, rest], axis=-1))
+        channels = Parts(self._halves, lambda h, rest: tf.concat([h, rest], axis=-1))
+        flat = flat_latents(self._flat_shapes)
+        h, rest = blocks.split(channels)
+        h, rest = h.join(rest, by=flat).through(self._whole, direction, {}).split(flat)
+        return h.join(rest, by=channels)

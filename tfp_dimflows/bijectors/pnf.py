@@ -358,7 +358,8 @@ def _split_shapes(
     splits: Sequence[HaarSplit | OrthogonalSplit], event_shape: tuple[int, ...]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """The shapes of h_0 ... h_K, and of what the stages model: h_0, Delta_1 ... Delta_K."""
-    stage_shapes, values = [event_shape], []
+    stage_shapes = [event_shape]
+    values: list[tuple[int, ...]] = []
     for split in reversed(splits):
         if not isinstance(split, (HaarSplit, OrthogonalSplit)):
             raise ValueError(f"PNF: got {split!r} as a split, needs a HaarSplit or an OrthogonalSplit")

@@ -100,8 +100,9 @@ def glow(
     conditions = [common.condition_channels("glow", condition_shape, shape, k + 1) for k in range(num_levels)]
     flow_levels = []
     for (*_, channels), condition in zip(grids, conditions):
-        rotated, sizes = rotate(4 * channels), (depth, width, coupling, condition, seeds, attribution, memory)
-        flow_levels.append(dfb.Chain([dfb.Squeeze(), *rotated, image_steps(4 * channels, *sizes, exchange=bool(rotated))]))
+        rotated, inner = rotate(4 * channels), 4 * channels
+        steps = image_steps(inner, depth, width, coupling, condition, seeds, attribution, memory, exchange=bool(rotated))
+        flow_levels.append(dfb.Chain([dfb.Squeeze(), *rotated, steps]))
     left_channels = [2 * grid[-1] for grid in grids[:-1]]
     exits = [None if split is None else _gaussian(c) for c in left_channels] + [_gaussian(4 * grids[-1][-1])]
     flow = dfb.Multiscale(flow_levels, split, exits=exits, event_shape=shape)

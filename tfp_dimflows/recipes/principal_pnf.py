@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from tensorflow_probability import bijectors as tfb
@@ -79,7 +80,12 @@ def principal_pnf(
     width = (128 if is_dense else 32) if width is None else width
     common.check_sizes("principal-pnf", width=width)
     seeds = _endless(seed)
-    dense = {"depth": depth, "width": width if is_dense else 4 * width, "num_hidden": num_hidden, "seeds": seeds}
+    dense: dict[str, Any] = {
+        "depth": depth,
+        "width": width if is_dense else 4 * width,
+        "num_hidden": num_hidden,
+        "seeds": seeds,
+    }
     if is_dense:
         sizes = [math.prod(shape)]
         for _ in range(num_halvings):
@@ -94,7 +100,8 @@ def _image_flow(
     shape: tuple[int, ...], num_halvings: int, code_dims: int | None, whole: bool, depth: int, width: int, dense: dict
 ) -> dfb.PNF:
     common.check_halvings("principal-pnf", shape, num_halvings, num_halvings=num_halvings)
-    splits, details = [], []
+    splits: list[dfb.OrthogonalSplit] = []
+    details: list[tfb.Bijector] = []
     height, wide, channels = shape
 
     def split_off(channels: int, kept: int, factor: int, is_whole: bool) -> None:
@@ -143,13 +150,13 @@ def _vector_flow(
             f"principal-pnf: got code_dims={code_dims} and as many halvings as leave {sizes[-1]} dimensions, needs two or more "
             "in the smallest code, and code_dims below the last half"
         )
-    options = {"depth": depth - 1, "num_blocks": num_hidden, "memory": "keep", "seeds": seeds}
+    options: dict[str, Any] = {"depth": depth - 1, "num_blocks": num_hidden, "memory": "keep", "seeds": seeds}
     splits, details = [], []
     for size, kept in itertools.pairwise(codes):
         rest = size - kept
         splits.append(dfb.OrthogonalSplit(size, kept, factor=None, dtype=common.floatx()))
         gaussian = networks.MLP(kept, 2 * rest, hidden=[2 * width] * num_hidden, seed=next(seeds))
-        parts = [dfb.ActNorm(rest, dtype=common.floatx()), _given(gaussian, 1)]
+        parts: list[tfb.Bijector] = [dfb.ActNorm(rest, dtype=common.floatx()), _given(gaussian, 1)]
         parts += [vector_level(rest, width, kept, **options)] if rest > 1 else []
         embedding = dfb.ActNorm(kept, dtype=common.floatx())
         details.append(dfb.EmbedCondition(dfb.Chain(parts), embedding.inverse, condition_ndims=1))
