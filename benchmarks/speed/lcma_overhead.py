@@ -1,4 +1,4 @@
-"""Cost of a training step with LCMA's factorization relative to the conventional one, measured in turns in one process.
+"""Cost of a training step with LCMA's factorization, and with principal components, relative to the conventional one, in turns.
 
 Run as `python -m benchmarks.speed.lcma_overhead` from the repository's root.
 """
@@ -29,6 +29,8 @@ def main():
     from_contributions = dimflows.bijectors.DimensionFactorization.from_contributions
     models = {
         "conventional": model("conventional"),
+        "channels": model("channels"),
+        "principal": model("principal"),
         "lcma_block": model(from_contributions(contributions, granularity="block")),
         "lcma_channel": model(from_contributions(contributions, granularity="channel")),
         "nothing_leaves": model(None),
