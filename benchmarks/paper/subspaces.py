@@ -40,6 +40,7 @@ FRAMES = {
 }
 IMAGES = ("first half", "Haar", "random rotation", KLT, f"{KLT}, trained")
 VECTORS = tuple(name for name in FRAMES if name not in ("checkerboard", "Haar"))
+HALVES = ("first half", "checkerboard", KLT, f"{KLT}, minor half stays")
 GLOW = ("Glow", f"Glow, {KLT} first", f"Glow, {KLT} first and last")
 
 
