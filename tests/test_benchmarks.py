@@ -13,7 +13,7 @@ import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import lcma_splits, table
+from benchmarks.paper import codes, lcma_splits, subspaces, table
 
 tfb = tfp.bijectors
 
@@ -137,3 +137,54 @@ def test_the_share_of_positions_is_one_for_a_pattern_and_small_for_noise():
     slope = 100.0 * np.repeat(np.repeat(np.random.default_rng(1).normal(size=[8, 8, 1]), 2, axis=0), 2, axis=1)
     for statistic, low, high in ((pattern + slope, 1.0, 1.0), (noise, 0.0, 0.1), (pattern + noise, 0.3, 0.95)):
         assert low <= lcma_splits.explained_by_position([{"log-det": [statistic]}]) <= high
+
+
+TINY = subspaces.Study("", 2, 10, depth=2, width=4)
+
+
+def test_the_checkerboard_frame_lets_whole_pixels_stay():
+    image = np.arange(32.0, dtype=np.float32).reshape(4, 4, 2)
+    flow = subspaces.flow_of(TINY, (4, 4, 2), "checkerboard", seed=0)
+    squeeze, rotation, level = flow.levels[0].bijectors
+    first_half = level.bijectors[0].inverse(rotation.inverse(squeeze.inverse(image))).numpy()[..., :4]
+    assert sorted(first_half.ravel()) == sorted([*image[::2, ::2].ravel(), *image[1::2, 1::2].ravel()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frame", subspaces.FRAMES)
+def test_frames_of_the_same_size(frame):
+    flow = subspaces.flow_of(TINY, (4, 4, 1), frame, seed=0)
+    y = np.random.default_rng(0).normal(size=[40, 4, 4, 1]).astype(np.float32).cumsum(axis=1)
+    with dimflows.adaptation():
+        x = flow.inverse(y)
+    np.testing.assert_allclose(flow.forward(flow.inverse(y)), y, atol=1e-4)
+    size = sum(int(np.prod(v.shape)) for v in flow.trainable_variables)
+    plain = sum(int(np.prod(v.shape)) for v in subspaces.flow_of(TINY, (4, 4, 1), "first half", 0).trainable_variables)
+    assert size == plain + (6 + 28) * frame.endswith("trained")
+    assert x.shape == [40, 16]
+
+
+def test_a_summary_of_frames():
+    study = subspaces.Study("", 2, 10, ("first half", "Haar"), seeds=2)
+    bits = {("first half", 0): 5.0, ("first half", 1): 5.2, ("Haar", 0): 4.9, ("Haar", 1): 4.9}
+    results = {key: {"bits_per_dim": value, "parameters": 3, "ms_per_step": 1.0} for key, value in bits.items()}
+    row = subspaces.summary(study, results)["Haar"]
+    assert (row["bits_per_dim"], row["gain"], row["standard_error"], row["rows"]) == (4.9, 0.2, 0.1, [4.9, 4.9])
+
+
+@pytest.mark.slow
+def test_nested_dropout_adds_the_error_of_codes():
+    flow = subspaces.flow_of(TINY, (4, 4, 1), "first half", seed=0)
+    noise = tfp.distributions.Sample(tfp.distributions.Normal(0.0, 1.0), [16])
+    chain = dimflows.bijectors.Chain([tfb.Scale(256.0), tfb.Shift(0.5), flow])
+    distribution = dimflows.distributions.Dequantized(tfp.distributions.TransformedDistribution(noise, chain), grey_levels=256)
+    images = np.random.default_rng(0).integers(0, 256, [8, 4, 4, 1])
+    losses = {}
+    for weight in (0.0, 100.0):
+        model = codes.NestedDropout(distribution, seed=0)
+        model.WEIGHT = weight
+        model.compile(run_eagerly=True)
+        model.optimizer.iterations.assign(200)
+        losses[weight] = float(model.compute_loss(tf.constant(images), None, tf.zeros([8])))
+    # From the deepest half, exactly known, all others are mid grey: an error of at most half of the range.
+    assert losses[0.0] == 0.0 and 0.0 < losses[100.0] < 100.0 * 16 * np.log(2.0) * 0.25

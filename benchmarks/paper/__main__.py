@@ -11,7 +11,18 @@ import time
 
 from benchmarks.paper import table
 
-NAMES = ["energies", "vflow_toy", "lcma_splits", "lcma_families", "flow_vae", "vae_flow", "vflow_images", "pnf"]
+NAMES = [
+    "energies",
+    "vflow_toy",
+    "lcma_splits",
+    "lcma_families",
+    "subspaces",
+    "codes",
+    "flow_vae",
+    "vae_flow",
+    "vflow_images",
+    "pnf",
+]
 
 
 def main():
