@@ -87,6 +87,15 @@ def test_importance_samples_of_an_exported_bound(tmp_path):
     np.testing.assert_allclose(loaded.log_prob(x, [0, 3]), model.log_prob(x, num_samples=7, seed=3), rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_an_exported_progressive_recipe(tmp_path):
+    """It has no condition, but its details have: what the stages before make."""
+    model = dimflows.FlowModel(recipes.pnf([4], num_halvings=1, num_levels=1, depth=1, width=4, num_blocks=1), seed=0)
+    model.export(tmp_path / "exported")
+    loaded, x = tf.saved_model.load(str(tmp_path / "exported")), tf.ones([2, 4])
+    np.testing.assert_allclose(loaded.log_prob(x, [0, 0]), model.log_prob(x), rtol=1e-5)
+
+
 def test_exporting_overwrites_nothing_and_checks_first(tmp_path):
     model = dimflows.FlowModel(recipes.realnvp([3], width=4), seed=0)
     with pytest.raises(ValueError, match="num_samples, but the density of .* is exact"):

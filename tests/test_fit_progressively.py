@@ -62,6 +62,11 @@ def plain_flow():
     return dfb.PNF(dfb.ActNorm(2), [dfb.ActNorm(2), dfb.ActNorm(4)], [DIMS])
 
 
+def plain_flow_of(split):
+    """Two stages of ActNorms, three dimensions and the others."""
+    return dfb.PNF(dfb.ActNorm(3), [dfb.ActNorm(DIMS - 3)], [DIMS], splits=[split])
+
+
 def tiny_flow():
     return dfb.PNF(dfb.ActNorm(4), [dfb.ActNorm(4)], [DIMS])
 
@@ -812,7 +817,19 @@ WRONG_MODELS = {
         ),
         "outside of the PNF",
     ),
+    "trained_splits": (
+        lambda: model_of(plain_flow_of(dfb.OrthogonalSplit(DIMS, 3, factor=None, trainable=True))),
+        "below.*outside of the PNF or in its splits",
+    ),
 }
+
+
+def test_parts_of_unequal_sizes():
+    model, data = model_of(plain_flow_of(dfb.OrthogonalSplit(DIMS, 3, factor=None))), batches(signals())
+    model.adapt(data)
+    before = values(model.trainable_variables)
+    fit(model, data)
+    assert all(np.abs(now - then).max() > 0.0 for now, then in zip(values(model.trainable_variables), before))
 
 
 @pytest.mark.parametrize("case", WRONG_MODELS)

@@ -436,6 +436,10 @@ def test_wrong_conditions_are_refused(conditional):
     ):
         with pytest.raises(ValueError, match="got a condition, but no part of .* can use one"):
             refused()
+    # The details of a progressive flow have a condition, the flow has none.
+    progressive = dimflows.recipes.pnf([4], num_halvings=1, num_levels=1, depth=1, width=4, num_blocks=1)
+    with pytest.raises(ValueError, match="got a condition, but no part of .* can use one"):
+        dimflows.FlowModel(progressive).log_prob(X, condition=C)
 
 
 def test_labels_are_conditions():

@@ -149,6 +149,21 @@ def test_as_many_batches_as_components_need(size, steps, used):
     np.testing.assert_array_equal(model.encode(y), expected.encode(y))
 
 
+def test_rotations_of_a_scan_need_as_many_batches():
+    flow = dfb.Scan(lambda k: flow_of_a_rotation(8), length=2)
+    model = dimflows.FlowModel(tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [8]), flow))
+    y = correlated(200, 8).astype(np.float32)
+    model.adapt(tf.data.Dataset.from_tensor_slices(y).batch(1))  # four events, as ActNorms need, would be too few
+    assert np.abs(np.cov(model.encode(y[:80]), rowvar=False, bias=True) - np.eye(8)).max() < 1e-3
+
+
+@pytest.mark.filterwarnings("error:FlowModel.adapt")
+def test_rotations_alone_are_adapted_without_a_warning():
+    flow = dfb.Chain([tfb.Shift(tf.Variable(tf.zeros([4]))), dfb.Rotation(4)])
+    model = dimflows.FlowModel(tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [4]), flow))
+    model.adapt(correlated(40, 4).astype(np.float32))
+
+
 def flow_of_a_rotation(size):
     return dfb.Chain([dfb.ActNorm(size), dfb.Rotation(size)])
 

@@ -98,6 +98,7 @@ class PNF(Composite):
         self._shapes = tfb.Reshape(self._event_shape, [math.prod(self._event_shape)])
         stage_shapes, values = _split_shapes(self._splits, self._event_shape)
         self._stage_shapes = self._no_dependency(stage_shapes)
+        self._value_shapes = self._no_dependency(values)
         self._latent_shapes = self._no_dependency(
             [_latent_shape(k, stage, shape) for k, (stage, shape) in enumerate(zip(self._stages, values))]
         )
@@ -145,6 +146,11 @@ class PNF(Composite):
     def stage_shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the images h_0 ... h_K, from coarse to fine."""
         return list(self._stage_shapes)
+
+    @property
+    def value_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of what the stages model, h_0, Delta_1 ... Delta_K."""
+        return list(self._value_shapes)
 
     @property
     def latent_sizes(self) -> list[int]:

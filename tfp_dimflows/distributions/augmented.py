@@ -98,8 +98,11 @@ class Augmented(VariationalDistribution):
     def _noise_shape(self, x: tf.Tensor) -> tf.Tensor:
         return ps.concat([ps.shape(x)[:-1], [self._num_extra]], axis=0)
 
-    def _sample_n(self, n: int, seed: Any = None, temperature: TensorLike | None = None, **kwargs: Any) -> tf.Tensor:
-        return self._drop(variational.sample(self._joint(), n, seed, temperature, **kwargs))
+    def _call_sample_n(
+        self, sample_shape: TensorLike, seed: Any, temperature: TensorLike | None = None, **kwargs: Any
+    ) -> tf.Tensor:
+        # `_sample_n` would be given a flat sample shape, to which the batch axes of conditions do not broadcast.
+        return self._drop(variational.sample(self._joint(), sample_shape, seed, temperature, **kwargs))
 
     def _joint(self) -> tfd.Distribution:
         """What x is drawn from, with extra dimensions to drop: of a `VFlow` z, which spares its posterior the way to e."""

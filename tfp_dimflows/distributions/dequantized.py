@@ -131,8 +131,11 @@ class Dequantized(VariationalDistribution):
         # TFP would silently round floats, and take booleans, to the integer dtype of the samples.
         return super()._call_log_prob(tf.convert_to_tensor(value), name, **kwargs)
 
-    def _sample_n(self, n: int, seed: Any = None, temperature: TensorLike | None = None, **kwargs: Any) -> tf.Tensor:
-        return self._quantize(variational.sample(self._distribution, n, seed, temperature, **kwargs))
+    def _call_sample_n(
+        self, sample_shape: TensorLike, seed: Any, temperature: TensorLike | None = None, **kwargs: Any
+    ) -> tf.Tensor:
+        # `_sample_n` would be given a flat sample shape, to which the batch axes of conditions do not broadcast.
+        return self._quantize(variational.sample(self._distribution, sample_shape, seed, temperature, **kwargs))
 
     def _quantize(self, y: tf.Tensor) -> tf.Tensor:
         # A barely trained flow can overflow on its way to the data, and there is no NaN among integers.

@@ -18,6 +18,7 @@ from tfp_dimflows.bijectors.chain import Chain
 from tfp_dimflows.bijectors.conditions import as_tensors
 from tfp_dimflows.bijectors.probes import probes_from
 from tfp_dimflows.bijectors.rotation import Rotation
+from tfp_dimflows.bijectors.scan import Scan
 from tfp_dimflows.bijectors.walk import Summed
 from tfp_dimflows.distributions import structure_of, variational
 from tfp_dimflows.training import batches, conditions
@@ -82,7 +83,9 @@ class FlowModel(SavedFlow):
             raise ValueError(f"FlowModel: {distribution.name} has batch shape {distribution.batch_shape}, needs an empty one")
         self._distribution = distribution
         self._condition_shape = _condition_shape_of(distribution) if condition_shape is None else list(condition_shape)
-        self._uses_condition = variational.uses_condition(distribution)
+        # A progressive flow's details have a condition even if the flow has none; a recipe tells whether it has.
+        is_unconditional = recipes.config_of(distribution) is not None and self._condition_shape is None
+        self._uses_condition = not is_unconditional and variational.uses_condition(distribution)
         self._is_adapted = self._is_trained = False
         self._seed_generator = keras.random.SeedGenerator(None if seed is None else operator.index(seed))
         self._seed_state = self._seed_generator.state  # saved with the weights, unlike a SeedGenerator
@@ -315,8 +318,7 @@ class FlowModel(SavedFlow):
           ValueError: if the data does not fit the distribution; then nothing has changed.
         """
         if isinstance(data, tf.data.Dataset):
-            components = [part.num_components for part in self._distribution.submodules if isinstance(part, Rotation)]
-            parts, missing = [], 10 * max(components, default=0)
+            parts, missing = [], 10 * _num_components(self._distribution)
             for batch in data.take(-1 if steps is None else steps):
                 parts.append(batches.tensors(batches.events(batch), self._distribution))
                 missing -= len(tf.nest.flatten(parts[-1])[0])
@@ -332,12 +334,12 @@ class FlowModel(SavedFlow):
             warnings.warn(
                 "FlowModel.adapt: the model was trained before; its ActNorms are now initialised from this data", stacklevel=2
             )
-        weights = self.trainable_variables
-        before = [weight.numpy() for weight in weights]
+        held = keras_bridge.variables_of(self._distribution)
+        before = [variable.numpy() for variable in held]
         with unchanged_on_error(self.variables), keras_bridge.adaptation():
             self._log_prob(batch, seed=self._next_seed())
         self._is_adapted = True
-        if all(np.array_equal(weight, value) for weight, value in zip(weights, before)):
+        if all(np.array_equal(variable, value) for variable, value in zip(held, before)):
             warnings.warn(
                 f"FlowModel.adapt: nothing in {self._distribution.name} was initialised: it has no part, such as a "
                 "dfb.ActNorm, that takes its scale from the data",
@@ -576,7 +578,8 @@ class FlowModel(SavedFlow):
 
     def _check_code(self, method: str, size: Any) -> None:
         """Raises unless a code can have so many numbers."""
-        if size not in (sizes := self.code_sizes):
+        sizes = self.code_sizes
+        if not hasattr(size, "__index__") or size not in sizes:
             needs = ", ".join(map(str, sizes)) or "all"
             reason = "where its parts end" if len(sizes) > 1 else "since no Multiscale or PNF next to them orders them"
             raise ValueError(
@@ -655,6 +658,14 @@ class FlowModel(SavedFlow):
             return self._next_seed()
         high_and_low = [operator.index(seed) >> shift & 0xFFFFFFFF for shift in (32, 0)]
         return tf.constant(np.array(high_and_low, np.uint32).astype(np.int32))
+
+
+def _num_components(module: tf.Module) -> int:
+    """How many principal components a rotation takes from data, at most."""
+    parts = [module, *module.submodules]
+    numbers = [part.num_components for part in parts if isinstance(part, Rotation)]
+    numbers += [_num_components(part.bijectors[0]) for part in parts if isinstance(part, Scan)]
+    return max(numbers, default=0)
 
 
 def _checked_temperature(temperature: TensorLike, method: str, neutral: float = 1.0) -> tf.Tensor | None:

@@ -169,9 +169,11 @@ class _Stages:
                 "each stage is trained with its own part of them"
             )
         self._outer, self._noise = Chain(outer), noise.distribution
-        owned = {id(v) for v in keras_bridge.variables_of(self._flow)}
+        owned = {id(v) for v in keras_bridge.variables_of(self._flow.stages)}
         if others := [v.name for v in model.trainable_variables if id(v.value) not in owned]:
-            raise ValueError(f"fit_progressively: no stage trains the variables {others}, which are outside of the PNF")
+            raise ValueError(
+                f"fit_progressively: no stage trains the variables {others}, which are outside of the PNF or in its splits"
+            )
         self._whole = model
         self.num = len(self._flow.stages)
 
@@ -181,7 +183,7 @@ class _Stages:
         holdings = keras_bridge.collect(stage)
         if not any(v.trainable for held in [holdings, *holdings.layers] for v in held.variables):
             return None
-        value_shape = self._flow.stage_shapes[max(k - 1, 0)]
+        value_shape = self._flow.value_shapes[k]
         noise = tfd.Sample(self._noise, stage.inverse_event_shape(value_shape))
         with self._whole.distribute_strategy.scope():
             return FlowModel(tfd.TransformedDistribution(noise, Chain([stage])), name=f"stage_{k}")

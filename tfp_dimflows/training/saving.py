@@ -12,7 +12,6 @@ import tensorflow as tf
 from tensorflow_probability import distributions as tfd
 
 from tfp_dimflows import recipes
-from tfp_dimflows.distributions import variational
 from tfp_dimflows.training import batches
 
 
@@ -21,6 +20,7 @@ class SavedFlow(keras.Model):
 
     _distribution: tfd.Distribution
     _condition_shape: list[int] | None
+    _uses_condition: bool
 
     def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`.
@@ -53,7 +53,7 @@ class SavedFlow(keras.Model):
           ValueError: if the folder exists, `num_samples` is given for an exact density, or `condition_shape` is not known.
         """
         condition_shape = self._condition_shape if condition_shape is None else condition_shape
-        if condition_shape is None and variational.uses_condition(self._distribution):
+        if condition_shape is None and self._uses_condition:
             raise ValueError(f"FlowModel.export: {self._distribution.name} has a condition; pass its condition_shape")
         if os.path.exists(filepath):
             raise ValueError(f"FlowModel.export: {filepath} exists already; choose another folder")
