@@ -49,7 +49,8 @@ def principal_pnf(
       code_dims: size of a code below the last half, of principal components of what is left of the image as a whole (a multiple
         of its pixels), or of the vector; None: there is none.
       depth: couplings of each part.
-      width: width of the networks; that of the conditional Gaussians is twice as much. None: 32, dense ones 128.
+      width: width of the networks; that of the conditional Gaussians is twice as much, and that of the MLPs of convolutional
+        flows four times. None: 32, dense ones 128.
       num_hidden: hidden layers of the MLPs.
       network: `"conv"` or `"dense"`; None: `"conv"` for images, `"dense"` for vectors.
       whole: whether codes of convolutional flows are those of principal components of whole images, in the layout of blocks:
@@ -79,25 +80,27 @@ def principal_pnf(
         raise ValueError("principal-pnf: got whole=True for vectors, which are rotated as a whole anyway")
     width = (128 if is_dense else 32) if width is None else width
     common.check_sizes("principal-pnf", width=width)
-    seeds = _endless(seed)
-    dense: dict[str, Any] = {
-        "depth": depth,
-        "width": width if is_dense else 4 * width,
-        "num_hidden": num_hidden,
-        "seeds": seeds,
-    }
+    options: dict[str, Any] = {"depth": depth, "num_hidden": num_hidden, "seeds": _endless(seed)}
     if is_dense:
         sizes = [math.prod(shape)]
         for _ in range(num_halvings):
             sizes.append((sizes[-1] + 1) // 2)
-        flow = dfb.Chain([*common.data_side(shape), _vector_flow(sizes, code_dims, **dense)])
+        flow = dfb.Chain([*common.data_side(shape), _vector_flow(sizes, code_dims, width=width, **options)])
     else:
-        flow = _image_flow(shape, num_halvings, code_dims, whole, depth, width, dense)
+        flow = _image_flow(shape, num_halvings, code_dims, whole, width=width, **options)
     return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))
 
 
 def _image_flow(
-    shape: tuple[int, ...], num_halvings: int, code_dims: int | None, whole: bool, depth: int, width: int, dense: dict
+    shape: tuple[int, ...],
+    num_halvings: int,
+    code_dims: int | None,
+    whole: bool,
+    *,
+    depth: int,
+    width: int,
+    num_hidden: int,
+    seeds: Iterator[int],
 ) -> dfb.PNF:
     common.check_halvings("principal-pnf", shape, num_halvings, num_halvings=num_halvings)
     splits: list[dfb.OrthogonalSplit] = []
@@ -107,7 +110,7 @@ def _image_flow(
     def split_off(channels: int, kept: int, factor: int, is_whole: bool) -> None:
         sides = (height, wide) if is_whole else None
         splits.insert(0, dfb.OrthogonalSplit(channels, kept, factor, dtype=common.floatx(), whole=sides))
-        details.insert(0, _image_detail(channels * factor**2 - kept, kept, depth, width, dense["seeds"]))
+        details.insert(0, _image_detail(channels * factor**2 - kept, kept, depth, width, seeds))
 
     for _ in range(num_halvings):
         split_off(channels, 2 * channels, 2, whole)
@@ -122,8 +125,8 @@ def _image_flow(
         split_off(channels, code_dims // pixels, 1, True)
         channels = code_dims // pixels
     flat = common.from_flat((height, wide, channels))
-    base = dfb.Chain([*flat, _vector_flow([height * wide * channels], None, **dense)])
-    return dfb.PNF(base, details, shape, splits=splits)
+    base = _vector_flow([height * wide * channels], None, depth=depth, width=4 * width, num_hidden=num_hidden, seeds=seeds)
+    return dfb.PNF(dfb.Chain([*flat, base]), details, shape, splits=splits)
 
 
 def _image_detail(channels: int, given: int, depth: int, width: int, seeds: Iterator[int]) -> dfb.EmbedCondition:
@@ -172,7 +175,7 @@ def _given(network: networks.MLP | networks.GlowConvNet, event_ndims: int) -> df
 
 
 def _endless(seed: int) -> Iterator[int]:
-    """Seeds, as many as are asked for."""
+    """As many seeds as are asked for."""
     generator = np.random.default_rng(seed)
     while True:
         yield int(generator.integers(2**31))
