@@ -17,7 +17,7 @@ from tfp_dimflows.bijectors.walk import Parts, Walk, transport
 class OrthogonalSplit(base.Composite):
     r"""Orthogonal transform of the blocks of an image, or of a vector: from data to latent, the kept part h and the rest Delta.
 
-        inverse (data to latent):  x = Q squeeze(y) = [h, Delta],    forward:  y = unsqueeze(Q^T x),    log-det: 0
+        inverse (data to latent):  x = Q (squeeze(y) - b) = [h, Delta],    forward:  y = unsqueeze(Q^T x + b),    log-det: 0
 
     where squeeze makes f x f blocks of pixels the channels, f = `factor`, and the first `kept` of the rotated channels are h.
     With `matrix="principal"`, after `FlowModel.adapt`, h holds the projection of every block onto as many principal components,

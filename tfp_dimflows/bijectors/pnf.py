@@ -32,7 +32,7 @@ class PNF(Composite):
         inverse log-det = sum of the stages' inverse log-dets + that of the splits
 
     and from latent to data `h_k = merge_k(h_{k-1}, detail_k.forward(u_k; condition=h_{k-1}))`. What remains never depends on
-    what was taken away, so h_0 is an exact linear code of the event. Each stage's parameters are its own, and every term of the
+    what was taken away, so h_0 is an exact linear (or affine) code of the event. Each stage's parameters are its own, and every term of the
     log-density depends on one stage's only.
 
     Splits are by default `HaarSplit`s, which halve: an image along its height first (stage K), then along its width, and so on

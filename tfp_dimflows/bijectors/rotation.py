@@ -17,13 +17,14 @@ MATRICES = ("principal", "random", "haar", "identity")
 class Rotation(base.FlowBijector):
     r"""The same orthogonal map Q of the channels at every position of an image, or of the dimensions of a vector.
 
-        inverse (data to latent):  x = Q y,    forward:  y = Q^T x,    log-det: 0
+        inverse (data to latent):  x = Q (y - b),    forward:  y = Q^T x + b,    log-det: 0
 
     The rows of Q are the directions that become the entries of x. They are given, or the principal components of the data,
     leading first (the Karhunen-Loeve transform, KLT): from its start as the identity, a pass inside `dimflows.adaptation()` (as
     `FlowModel.adapt` makes) takes for Q the eigenvectors of the covariance of all C-vectors that it sees, by falling
-    eigenvalues, each with the sign that makes its largest entry positive (of equal ones the first); so two runs on the same
-    data agree. Channels that are constant, or follow from others, come last. The mean is not subtracted: shifts are ActNorm's.
+    eigenvalues, each with the sign that makes its largest entry positive (of equal ones the first), so that two runs on the
+    same data agree, and for b their mean; otherwise b is 0. Channels that are constant, or follow from others, come last.
+
     With `leading=k` the first k rows only span the leading k components, and the others the rest: within both spans the
     orthonormal basis is the one that is nearest to the coordinates (orthogonal Procrustes problem), so that entry i of x
     remains as local as entry i of y.
@@ -59,8 +60,8 @@ class Rotation(base.FlowBijector):
 
     >>> rotation = dfb.Rotation(2)
     >>> with dimflows.adaptation():
-    ...     rotation.inverse([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]).numpy().round(4).tolist()
-    [[0.0, 0.0], [5.0, 0.0], [10.0, 0.0]]
+    ...     rotation.inverse([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]]).numpy().round(4)[:, 0]
+    array([-5.,  0.,  5.], dtype=float32)
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Rotation(base.FlowBijector):
             raise ValueError(f'Rotation: got leading={leading!r}, needs matrix="principal" and 1 to {channels - 1} components')
         self._leading = leading
         self._matrix = tf.Variable(_initial(matrix, channels, seed), dtype=dtype, trainable=False, name="matrix")
+        self._mean = tf.Variable(tf.zeros([channels], dtype), trainable=False, name="mean") if self._is_principal else None
         self._below = tf.Variable(tf.zeros([channels * (channels - 1) // 2], dtype), name="below") if trainable else None
         super().__init__(forward_min_event_ndims=1, is_constant_jacobian=True, parameters=parameters, name=name)
 
@@ -112,32 +114,42 @@ class Rotation(base.FlowBijector):
         if value.shape[-1] != self._channels:
             raise ValueError(f"{self.name}: got {value.shape[-1]} channels, is for {self._channels}")
         if adapting() and self._is_principal:
-            principal = self._principal_components(value)
-            self._matrix.assign(tf.cast(principal if is_inverse else tf.transpose(principal), self._matrix.dtype))
-            if self._below is not None:
-                self._below.assign(tf.zeros_like(self._below))
-        # Row vectors: y^T Q^T from data to latent, x^T Q back.
-        result = tf.matmul(tf.reshape(value, [-1, self._channels]), self._orthogonal(value.dtype), transpose_b=is_inverse)
+            self._adapt(value, is_inverse)
+        matrix = self._orthogonal(value.dtype)
+        mean = tf.zeros([], value.dtype) if self._mean is None else tf.cast(self._mean, value.dtype)
+        rows = tf.reshape(value, [-1, self._channels])
+        result = tf.matmul(rows - mean, matrix, transpose_b=True) if is_inverse else tf.matmul(rows, matrix) + mean
         return tf.reshape(result, ps.shape(value)), tf.zeros([], log_det_dtype(value.dtype))
 
-    def _principal_components(self, value: tf.Tensor) -> tf.Tensor:
-        """Unit eigenvectors of the covariance, as rows, the leading first."""
+    def _adapt(self, value: tf.Tensor, is_inverse: bool) -> None:
+        """Makes the result the principal components of the value."""
+        mean, components = self._principal_components(value)
+        if not is_inverse:  # components (x - mean) = Q^T x + b
+            mean, components = -tf.linalg.matvec(components, mean), tf.transpose(components)
+        self._mean.assign(tf.cast(mean, self._mean.dtype))
+        self._matrix.assign(tf.cast(components, self._matrix.dtype))
+        if self._below is not None:
+            self._below.assign(tf.zeros_like(self._below))
+
+    def _principal_components(self, value: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The mean, and unit eigenvectors of the covariance as rows, the leading first."""
         vectors = tf.cast(tf.reshape(value, [-1, self._channels]), tf.float64)
         if vectors.shape[0] < self._channels:
             raise ValueError(
                 f"{self.name}: got {vectors.shape[0]} vectors to take principal components from, needs at least as many as "
                 f"channels, {self._channels}; adapt to more data"
             )
-        centred = vectors - tf.reduce_mean(vectors, axis=0)
+        mean = tf.reduce_mean(vectors, axis=0)
+        centred = vectors - mean
         _, vectors = tf.linalg.eigh(tf.matmul(centred, centred, transpose_a=True) / len(vectors))
         rows = tf.reverse(tf.transpose(vectors), axis=[0])
         sizes = tf.abs(rows)
         if self._leading is not None:
             spans = tf.split(rows, [self._leading, self._channels - self._leading])
-            return tf.concat([_nearest(span, place) for span, place in zip(spans, (0, self._leading))], axis=0)
+            return mean, tf.concat([_nearest(span, place) for span, place in zip(spans, (0, self._leading))], axis=0)
         is_largest = tf.cast(sizes > (1.0 - 1e-3) * tf.reduce_max(sizes, axis=1, keepdims=True), tf.int32)
         largest = tf.gather(rows, tf.argmax(is_largest, axis=1), axis=1, batch_dims=1)
-        return rows * tf.sign(largest)[:, tf.newaxis]
+        return mean, rows * tf.sign(largest)[:, tf.newaxis]
 
 
 def _nearest(span: tf.Tensor, place: int) -> tf.Tensor:
