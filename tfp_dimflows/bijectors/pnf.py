@@ -32,8 +32,8 @@ class PNF(Composite):
         inverse log-det = sum of the stages' inverse log-dets + that of the splits
 
     and from latent to data `h_k = merge_k(h_{k-1}, detail_k.forward(u_k; condition=h_{k-1}))`. What remains never depends on
-    what was taken away, so h_0 is an exact linear (or affine) code of the event. Each stage's parameters are its own, and every term of the
-    log-density depends on one stage's only.
+    what was taken away, so h_0 is an exact linear (or affine) code of the event. Each stage's parameters are its own, and every
+    term of the log-density depends on one stage's only.
 
     Splits are by default `HaarSplit`s, which halve: an image along its height first (stage K), then along its width, and so on
     in turns, so that from coarse to fine it grows along x (the width) first when K is even. Their log-det is

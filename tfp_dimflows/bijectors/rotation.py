@@ -53,8 +53,7 @@ class Rotation(base.FlowBijector):
       ValueError: for another matrix or number of channels; in adaptation, if there are fewer C-vectors than channels.
 
     References: Jolliffe, "Principal component analysis", 2002; Schoenemann, "A generalized solution of the orthogonal
-    Procrustes problem", 1966; Cayley, "Sur quelques proprietes des determinants
-    gauches", 1846.
+    Procrustes problem", 1966; Cayley, "Sur quelques proprietes des determinants gauches", 1846.
 
     #### Example
 
