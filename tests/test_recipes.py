@@ -315,6 +315,7 @@ def test_codes_of_principal_components_are_linear(shape, options, stage_shapes):
             r"got event shape .* and num_halvings=4, needs height and width divisible by 16",
         ),
         (([8, 8, 1], {"code_dims": 8, "num_halvings": 3}), "got code_dims=8 of the 8 dimensions of images of 1x1 pixels"),
+        (([7], {"num_halvings": 1, "code_dims": 2.0}), "got code_dims=2.0, needs a positive integer"),
         (([7], {"num_halvings": 3}), "got code_dims=None and as many halvings as leave 1 dimensions, needs two or more"),
         (([8, 8, 1], {"code_dims": 6, "num_halvings": 2}), "got code_dims=6 of .* needs fewer, and a multiple of 4"),
         (([7], {"whole": True}), "got whole=True for vectors"),

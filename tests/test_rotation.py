@@ -177,6 +177,7 @@ def flow_of_a_rotation(size):
         ((3, np.eye(2)), r"Rotation: got a matrix of shape \(2, 2\), needs an orthogonal one, \[3, 3\]"),
         ((6, "random", False, 0, tf.float32, 2), 'Rotation: got leading=2, needs matrix="principal" and 1 to 5 components'),
         ((6, "principal", False, 0, tf.float32, 6), "Rotation: got leading=6, needs"),
+        ((6, "principal", False, 0, tf.float32, 1.5), "Rotation: got leading=1.5, needs"),
         ((6, "haar"), 'Rotation: got 6 channels, matrix="haar" needs those of squeezed 2x2 blocks'),
     ],
 )
@@ -185,6 +186,8 @@ def test_bad_arguments(arguments, message):
         dfb.Rotation(*arguments)
     with pytest.raises(ValueError, match="rotation: got 4 channels, is for 3"):
         dfb.Rotation(3).inverse(tf.zeros([4]))
+    with pytest.raises(ValueError, match="rotation: got values of dtype int32, needs real numbers"):
+        dfb.Rotation(3, "random").inverse([1, 2, 3])
 
 
 def test_what_was_taken_from_data_is_saved(tmp_path):
@@ -281,6 +284,16 @@ def test_the_code_of_whole_images_keeps_the_layout_of_blocks():
     [
         (lambda: dfb.OrthogonalSplit(2, 8), "OrthogonalSplit: got kept=8 of 8 rotated channels, needs 1 to 7"),
         (lambda: dfb.OrthogonalSplit(4, 0, None), "OrthogonalSplit: got kept=0 of 4 rotated channels, needs 1 to 3"),
+        (lambda: dfb.OrthogonalSplit(4, 2.0, None), "OrthogonalSplit: got kept=2.0 of 4 rotated channels, needs 1 to 3"),
+        (lambda: dfb.OrthogonalSplit(4, 2, None, whole=[2, 2]), r"OrthogonalSplit: got whole=\[2, 2\] for vectors"),
+        (
+            lambda: dfb.OrthogonalSplit(1, 2, whole=[4, 4]).inverse(tf.zeros([2, 8, 1])),
+            r"orthogonal_split: got values of shape \(1, 4, 4\), needs events of shape \[2, 2, 4\]",
+        ),
+        (
+            lambda: dfb.PNF(tfb.Identity(), [tfb.Identity()], [4], splits=dfb.OrthogonalSplit(4, 2, None)),
+            "PNF: got orthogonal_split, 1 details and orthonormal=False, needs a split for each detail",
+        ),
         (
             lambda: dfb.PNF(tfb.Identity(), [tfb.Identity()] * 2, [4], splits=[dfb.OrthogonalSplit(4, 2, None)]),
             "PNF: got 1 splits, 2 details and orthonormal=False, needs a split for each detail",

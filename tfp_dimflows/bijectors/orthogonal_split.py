@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 from numpy.typing import ArrayLike
 from tensorflow_probability import bijectors as tfb
@@ -65,8 +66,10 @@ class OrthogonalSplit(base.Composite):
     ):
         parameters = dict(locals())
         size = channels if factor is None else channels * factor**2
-        if not 0 < kept < size:
+        if not isinstance(kept, (int, np.integer)) or not 0 < kept < size:
             raise ValueError(f"OrthogonalSplit: got kept={kept} of {size} rotated channels, needs 1 to {size - 1}")
+        if factor is None and whole is not None:
+            raise ValueError(f"OrthogonalSplit: got whole={whole!r} for vectors, which are rotated as a whole anyway")
         self._kept, self._size = kept, size
         self._rotation = Rotation(size, matrix, trainable, seed, dtype)
         self._squeeze = tfb.Identity() if factor in (None, 1) else Squeeze(factor)
@@ -126,6 +129,7 @@ class OrthogonalSplit(base.Composite):
         """On through the rotation of whole images."""
         if self._whole is None or self._flat_shapes is None:
             return blocks
+        self._check_event(blocks.shape, [*self._flat_shapes[0][:-1], self._size])
         channels = Parts(self._halves, lambda h, rest: tf.concat([h, rest], axis=-1))
         flat = flat_latents(self._flat_shapes)
         h, rest = blocks.split(channels)

@@ -89,9 +89,10 @@ class PNF(Composite):
         if splits is None:
             self.halved_shapes(self._event_shape, len(details))  # raises
             splits = [HaarSplit(axis, orthonormal) for axis in _axes(len(details), len(self._event_shape))]
-        elif len(splits) != len(details) or orthonormal:
+        elif isinstance(splits, tfb.Bijector) or len(splits) != len(details) or orthonormal:
+            got = splits.name if isinstance(splits, tfb.Bijector) else f"{len(splits)} splits"
             raise ValueError(
-                f"PNF: got {len(splits)} splits, {len(details)} details and orthonormal={orthonormal}, needs a split for each "
+                f"PNF: got {got}, {len(details)} details and orthonormal={orthonormal}, needs a split for each "
                 "detail, and orthonormal=False beside them"
             )
         self._splits = list(splits)

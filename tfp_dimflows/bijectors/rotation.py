@@ -76,7 +76,7 @@ class Rotation(base.FlowBijector):
         parameters = dict(locals())
         self._channels = channels
         self._is_principal = isinstance(matrix, str) and matrix == "principal"
-        if leading is not None and not (self._is_principal and 0 < leading < channels):
+        if leading is not None and not (self._is_principal and leading in range(1, channels)):
             raise ValueError(f'Rotation: got leading={leading!r}, needs matrix="principal" and 1 to {channels - 1} components')
         self._leading = leading
         self._matrix = tf.Variable(_initial(matrix, channels, seed), dtype=dtype, trainable=False, name="matrix")
@@ -112,6 +112,8 @@ class Rotation(base.FlowBijector):
     def _rotated(self, value: tf.Tensor, is_inverse: bool) -> tuple[tf.Tensor, tf.Tensor]:
         if value.shape[-1] != self._channels:
             raise ValueError(f"{self.name}: got {value.shape[-1]} channels, is for {self._channels}")
+        if not value.dtype.is_floating:
+            raise ValueError(f"{self.name}: got values of dtype {value.dtype.name}, needs real numbers")
         if adapting() and self._is_principal:
             self._adapt(value, is_inverse)
         matrix = self._orthogonal(value.dtype)

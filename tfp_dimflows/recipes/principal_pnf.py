@@ -75,6 +75,8 @@ def principal_pnf(
     """
     shape = common.checked_event_shape(event_shape, "principal-pnf")
     common.check_sizes("principal-pnf", num_halvings=num_halvings, depth=depth, num_hidden=num_hidden)
+    if code_dims is not None:
+        common.check_sizes("principal-pnf", code_dims=code_dims)
     is_dense = common.is_dense("principal-pnf", network, shape)
     if is_dense and whole:
         raise ValueError("principal-pnf: got whole=True for vectors, which are rotated as a whole anyway")
