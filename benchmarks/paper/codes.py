@@ -82,7 +82,7 @@ class NestedDropout(dimflows.FlowModel):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         dims = x.shape[1:].num_elements()
         events = tf.cast(x[: self.IMAGES], tf.float32) + 0.5
-        sizes = tf.gather(self.code_sizes[:-1], tf.random.uniform([len(events)], 0, len(self.code_sizes) - 1, tf.int32))
+        sizes = tf.gather(self.code_sizes[:-1], tf.random.uniform(tf.shape(events)[:1], 0, len(self.code_sizes) - 1, tf.int32))
         is_code = tf.cast(tf.range(dims) < sizes[:, tf.newaxis], tf.float32)
         restored = self.bijector.forward(self.bijector.inverse(events) * is_code)
         weight = self.WEIGHT * tf.clip_by_value((tf.cast(self.optimizer.iterations, tf.float32) - 50.0) / 150.0, 0.0, 1.0)
