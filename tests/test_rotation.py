@@ -164,6 +164,13 @@ def test_rotations_alone_are_adapted_without_a_warning():
     model.adapt(correlated(40, 4).astype(np.float32))
 
 
+def test_few_events_again_and_again_are_few():
+    y = correlated(6, 8).astype(np.float32)
+    model = dimflows.FlowModel(tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [8]), flow_of_a_rotation(8)))
+    with pytest.warns(UserWarning, match="adapt: got 6 different events for up to 8 principal components"):
+        model.adapt(tf.data.Dataset.from_tensor_slices(y).repeat().batch(10))
+
+
 def flow_of_a_rotation(size):
     return dfb.Chain([dfb.ActNorm(size), dfb.Rotation(size)])
 

@@ -317,8 +317,9 @@ class FlowModel(SavedFlow):
         Raises:
           ValueError: if the data does not fit the distribution; then nothing has changed.
         """
+        components = _num_components(self._distribution)
         if isinstance(data, tf.data.Dataset):
-            parts, missing = [], 10 * _num_components(self._distribution)
+            parts, missing = [], 10 * components
             for batch in data.take(-1 if steps is None else steps):
                 parts.append(batches.tensors(batches.events(batch), self._distribution))
                 missing -= len(tf.nest.flatten(parts[-1])[0])
@@ -330,6 +331,13 @@ class FlowModel(SavedFlow):
             batch = batches.checked(batch, self._distribution, batch_axes=1)
         else:
             batch, _ = batches.checked_first(data, self._distribution)
+        different = len({event.tobytes() for event in tf.nest.flatten(batch)[-1].numpy()}) if components else math.inf
+        if different < components:
+            warnings.warn(
+                f"FlowModel.adapt: got {different} different events for up to {components} principal components in "
+                f"{self._distribution.name}: they tell little of the last of them, whose scales will fit no other events",
+                stacklevel=2,
+            )
         if self._is_trained:
             warnings.warn(
                 "FlowModel.adapt: the model was trained before; its ActNorms are now initialised from this data", stacklevel=2
