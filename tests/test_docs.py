@@ -112,7 +112,7 @@ def test_public_classes_have_examples(package):
     assert [name for name, value in classes.items() if not examples(value.__doc__)] == []
 
 
-LONG_BLOCKS = ("First example", "Your own flow", "Data, conditions and scores", "LCMA", "Use a model elsewhere")
+LONG_BLOCKS = ("First example", "Your own flow", "Data, conditions and scores", "LCMA", "Codes", "Use a model elsewhere")
 
 
 def readme_blocks():
