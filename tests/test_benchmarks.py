@@ -13,7 +13,7 @@ import tensorflow_probability as tfp
 
 import tfp_dimflows as dimflows
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import codes, lcma_splits, subspaces, table
+from benchmarks.paper import lcma_splits, subspaces, table
 
 tfb = tfp.bijectors
 
@@ -170,21 +170,3 @@ def test_a_summary_of_frames():
     results = {key: {"bits_per_dim": value, "parameters": 3, "ms_per_step": 1.0} for key, value in bits.items()}
     row = subspaces.summary(study, results)["Haar"]
     assert (row["bits_per_dim"], row["gain"], row["standard_error"], row["rows"]) == (4.9, 0.2, 0.1, [4.9, 4.9])
-
-
-@pytest.mark.slow
-def test_nested_dropout_adds_the_error_of_codes():
-    flow = subspaces.flow_of(TINY, (4, 4, 1), "first half", seed=0)
-    noise = tfp.distributions.Sample(tfp.distributions.Normal(0.0, 1.0), [16])
-    chain = dimflows.bijectors.Chain([tfb.Scale(256.0), tfb.Shift(0.5), flow])
-    distribution = dimflows.distributions.Dequantized(tfp.distributions.TransformedDistribution(noise, chain), grey_levels=256)
-    images = np.random.default_rng(0).integers(0, 256, [8, 4, 4, 1])
-    losses = {}
-    for weight in (0.0, 100.0):
-        model = codes.NestedDropout(distribution, seed=0)
-        model.WEIGHT = weight
-        model.compile(run_eagerly=True)
-        model.optimizer.iterations.assign(200)
-        losses[weight] = float(model.compute_loss(tf.constant(images), None, tf.zeros([8])))
-    # From the deepest half, exactly known, all others are mid grey: an error of at most half of the range.
-    assert losses[0.0] == 0.0 and 0.0 < losses[100.0] < 100.0 * 16 * np.log(2.0) * 0.25

@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -447,3 +448,79 @@ def test_a_comparison_with_principal_components(of_integers):
 def test_errors_of_comparisons(distribution, test, message):
     with pytest.raises(ValueError, match=f"codes: .*{message}"):
         codes.compare_with_pca(moved(distribution()), test, images())
+
+
+# Nested dropout.
+
+
+def entangled():
+    """Vectors of four in which what leaves depends on what stays, and the other way round."""
+    couplings = [
+        dfb.AdditiveCoupling(
+            lambda x, gain=gain: gain * tf.concat([x, x**2], -1)[..., :2], dfb.masks.Channel(flip, event_ndims=1)
+        )
+        for gain, flip in ((0.5, False), (0.3, True))
+    ]
+    factorization = dfb.DimensionFactorization([4], [[0, 1]], [[2, 3]])
+    return dfb.Multiscale([dfb.Chain([dfb.ActNorm(4), *couplings]), dfb.ActNorm(2)], factorization)
+
+
+@pytest.mark.parametrize("grey_levels", [None, 4])
+def test_nested_dropout_adds_the_squared_error_of_codes(grey_levels):
+    distribution = on_noise(entangled(), 4)
+    x = images(8, (4,)) if grey_levels else normal([8, 4])
+    distribution = dfd.Dequantized(distribution, grey_levels) if grey_levels else distribution
+    model, plain = dimflows.FlowModel(distribution, nested_dropout=3.0), dimflows.FlowModel(distribution)
+    log_prob = plain.log_prob(x, seed=0)
+    y = (x[:2] + 0.5 if grey_levels else x[:2]).astype(np.float32)  # of a quarter of the batch
+    code = entangled().inverse(y).numpy()
+    restored = entangled().forward(np.concatenate([code[:, :2], np.zeros([2, 2], np.float32)], axis=1))
+    error = np.sum((restored - y) ** 2, axis=-1).mean() / (grey_levels or 1) ** 2
+    assert error > 0.1
+    for training, expected in ((True, 3.0 * error), (False, 0.0)):
+        difference = model.compute_loss(x, None, log_prob, training=training) - plain.compute_loss(x, None, log_prob)
+        assert_close(difference, expected)
+
+
+def test_nested_dropout_draws_every_size_but_the_whole():
+    flow = dfb.Multiscale([tfb.Identity()] * 3, dfb.DimensionFactorization.channels([4], 3))
+    model = dimflows.FlowModel(on_noise(dfb.Chain([dfb.ActNorm(4), flow]), 4), nested_dropout=1.0, seed=0)
+    x = np.ones([400, 4], np.float32) * [1.0, 10.0, 100.0, 1000.0]
+    # The sizes are 1 and 2: the second number is missing in half of the codes, the last two in all.
+    loss = model.compute_loss(x, None, tf.zeros([400])).numpy()
+    assert abs((loss - 100.0**2 - 1000.0**2) / 10.0**2 - 0.5) < 0.2
+
+
+def test_codes_are_better_with_nested_dropout():
+    x = (normal([600, 2]) @ normal([2, 4], 1) + 0.1 * normal([600, 4], 2)).astype(np.float32)
+    errors = []
+    for weight in (0.0, 30.0):
+        keras.utils.set_random_seed(0)
+        model = dimflows.FlowModel(recipes.realnvp([4], depth=1, width=16), nested_dropout=weight, seed=0)
+        model.adapt(x)
+        model.compile(keras.optimizers.Adam(1e-2))
+        model.fit(x, batch_size=60, epochs=4, verbose=0)
+        errors.append(np.mean((model.decode(model.encode(x, dims=2)) - x) ** 2))
+    assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("distribution", "weight", "message"),
+    [
+        (lambda: on_noise(dfb.ActNorm(4), 4), 1.0, "got nested_dropout for .* needs a flow whose latent values are ordered"),
+        (lambda: on_noise(dfb.Multiscale([dfb.ActNorm(4)]), 4), 1.0, "needs a flow whose latent values are ordered"),
+        (augmented, 1.0, "needs a flow whose latent values are ordered"),
+        (lambda: on_noise(vectors(), 4), -1.0, "FlowModel: got nested_dropout=-1.0, needs a number >= 0"),
+        (lambda: on_noise(vectors(), 4), float("nan"), "FlowModel: got nested_dropout=nan, needs a number >= 0"),
+    ],
+)
+def test_errors_of_nested_dropout(distribution, weight, message):
+    with pytest.raises(ValueError, match=message):
+        dimflows.FlowModel(distribution(), nested_dropout=weight)
+
+
+def test_a_saved_model_keeps_its_nested_dropout(tmp_path):
+    model = dimflows.FlowModel(recipes.nice([4], width=4), nested_dropout=0.0)
+    assert model.get_config()["nested_dropout"] == 0.0
+    model = dimflows.FlowModel(recipes.principal_pnf([4], num_halvings=1, depth=1, width=4), nested_dropout=2.0)
+    assert dimflows.FlowModel.from_config(model.get_config()).get_config()["nested_dropout"] == 2.0

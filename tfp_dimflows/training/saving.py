@@ -21,6 +21,7 @@ class SavedFlow(keras.Model):
     _distribution: tfd.Distribution
     _condition_shape: list[int] | None
     _uses_condition: bool
+    _nested_dropout: float
 
     def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.save`.
@@ -110,7 +111,8 @@ class SavedFlow(keras.Model):
                 "save_weights, and load_weights on a model made by the same code"
             )
         frozen = [k for k, layer in enumerate(self._flatten_layers()) if not layer.trainable]
-        return {**config, "name": self.name, "condition_shape": self._condition_shape, "frozen": frozen}
+        own = {"name": self.name, "condition_shape": self._condition_shape, "nested_dropout": self._nested_dropout}
+        return {**config, **own, "frozen": frozen}
 
     @classmethod
     def from_config(cls, config: dict, custom_objects: dict | None = None) -> "SavedFlow":
@@ -118,7 +120,8 @@ class SavedFlow(keras.Model):
         with warnings.catch_warnings(), _precision(**config.get("precision", {})):
             warnings.simplefilter("ignore", DeprecationWarning)  # of arguments that had other names when it was saved
             distribution = recipes.get(config["recipe"])(**config["arguments"])
-            model = cls(distribution, name=config["name"], condition_shape=config.get("condition_shape"))
+            own = {key: config[key] for key in ("name", "condition_shape", "nested_dropout") if key in config}
+            model = cls(distribution, **own)
         layers = list(model._flatten_layers())
         for k in config.get("frozen", []):
             layers[k].trainable = False
