@@ -75,19 +75,19 @@ class Rotation(base.FlowBijector):
     ):
         parameters = dict(locals())
         self._channels = channels
-        self._is_principal = isinstance(matrix, str) and matrix == "principal"
-        if leading is not None and not (self._is_principal and leading in range(1, channels)):
+        is_principal = isinstance(matrix, str) and matrix == "principal"
+        if leading is not None and not (is_principal and leading in range(1, channels)):
             raise ValueError(f'Rotation: got leading={leading!r}, needs matrix="principal" and 1 to {channels - 1} components')
         self._leading = leading
         self._matrix = tf.Variable(_initial(matrix, channels, seed), dtype=dtype, trainable=False, name="matrix")
-        self._mean = tf.Variable(tf.zeros([channels], dtype), trainable=False, name="mean") if self._is_principal else None
+        self._mean = tf.Variable(tf.zeros([channels], dtype), trainable=False, name="mean") if is_principal else None
         self._below = tf.Variable(tf.zeros([channels * (channels - 1) // 2], dtype), name="below") if trainable else None
         super().__init__(forward_min_event_ndims=1, is_constant_jacobian=True, parameters=parameters, name=name)
 
     @property
     def num_components(self) -> int:
         """How many principal components it takes from data: C, or 0 for other matrices."""
-        return self._channels if self._is_principal else 0
+        return 0 if self._mean is None else self._channels
 
     @property
     def matrix(self) -> tf.Tensor:
@@ -114,20 +114,20 @@ class Rotation(base.FlowBijector):
             raise ValueError(f"{self.name}: got {value.shape[-1]} channels, is for {self._channels}")
         if not value.dtype.is_floating:
             raise ValueError(f"{self.name}: got values of dtype {value.dtype.name}, needs real numbers")
-        if adapting() and self._is_principal:
-            self._adapt(value, is_inverse)
+        if adapting() and self._mean is not None:
+            self._adapt(self._mean, value, is_inverse)
         matrix = self._orthogonal(value.dtype)
         mean = tf.zeros([], value.dtype) if self._mean is None else tf.cast(self._mean, value.dtype)
         rows = tf.reshape(value, [-1, self._channels])
         result = tf.matmul(rows - mean, matrix, transpose_b=True) if is_inverse else tf.matmul(rows, matrix) + mean
         return tf.reshape(result, ps.shape(value)), tf.zeros([], log_det_dtype(value.dtype))
 
-    def _adapt(self, value: tf.Tensor, is_inverse: bool) -> None:
+    def _adapt(self, own_mean: tf.Variable, value: tf.Tensor, is_inverse: bool) -> None:
         """Makes the result the principal components of the value."""
         mean, components = self._principal_components(value)
         if not is_inverse:  # components (x - mean) = Q^T x + b
             mean, components = -tf.linalg.matvec(components, mean), tf.transpose(components)
-        self._mean.assign(tf.cast(mean, self._mean.dtype))
+        own_mean.assign(tf.cast(mean, own_mean.dtype))
         self._matrix.assign(tf.cast(components, self._matrix.dtype))
         if self._below is not None:
             self._below.assign(tf.zeros_like(self._below))

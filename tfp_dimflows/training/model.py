@@ -389,18 +389,18 @@ class FlowModel(SavedFlow):
         # The last batch may be smaller than the number of replicas, some of which then have none of it.
         nll = -tf.math.divide_no_nan(tf.reduce_sum(y_pred), tf.cast(tf.size(y_pred), y_pred.dtype))
         if training and self._error_of_codes is not None:
-            nll = nll + self._nested_dropout * tf.cast(self._code_loss(x), nll.dtype)
+            nll = nll + self._nested_dropout * tf.cast(self._code_loss(self._error_of_codes, x), nll.dtype)
         losses = [*self.losses, *(loss for layer in self._tf_keras_layers for loss in layer.losses)]
         total = nll + sum(tf.cast(tf.reduce_sum(loss), nll.dtype) for loss in losses)
         return total / tf.distribute.get_strategy().num_replicas_in_sync
 
-    def _code_loss(self, batch: Any) -> tf.Tensor:
+    def _code_loss(self, error_of_codes: NestedDropout, batch: Any) -> tf.Tensor:
         """The error of codes of random sizes, of a quarter of a batch."""
         batch = batches.tensors(batches.events(batch), self._distribution)
         batch = tf.nest.map_structure(lambda value: value[: (tf.shape(value)[0] + 3) // 4], batch)
         batch = self._broadcast(batch, self.event_shape.rank)
         x, condition = (batch["x"], batch["condition"]) if isinstance(batch, dict) else (batch, None)
-        return self._error_of_codes(x, condition, len(self.event_shape), self._next_seed())
+        return error_of_codes(x, condition, len(self.event_shape), self._next_seed())
 
     def compute_metrics(self, x: Any, y: Any, y_pred: tf.Tensor, sample_weight: tf.Tensor | None = None) -> dict[str, Any]:
         """Updates `nll` and `bits_per_dim`."""
