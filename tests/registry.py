@@ -1459,7 +1459,7 @@ def _rotations():
             fixed=not trainable,
         )
     yield Entry(
-        "pnf_rotated_image",
+        "principal_pnf_image",
         lambda s, t: dfb.PNF(
             image_stage((2, 2, 1), s, t),
             [image_stage((2, 2, 3), s + 1, t, (2, 2, 1))],
@@ -1473,7 +1473,7 @@ def _rotations():
         xla=True,
     )
     yield Entry(
-        "pnf_rotated_vector",
+        "principal_pnf_vector",
         lambda s, t: dfb.PNF(
             vector_stage(2, s, t),
             [vector_stage(4, s + 1, t, 2), vector_stage(2, s + 2, t, 6)],
@@ -2265,7 +2265,7 @@ CORE = frozenset(
     mixture_coupling_columns spline_coupling_conditional blockwise_image
     chain_nested_conditional chain_squeeze chain_elementwise_after_moves chain_recompute scan_image_conditional
     multiscale_exits multiscale_vector_random lcma_block online_free haar_height_orthonormal embed_image
-    rotation_trainable orthogonal_split_image pnf_rotated_image principal_multiscale_image
+    rotation_trainable orthogonal_split_image principal_pnf_image principal_multiscale_image
     pnf_image_conditional pnf_signal_odd_orthonormal vflow_image vflow_vector_conditional residual_conditional
     prelu_per_channel planar radial sylvester_orthogonal autoregressive_conditional
     autoregressive_gated autoregressive_image

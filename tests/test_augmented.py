@@ -258,6 +258,7 @@ def test_a_bounded_posterior_leaves_out_the_z_beyond():
     assert np.isfinite(augmented.sample(50, seed=SEED)).all()
 
 
+@pytest.mark.slow
 def test_lcma_ranks_and_factors_out_augmented_dimensions():
     """VFlow wraps a multi-scale flow whose factor-out follows the contributions of data and extra dimensions alike."""
     shape, posterior = (4, 4, 2), tfb.Scale(tf.constant(0.5))

@@ -257,6 +257,7 @@ def test_callbacks_need_a_flow_model():
             model.fit(normal([8, 4]), normal([8, 1]), verbose=0, callbacks=[callback])
 
 
+@pytest.mark.slow
 def test_samples_that_cannot_be_drawn_do_not_end_a_training(tmp_path, monkeypatch):
     model = compiled(simple())
     sample, calls = model.sample, []

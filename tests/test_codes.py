@@ -491,6 +491,7 @@ def test_nested_dropout_draws_every_size_but_the_whole():
     assert abs((loss - 100.0**2 - 1000.0**2) / 10.0**2 - 0.5) < 0.2
 
 
+@pytest.mark.slow
 def test_codes_are_better_with_nested_dropout():
     x = (normal([600, 2]) @ normal([2, 4], 1) + 0.1 * normal([600, 4], 2)).astype(np.float32)
     errors = []

@@ -838,6 +838,7 @@ class TestFilesOfFolder:
         notes = {}
         monkeypatch.setattr(training, "train", lambda *args, **options: notes.update(options["notes"]))
         monkeypatch.setattr(training, "read_metrics", lambda directory: {})
+        monkeypatch.setattr(training, "read_config", lambda directory: {})
         argv = ["train", "nice", "--data", "digits", "--data-dir", str(embedded_dir), "--epochs", "1"]
         assert cli.main([*argv, "--out", str(embedded_dir)]) == 0
         assert set(notes["data"]) == {"name", "test_split", "batch_size", "image_size", "grey_levels"}

@@ -271,6 +271,7 @@ def test_rotations_by_name(name):
         small(name, rotation="fourier")
 
 
+@pytest.mark.slow
 def test_lcma_in_a_rotated_frame():
     given = contributions()
     first = small("lcma-realnvp", rotation="principal")
@@ -872,7 +873,10 @@ def test_the_configuration_of_a_progressive_model():
 
 @pytest.mark.parametrize(
     ("levels", "name"),
-    [*((LEVELS, name) for name in SMALL), *((pytest.param if name == "glow" else slow)(None, name) for name in SMALL)],
+    [
+        *((slow if name in ("pnf", "lcma-glow") else pytest.param)(LEVELS, name) for name in SMALL),
+        *((pytest.param if name == "glow" else slow)(None, name) for name in SMALL),
+    ],
 )
 def test_the_configuration_rebuilds_the_model(name, levels):
     options = {"contributions": contributions()} if name.startswith("lcma") else {}

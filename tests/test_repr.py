@@ -82,7 +82,8 @@ def test_a_scan_tells_one_of_its_bijectors_and_its_length():
     scan = dfb.Scan(lambda k: dfb.Chain([dfb.ActNorm(3), dfb.InvertibleConv1x1(3, seed=k)]), 20, memory="recompute")
     assert str(scan) == (
         'dimflows.bijectors.Scan(\n  "scan", batch_shape=[], min_event_ndims=1,\n  bijector=Chain(bijectors=[\n'
-        "    ActNorm(channels=3, log_scale_factor=1.0),\n    InvertibleConv1x1(channels=3, attribution='polar'),\n  ]),\n"
+        "    ActNorm(channels=3, log_scale_factor=1.0),\n"
+        "    InvertibleConv1x1(channels=3, attribution='polar', matrix='random'),\n  ]),\n"
         "  length=20, memory='recompute',\n)"
     )
     parts = "[ActNorm(...), InvertibleConv1x1(...)]"
