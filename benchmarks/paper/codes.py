@@ -20,6 +20,7 @@ import tfp_dimflows as dimflows
 from benchmarks import machine
 from benchmarks.paper import subspaces
 from benchmarks.paper.lcma_splits import images
+from tfp_dimflows import plot
 from tfp_dimflows.codes import PCA, Reconstruction, psnr
 
 dfb, dfd = dimflows.bijectors, dimflows.distributions
@@ -154,6 +155,21 @@ def autoencoder_row(name, train, test, size):
     }
 
 
+def save_picture(name, train, test):
+    """Test images, and what PCA and each flow make of them from codes of an eighth of the dimensions; a row each."""
+    size = test[0].size // 8
+    rows = [test[:8], np.round(PCA(train).reconstruct(test[:8], size)).clip(0, 255)]
+    for model in MODELS:
+        with np.load(folder(name, model) / "images.npz") as arrays:
+            rows += [arrays[f"code_{size}"]] if f"code_{size}" in arrays else []
+    plot.save_grid(machine.RESULTS / f"paper_codes_{name}.png", np.stack(rows), 256)
+
+
+def folder(name, model):
+    """Where a model's results are."""
+    return RUNS / name / model.replace(", ", "_").replace(" ", "_")
+
+
 def stored(path, compute, *arguments):
     """What a file holds, or what is computed and written to it."""
     if not path.is_file():
@@ -181,12 +197,13 @@ def rows_of(name):
 
     rows = {"PCA": stored(RUNS / name / "pca.json", pca_row, name, train, test, sizes)}
     for model, build in MODELS.items():
-        place = RUNS / name / model.replace(", ", "_").replace(" ", "_")
+        place = folder(name, model)
         rows[model] = stored(place / "row.json", flow, model, build, place)
     for size in sizes:
         rows[f"autoencoder, {size}"] = stored(
             RUNS / name / f"autoencoder_{size}.json", autoencoder_row, name, train, test, size
         )
+    save_picture(name, train, test)
     return rows, dims
 
 
