@@ -39,8 +39,8 @@ def principal_pnf(
     the leading half stays. What does not stay is a conditional Gaussian given what stays, followed by `depth` conditional
     affine couplings; the networks are Glow's (`"conv"`) or MLPs (`"dense"`).
 
-    `model.encode(x, dims=k)` is a linear function of x (for integer images of its logits) from which `model.decode` finds the
-    rest at its conditional mode, for k = D/2, D/4, ... and `code_dims`. The rotations are taken from the data by
+    `model.encode(x, dims=k)` is an invertible function of a linear projection of x (of the logits of integer images), from which
+    `model.decode` finds the rest at its conditional mode, for k = D/2, D/4, ... and `code_dims`. The rotations are taken from the data by
     `FlowModel.adapt`, which needs more events than there are channels, or dimensions if `whole` or dense: `steps=`.
 
     Args:
