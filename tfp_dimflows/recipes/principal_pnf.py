@@ -39,9 +39,9 @@ def principal_pnf(
     the leading half stays. What does not stay is a conditional Gaussian given what stays, followed by `depth` conditional
     affine couplings; the networks are Glow's (`"conv"`) or MLPs (`"dense"`).
 
-    `model.encode(x, dims=k)` is an invertible function of a linear projection of x (of the logits of integer images), from which
-    `model.decode` finds the rest at its conditional mode, for k = D/2, D/4, ... and `code_dims`. The rotations are taken from the data by
-    `FlowModel.adapt`, which needs more events than there are channels, or dimensions if `whole` or dense: `steps=`.
+    `model.encode(x, dims=k)` is an invertible function of a linear projection of x (of integer images: of their logits), from
+    which `model.decode` finds the rest at its conditional mode, for k = D/2, D/4, ... and `code_dims`. The rotations are taken
+    from the data by `FlowModel.adapt`, which needs many more events than there are channels, or dimensions if `whole` or dense.
 
     Args:
       event_shape: `[H, W, C]`, whose sides are divisible by `2**num_halvings`, or `[D]`.
