@@ -746,6 +746,7 @@ def trained_on_vectors(recipe, out, event_shape=(3,), data=None, **options):
     return training.train(recipe, out, data, data, event_shape=event_shape, epochs=1, **options)
 
 
+@pytest.mark.slow
 def test_a_run_of_vectors(tmp_path, monkeypatch, capsys):
     """Without pictures, and so without matplotlib."""
     run = tmp_path / "run"

@@ -105,6 +105,7 @@ def test_every_dtype_is_cast(model, dtype):
     np.testing.assert_allclose(model.interpolate(x[:2].tolist(), x[2:4])[0], x[:2], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_float64_model_takes_float32(monkeypatch):
     with pytest.MonkeyPatch.context():
         keras.config.set_floatx("float64")
@@ -274,6 +275,7 @@ def test_adapt_warns_of_a_trained_model(tmp_path):
         assert sum("trained before" in str(warning.message) for warning in warned) == 1
 
 
+@pytest.mark.slow
 def test_fit_warns_once_of_data_far_from_unit_scale():
     with pytest.warns(UserWarning, match="far from unit scale.*adapt") as warned:
         model = fitted(new(), 1000.0 * X)
@@ -464,6 +466,7 @@ def summarised(**options):
     return dimflows.FlowModel(tfd.TransformedDistribution(tfd.Sample(tfd.Normal(0.0, 1.0), [4]), flow), **options)
 
 
+@pytest.mark.slow
 def test_an_unbuilt_summary_network_is_built():
     model = summarised(condition_shape=[10, 2])
     model.compile("adam")

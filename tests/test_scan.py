@@ -217,6 +217,7 @@ def test_the_graph_is_as_large_at_any_length(memory):
     assert operations(9, memory) == operations(6, memory)
 
 
+@pytest.mark.slow
 def test_recomputation_keeps_one_result():
     def kept(memory, length=LENGTH):
         scan = dfb.Scan(glow_step, length, memory)

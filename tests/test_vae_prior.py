@@ -486,6 +486,7 @@ def test_latent_values_in_the_layout_of_the_event():
     np.testing.assert_array_equal(flow.event_layout().forward(fresh(image)), latent)
 
 
+@pytest.mark.slow
 def test_recipe_is_its_configuration():
     flow = dimflows.recipes.flow_vae([4, 4, 1], latent_dims=2, width=4, num_blocks=1)
     config = json.loads(json.dumps(dimflows.recipes.config_of(flow)))
