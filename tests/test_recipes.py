@@ -221,6 +221,8 @@ ROTATED = {  # the level of which the rotation is the last part before the coupl
     "realnvp-vector": ({"depth": 2}, VECTOR, 2),
     "glow-vector": ({"depth": 3}, VECTOR, 2),
     "iresnet-vector": ({"depth": 1, "width": 4}, VECTOR, 2),
+    "ffjord": ({"num_levels": 2, "hidden": [4], "num_steps": 2}, IMAGE, 1),
+    "ffjord-vector": ({"num_levels": 2, "hidden": [4], "num_steps": 2}, VECTOR, 2),
     "residual-flow-vector": ({"depth": 1, "width": 4}, VECTOR, 2),
 }
 QUICK = ("realnvp", "glow-odd", "residual-flow-vector")
@@ -229,7 +231,7 @@ QUICK = ("realnvp", "glow-odd", "residual-flow-vector")
 @pytest.mark.parametrize("case", [case if case in QUICK else slow(case) for case in ROTATED])
 def test_principal_components_are_what_stays(case):
     options, shape, num_rotations = ROTATED[case]
-    name = next(name for name in ("realnvp", "glow", "iresnet", "residual-flow") if case.startswith(name))
+    name = next(name for name in ("realnvp", "glow", "iresnet", "ffjord", "residual-flow") if case.startswith(name))
     distribution = recipes.get(name)(shape, **SMALL.get(name, {}) | options, factorization="principal")
     rotations = [
         part for level in multiscale(distribution).levels for part in level.bijectors if isinstance(part, dfb.Rotation)

@@ -42,7 +42,8 @@ def ffjord(
       trace: `"exact"` or `"hutchinson"`, as in `dfb.ffjord`; None: exact for vectors.
       num_steps: steps of a Runge-Kutta solver; None: the adaptive Dormand-Prince solver with adjoint gradients.
       factorization: which half stays: `"conventional"` (the first half of the squeezed channels), `"channels"`,
-        `"checkerboard"`, `"random"`, a `DimensionFactorization`, or None: nothing leaves.
+        `"checkerboard"`, `"random"`, `"principal"` (the leading half of the principal components of squeezed channels, or of a
+        vector before each level), a `DimensionFactorization`, or None: nothing leaves.
       alpha: margin of the logit preprocessing.
       grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
@@ -67,6 +68,7 @@ def ffjord(
     grids = common.grid_shapes("ffjord", shape, num_levels, factorization is None)
     split = common.resolve_factorization(factorization, shape, num_levels, "channels", seed)
     seeds = iter(np.random.SeedSequence(seed).generate_state(num_levels * depth).tolist())
+    rotate = common.rotations(None, factorization, seed)
     options = {
         "event_ndims": len(shape),
         "end_time": end_time,
@@ -76,7 +78,7 @@ def ffjord(
     }
     flow_levels = []
     for k, grid in enumerate(grids):
-        parts = []
+        parts = [] if is_image else [*rotate(grid[-1])]
         for _ in range(depth):
             network = networks.ConcatSquashNet(
                 grid,
@@ -86,7 +88,7 @@ def ffjord(
             )
             parts.append(dfb.ffjord(network, **options))
         if is_image and k < num_levels - 1:
-            parts.append(dfb.Squeeze())
+            parts += [dfb.Squeeze(), *rotate(4 * grid[-1])]
         flow_levels.append(dfb.Chain(parts))
     flow = dfb.Multiscale(flow_levels, split, event_shape=shape)
     flow = dfb.Chain([dfb.ActNorm(shape[-1], dtype=common.floatx()), flow])
