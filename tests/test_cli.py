@@ -175,7 +175,7 @@ def test_both_factorizations_have_as_many_parameters(finished):
 def test_recipes_beside(tmp_path, data_dir, capsys):
     out = tmp_path / "run"
     argv = arguments(["train", "nice", "--batch-size", "128"], out, data_dir, "--set", "width=8", "--epochs", "1")
-    argv += ["--steps-per-epoch", "2", "--beside", "principal-pnf"]
+    argv += ["--steps-per-epoch", "2", "--beside", "principal-pnf", "depth=1", "width=4"]
     assert cli.main(argv) == 0
     metrics = training.read_metrics(out)
     assert set(metrics) == {".", "principal-pnf"}
@@ -185,7 +185,11 @@ def test_recipes_beside(tmp_path, data_dir, capsys):
         assert f"{values['bits_per_dim']:13.4f}" in printed and f"{values['parameters']:,d}" in printed
     assert training.load(str(out / "principal-pnf" / "model.keras")).distribution.distribution.bijector.bijectors[1].splits
     assert_picture(out / "principal-pnf" / "samples.png", 8 * 8, 8 * 8)
-    assert json.loads((out / "config.json").read_text())["beside"] == ["principal-pnf"]
+    assert json.loads((out / "config.json").read_text())["beside"] == {"principal-pnf": {"depth": 1, "width": 4}}
+    flow = recipes.principal_pnf([8, 8, 1], grey_levels=17, depth=1, width=4)
+    assert metrics["principal-pnf"]["parameters"] == sum(
+        v.shape.num_elements() for v in training.FlowModel(flow).trainable_variables
+    )
     before = contents(out)
     assert cli.main([*argv, "--resume"]) == 0 and contents(out).keys() == before.keys()
 
@@ -195,10 +199,12 @@ def test_bad_recipes_beside(tmp_path, capsys):
     for others, message in (
         (["nise"], "got 'nise', needs one of"),
         (["nice"], "train: got nice beside nice, needs each recipe once"),
-        (["maf", "maf"], "train: got maf, maf beside nice, needs each recipe once"),
+        (["maf", "maf"], "--beside: got 'maf', needs each recipe once, before its arguments"),
+        (["depth=1", "maf"], "--beside: got 'depth=1', needs each recipe once, before its arguments"),
+        (["maf", "detph=1"], "maf: .*detph.*; did you mean 'depth'"),
     ):
         assert cli.main([*start, *others]) == 2
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

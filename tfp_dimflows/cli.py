@@ -14,6 +14,7 @@ from typing import Any
 
 from tfp_dimflows.dataset_names import check_dataset
 from tfp_dimflows.messages import Failure, check_name, did_you_mean
+from tfp_dimflows.presets import PRESETS, Preset
 from tfp_dimflows.run_config import RunConfig, stored_config
 from tfp_dimflows.version import __version__
 
@@ -92,8 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="digits, photo_patches, a TFDS dataset, or a folder such as ./photos",
     )
-    command.add_argument("--batch-size", type=_positive_integer, default=64)
     command.add_argument("--out", required=True, metavar="DIR", help="the run directory")
+    command.add_argument("--preset", choices=PRESETS, help="the options with which a published flow was trained on CIFAR-10")
+    command.add_argument("--batch-size", type=_positive_integer, default=argparse.SUPPRESS)
     for field in _options():
         _add_option(command, field)
     command.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the recipe")
@@ -102,8 +104,22 @@ def _parser() -> argparse.ArgumentParser:
         "--grey-levels", "--levels", type=_positive_integer, help="number of grey levels; default: the dataset's"
     )
     command.add_argument("--background", default="white", metavar="COLOUR", help="behind transparent images of a folder")
-    command.add_argument("--flips", action="store_true", help="random horizontal flips in training")
-    command.add_argument("--test-split", default="test", help="split of the test metrics")
+    command.add_argument(
+        "--flips", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help="random horizontal flips in training"
+    )
+    command.add_argument(
+        "--shifts", type=_nonnegative_integer, default=argparse.SUPPRESS, help="pixels of random shifts in training"
+    )
+    command.add_argument(
+        "--conditional", choices=["label"], help="train a flow of images given their labels; the recipe takes a condition_shape"
+    )
+    command.add_argument("--test-split", default="test", help="split of the test metrics, read once, at the end")
+    command.add_argument(
+        "--validation-split",
+        type=_share,
+        default=0.1,
+        help="share of the training images, chosen by --seed, by which the best epoch is chosen; 0: the last epoch is kept",
+    )
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     command.add_argument(
         "--strategy",
@@ -139,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=_nonnegative_number, default=1.0, help="scale of the noise; below 1: more typical samples"
     )
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--label", metavar="NAME", help="of a flow given labels: that of all samples; default: all in turn")
     command.add_argument(
         "--kind",
         dest="name",
@@ -190,12 +207,12 @@ def _options() -> list[dataclasses.Field]:
 def _add_option(command: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     options = dict(field.metadata)
     least = options.pop("least", 1)
-    if field.type is float:
-        options["type"] = _positive_number
+    if "float" in str(field.type):
+        options["type"] = _positive_number if least else _nonnegative_number
     elif not {"action", "type"} & options.keys():
         options["type"] = _positive_integer if least else _nonnegative_integer
-    needs = {"required": True} if field.default is dataclasses.MISSING else {"default": field.default}
-    command.add_argument("--" + field.name.replace("_", "-"), **options | needs)
+    is_required = field.default is field.default_factory is dataclasses.MISSING
+    command.add_argument("--" + field.name.replace("_", "-"), required=is_required, default=argparse.SUPPRESS, **options)
 
 
 def _add_output(command: argparse.ArgumentParser, name: str, suffix: str = "png") -> None:
@@ -225,23 +242,24 @@ def _type(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], needs: st
 _positive_integer = _type(int, lambda value: value > 0, "a positive integer")
 _nonnegative_integer = _type(int, lambda value: value >= 0, "a nonnegative integer")
 _positive_number = _type(float, lambda value: 0.0 < value < math.inf, "a positive number")
+_share = _type(float, lambda value: 0.0 <= value < 1.0, "a number from 0 to below 1")
 _nonnegative_number = _type(float, lambda value: 0.0 <= value < math.inf, "a nonnegative number")
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises an error for what can be known to be wrong without TensorFlow, and reads what needs more than `argparse`."""
     if arguments.command == "train":
+        arguments.options, arguments.data_options = _training_options(vars(arguments))
         recipes = sys.modules.get("tfp_dimflows.recipes")  # if it is there, it knows recipes of a user's own too
-        for name in (arguments.recipe, *arguments.beside):
+        for name in (arguments.recipe, *arguments.options.get("beside", ())):
             check_name("recipes", name, recipes.names() if recipes else RECIPES)
         check_dataset(arguments.data, arguments.data_dir)
-        arguments.set = _settings(arguments.set)
+        arguments.set = _settings(arguments.set, "--set")
         if not recipes and (unknown := [key for key in arguments.set if key not in ARGUMENTS]):
             raise ValueError(
                 f"{arguments.recipe}: got the argument {unknown[0]!r}{did_you_mean(unknown[0], ARGUMENTS)}; `dimflows recipes` "
                 "lists those of each recipe"
             )
-        arguments.options = {field.name: getattr(arguments, field.name) for field in _options()}
     elif "run" in arguments:
         stored_config(arguments.run)
         if "out" in arguments:
@@ -250,12 +268,37 @@ def _check(arguments: argparse.Namespace) -> None:
             check_dataset(arguments.data, arguments.data_dir)
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+def _training_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of training and those of its data: what was given, before what the preset has."""
+    preset = PRESETS[given["preset"]] if given["preset"] else Preset(training={}, data={}, source="")
+    training = preset.training | {field.name: given[field.name] for field in _options() if field.name in given}
+    if isinstance(pairs := training.get("optimizer_arguments"), list):
+        training["optimizer_arguments"] = _settings(pairs, "--optimizer-arguments")
+    if "beside" in training:
+        training["beside"] = _beside(training["beside"])
+    data = {"batch_size": 64, "flips": False, "shifts": 0} | preset.data
+    return training, data | {name: given[name] for name in data if name in given}
+
+
+def _beside(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Recipes and the arguments after each."""
+    beside: dict[str, dict[str, Any]] = {}
+    for word in words:
+        if "=" not in word and word not in beside:
+            beside[word] = {}
+        elif beside and "=" in word:
+            beside[list(beside)[-1]] |= _settings([word], "--beside")
+        else:
+            raise ValueError(f"--beside: got {word!r}, needs each recipe once, before its arguments")
+    return beside
+
+
+def _settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
     settings = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not (key and separator):
-            raise ValueError(f"--set: got {pair!r}, needs KEY=VALUE")
+            raise ValueError(f"{option}: got {pair!r}, needs KEY=VALUE")
         try:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -6,6 +6,7 @@ import inspect
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,40 +65,50 @@ def _strategy(arguments: argparse.Namespace) -> tuple[tf.distribute.Strategy, st
 
 
 def _train_into(out: str, arguments: argparse.Namespace) -> None:
-    options = {"image_size": arguments.image_size, "grey_levels": arguments.grey_levels}
+    options: dict[str, Any] = {"image_size": arguments.image_size, "grey_levels": arguments.grey_levels}
     if arguments.background != "white":
         options["background"] = arguments.background
     info = data.info(arguments.data, data_dir=arguments.data_dir, **options)
-    batch_size = arguments.batch_size
-    train_data = data.load(
-        arguments.data,
-        "train",
-        batch_size=batch_size,
-        flips=arguments.flips,
-        seed=arguments.seed,
-        repeat=True,
-        data_dir=arguments.data_dir,
-        **options,
-    )
-    test_data = data.load(arguments.data, arguments.test_split, batch_size=batch_size, data_dir=arguments.data_dir, **options)
-    num_images = info.splits["train"]
-    if batch_size > num_images:
-        raise ValueError(f"train: {arguments.data} has {num_images} training images, less than one batch of {batch_size}")
+    stored = options | {"batch_size": arguments.data_options.pop("batch_size")}
+    if arguments.conditional:
+        if not info.label_names:
+            raise ValueError(f"train: got --conditional {arguments.conditional}, but {arguments.data} has no labels")
+        stored["label_names"] = list(info.label_names)
+        arguments.set = {"condition_shape": [len(info.label_names)]} | arguments.set
+    seed = arguments.options.get("seed", 0)
+    held_out: dict[str, Any] = {}
+    if arguments.validation_split:
+        held_out = {"validation_split": arguments.validation_split, "validation_seed": seed}
+    kept = held_out | ({"subset": "training"} if held_out else {})
+
+    def load(split: str, **more: Any) -> tf.data.Dataset:
+        return _loaded(arguments.data, split, data_dir=arguments.data_dir, **stored, **more)
+
     training.train(
         arguments.recipe,
         out,
-        train_data,
-        test_data,
+        load("train", seed=seed, repeat=True, **kept, **arguments.data_options),
+        load(arguments.test_split),
+        load("train", subset="validation", **held_out) if held_out else None,
         event_shape=info.event_shape,
         grey_levels=info.grey_levels,
         arguments=arguments.set,
         resume=arguments.resume,
         notes={
-            "data": {"name": info.name, "test_split": arguments.test_split, "batch_size": batch_size, **options},
-            "flips": arguments.flips,
+            "data": {"name": info.name, "test_split": arguments.test_split, **stored},
+            "validation_split": arguments.validation_split,
+            **arguments.data_options,
         },
-        **arguments.options | {"steps_per_epoch": arguments.steps_per_epoch or num_images // batch_size},
+        **{"steps_per_epoch": len(load("train", **kept))} | arguments.options,
     )
+
+
+def _loaded(name: str, split: str, *, label_names: Sequence[str] = (), **options: Any) -> tf.data.Dataset:
+    """Batches of images; with the names of labels, of images and conditions that say which label each has."""
+    if not label_names:
+        return data.load(name, split, **options)
+    pairs = data.load(name, split, labels=True, **options)
+    return pairs.map(lambda images, label: {"x": images, "condition": tf.one_hot(label, len(label_names))})
 
 
 def report(directory: str, recipe: str) -> None:
@@ -130,8 +141,9 @@ def _run_data(
     options = dict(config["data"])
     trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
     if name not in (None, trained_name):
-        options = {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"]}
-    return data.load(
+        labels = {"label_names": options["label_names"]} if "label_names" in options else {}
+        options = {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"], **labels}
+    return _loaded(
         name or trained_name,
         split or test_split,
         batch_size=batch_size or trained_batch,
@@ -195,6 +207,16 @@ def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: d
         raise ValueError("sample: got a temperature, but walks have no noise; it is for samples and means")
     if arguments.name == "walks":
         return _walks(arguments, model, config)
+    label_names = config.get("data", {}).get("label_names", [])
+    if arguments.label is not None and arguments.label not in label_names:
+        known = f"needs one of {', '.join(label_names)}" if label_names else f"but {arguments.run} was trained without labels"
+        raise ValueError(f"sample: got --label {arguments.label}, {known}")
+    if label_names:
+        labels = (
+            np.arange(arguments.num) if arguments.label is None else np.full(arguments.num, label_names.index(arguments.label))
+        )
+        condition = tf.one_hot(labels % len(label_names), len(label_names))
+        return model.sample(seed=arguments.seed, condition=condition, temperature=arguments.temperature)
     if arguments.name == "means":
         noise = tf.random.stateless_normal([arguments.num, prior.latent_dims], [0, arguments.seed])
         return model.decode(arguments.temperature * noise)
@@ -240,6 +262,13 @@ def _codes(arguments: argparse.Namespace) -> None:
 
 
 def _some_images(batches: tf.data.Dataset, num: int, seed: int) -> tf.Tensor:
+    """Images of a dataset without conditions.
+
+    Raises:
+      ValueError: if there are conditions.
+    """
+    if isinstance(batches.element_spec, dict):
+        raise ValueError("got a run of a conditional flow, whose latent values depend on labels; sample it by --label")
     return next(iter(batches.unbatch().shuffle(10_000, seed=seed).batch(num)))
 
 

@@ -56,8 +56,16 @@ def flow_vae(shape):
     return dimflows.recipes.flow_vae(shape, grey_levels=256, latent_dims=int(np.prod(shape)) // 8)
 
 
+def lcma(shape):
+    """Glow whose factor-outs are decided in training by likelihood contributions."""
+    return dimflows.recipes.lcma_glow(
+        shape, grey_levels=256, contributions="online", num_levels=4 if shape[-1] == 3 else 3, depth=4, width=32
+    )
+
+
 BLOCKS = "PNF, principal components of blocks"
 NESTED = ", nested dropout"
+LCMA, DECIDE_STEPS = "LCMA, Glow", 150
 MODELS = {
     STATIC: lambda shape: multiscale(shape, "first half"),
     KLT: lambda shape: multiscale(shape, subspaces.KLT),
@@ -66,6 +74,7 @@ MODELS = {
     BLOCKS + NESTED: principal,
     "PNF, principal components of whole images": lambda shape: principal(shape, whole=True),
     "PNF, principal components, dense": lambda shape: principal(shape, network="dense"),
+    LCMA: lcma,
     "PNF, Haar": haar,
     "Flow-VAE": flow_vae,
 }
@@ -89,23 +98,25 @@ def probe(train_codes, test_codes, name):
     return float(classifier.score((test_codes - mean) / deviation, labels(name, "test", len(test_codes))))
 
 
-def fit(model, train, steps=STEPS):
+def fit(model, train, steps=STEPS, callbacks=()):
     """Trains a Keras model on events, and returns the seconds."""
     start = time.perf_counter()
     rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     loss = {} if isinstance(model, dimflows.FlowModel) else {"loss": "mse"}
     model.compile(keras.optimizers.Adam(rate, global_clipnorm=100.0), **loss)
     data = tf.data.Dataset.from_tensor_slices(train).shuffle(60_000, seed=0).repeat().batch(BATCH, drop_remainder=True)
-    model.fit(data.take(steps), verbose=0)
+    model.fit(data.take(steps), verbose=0, callbacks=list(callbacks))
     return time.perf_counter() - start
 
 
-def flow_row(build, nested_dropout, name, train, test):
+def flow_row(build, nested_dropout, is_lcma, name, train, test):
     """Bits/dim, and PSNR and probe of every code of a flow; the reconstructions of some images."""
     keras.utils.set_random_seed(0)
     model = dimflows.FlowModel(build(train.shape[1:]), seed=0, nested_dropout=nested_dropout)
     model.adapt(train[:8192])
-    seconds = fit(model, train)
+    probes = tf.data.Dataset.from_tensor_slices(train[:4096]).batch(BATCH)
+    decide = [dimflows.training.DecideFactorization(probes, DECIDE_STEPS)] if is_lcma else []
+    seconds = fit(model, train, callbacks=decide)
     parts = np.array_split(test, 10)
     bits = -np.mean([model.log_prob(part, seed=k).numpy().mean() for k, part in enumerate(parts)])
     sizes, reconstruct = model.code_sizes, Reconstruction(model)
@@ -188,9 +199,9 @@ def rows_of(name):
     sizes = [dims // 24, dims // 8, dims // 4, dims // 2]
 
     def flow(model, build, place):
-        row, restored, samples = flow_row(build, WEIGHT * model.endswith(NESTED), name, train, test)
+        row, restored, samples = flow_row(build, WEIGHT * model.endswith(NESTED), model == LCMA, name, train, test)
         place.mkdir(parents=True, exist_ok=True)
-        originals = test[: len(restored[dims])]
+        originals = test[: len(next(iter(restored.values())))]
         arrays = {f"code_{size}": some for size, some in restored.items()}
         np.savez(place / "images.npz", samples=samples, originals=originals, **arrays)
         return row

@@ -1,5 +1,6 @@
 """`Backup`: the state of training on disk after each epoch, whole at any moment."""
 
+import csv
 import os
 import pathlib
 import shutil
@@ -23,16 +24,35 @@ def has_finite_weights(model: keras.Model) -> bool:
 class Backup(keras.callbacks.Callback):
     """Writes a model's weights, optimizer and seeds after each epoch, for a training that goes on after a kill.
 
-    A backup has its name, which tells the epoch, only once it is complete; the last two are kept, since workers of a
-    `tf.distribute` strategy may be killed one epoch apart.
+    A backup has its name, which tells the epoch, only once it is complete. The last two are kept, since workers of a
+    `tf.distribute` strategy may be killed one epoch apart, and that of the epoch with the best validation.
 
     Args:
       directory: folder of the backups of this training alone.
+      history: its rows of epochs as `keras.callbacks.CSVLogger` writes them, before this callback; None: there are none.
+
+    Attributes:
+      first_epoch: how many epochs at the beginning are not compared.
     """
 
-    def __init__(self, directory: str | os.PathLike):
+    def __init__(self, directory: str | os.PathLike, history: str | os.PathLike | None = None):
         super().__init__()
-        self._directory = pathlib.Path(directory)
+        self._directory, self._history = pathlib.Path(directory), None if history is None else pathlib.Path(history)
+        self.first_epoch = 0
+
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics of the epochs so far."""
+        if self._history is None or not self._history.is_file():
+            return []
+        with self._history.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [{name: float("nan" if value == "NA" else value) for name, value in row.items()} for row in rows]
+
+    def best_epoch(self) -> int | None:
+        """The number of epochs after which the validation was best; None without validation."""
+        rows = list(enumerate(self.rows(), start=1))[self.first_epoch :]
+        values = {epoch: row["val_nll"] for epoch, row in rows if np.isfinite(row.get("val_nll", np.nan))}
+        return min(values, key=values.__getitem__) if values else None
 
     def epochs(self) -> list[int]:
         """The numbers of epochs after which there is a backup."""
@@ -55,8 +75,12 @@ class Backup(keras.callbacks.Callback):
             if later > epoch:
                 self._path(later).unlink()
         if epoch:
-            model.load_weights(self._path(epoch))
+            self.load(model, epoch)
         return epoch
+
+    def load(self, model: keras.Model, epoch: int) -> None:
+        """Gives a compiled model the state after an epoch of which there is a backup."""
+        model.load_weights(self._path(epoch))
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Writes a backup, unless the training has diverged: there is no way on from there."""
@@ -66,7 +90,7 @@ class Backup(keras.callbacks.Callback):
         unfinished = self._directory / "unfinished.weights.h5"
         self.model.save_weights(unfinished)
         os.replace(unfinished, self._path(epoch + 1))
-        for older in self.epochs()[:-2]:
+        for older in set(self.epochs()[:-2]) - {self.best_epoch()}:
             self._path(older).unlink()
 
     def remove(self) -> None:

@@ -246,8 +246,9 @@ class FlowModel(SavedFlow):
         if self._kl_weight is not None:
             self._kl_weight.assign(1.0)  # a training that was interrupted may have left a warm-up's
         self._is_trained = True
+        args, kwargs = self._with_convergence(args, kwargs, position=4)
         history = super().fit(self._for_workers(x), *args, **batches.with_labels(x, args, kwargs))
-        self._converge()
+        self.converge()
         return history
 
     def _warn_of_scale(self, batch: Any) -> None:
@@ -294,15 +295,35 @@ class FlowModel(SavedFlow):
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         tracker.update_state(loss * replicas, sample_weight=tf.shape(tf.nest.flatten(x)[0])[0])
 
-    def _converge(self) -> None:
-        """Brings what layers estimate iteratively in training (spectral norms) to convergence."""
-        for layer in self._flatten_layers(include_self=False):
-            if hasattr(layer, "converge"):
-                layer.converge()
+    def converge(self) -> None:
+        """Brings what layers estimate iteratively in training (spectral norms) to convergence for the weights as they are.
+
+        `fit`, `evaluate`, `save` and `export` do so themselves.
+        """
+        for layer in self._iterative_layers():
+            layer.converge()
+
+    def _iterative_layers(self) -> list[Any]:
+        return [layer for layer in self._flatten_layers(include_self=False) if hasattr(layer, "converge")]
+
+    def _with_convergence(self, args: tuple, kwargs: dict[str, Any], position: int) -> tuple[tuple, dict[str, Any]]:
+        """Arguments with a last callback, for `keras.callbacks.SwapEMAWeights` gives a test other weights, and takes them."""
+        if not self._iterative_layers():
+            return args, kwargs
+        given = args[position] if len(args) > position else kwargs.get("callbacks")
+        if isinstance(given, keras.callbacks.CallbackList):  # that of `fit` around a validation
+            return args, kwargs
+        converge = keras.callbacks.LambdaCallback(
+            on_test_begin=lambda logs: self.converge(), on_test_end=lambda logs: self.converge()
+        )
+        callbacks = [*tf.nest.flatten([] if given is None else given), converge]
+        if len(args) > position:
+            return (*args[:position], callbacks, *args[position + 1 :]), kwargs
+        return args, kwargs | {"callbacks": callbacks}
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.evaluate`."""
-        self._converge()
+        args, kwargs = self._with_convergence(args, kwargs, position=5)
         return super().evaluate(self._for_workers(x), *args, **batches.with_labels(x, args, kwargs))
 
     def _for_workers(self, data: Any) -> Any:

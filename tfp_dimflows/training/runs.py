@@ -6,12 +6,13 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import pathlib
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -29,7 +30,9 @@ from tfp_dimflows.run_config import CONFIG, RunConfig, stored_config
 from tfp_dimflows.training import batches
 from tfp_dimflows.training.backup import Backup, has_finite_weights, least_of_workers
 from tfp_dimflows.training.callbacks import DecideFactorization
+from tfp_dimflows.training.clock import Clock
 from tfp_dimflows.training.model import FlowModel
+from tfp_dimflows.training.optimizers import make_optimizer
 from tfp_dimflows.version import __version__
 
 MODEL, HISTORY, METRICS, CONTRIBUTIONS = "model.keras", "history.csv", "metrics.json", "contributions.npz"
@@ -40,6 +43,7 @@ def train(
     directory: str | os.PathLike,
     train_data: tf.data.Dataset,
     test_data: tf.data.Dataset,
+    validation_data: tf.data.Dataset | None = None,
     *,
     resume: bool = False,
     **options: Any,
@@ -47,8 +51,9 @@ def train(
     """Trains a recipe into a run directory.
 
     The directory gets `config.json`, the model (`model.keras`), per-epoch `history.csv`, TensorBoard `logs/`, `metrics.json`
-    with the test metrics, and of images `samples.png`. An LCMA recipe goes through its three phases: a non-multi-scale model
-    trained into `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the
+    with the test metrics, and of images `samples.png`. The model is that of the epoch with the best validation, without
+    validation data of the last one; of an average of the weights (`ema`) if there is one, which is also what is validated.
+    An LCMA recipe goes through its three phases: a non-multi-scale model trained into `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the
     base recipe with its conventional factorization is trained with the same budget into `conventional/`, and
     `factorization.png` shows which dimensions stayed. With `online_steps` it has one phase. The recipes of `beside` are trained
     into directories of their names in the same way.
@@ -64,7 +69,8 @@ def train(
       directory: the run directory.
       train_data: batches as `FlowModel.fit` takes them, such as integer images; endless, or repeated if `steps_per_epoch` is
         given.
-      test_data: batches like these.
+      test_data: batches like these, for the metrics at the end.
+      validation_data: batches like these, other ones than those of the test, for the metrics of each epoch.
       resume: whether to go on with an existing run of the same configuration.
       **options: the other fields of `RunConfig`, such as `event_shape`, `grey_levels` and `epochs`.
 
@@ -73,7 +79,8 @@ def train(
 
     Raises:
       ValueError: if the directory cannot be written, is written by another process, holds a run and `resume` is False, or holds
-        one of another configuration; for more `online_steps` than there are; or as `RunConfig`.
+        one of another configuration; for more `online_steps` than there are; for `patience` without validation data; for an
+        optimizer that there is not, or a schedule of an unknown number of steps; or as `RunConfig`.
       RuntimeError: if the training diverges, or its disk fails or is full.
       ImportError: if there are pictures to be made, without matplotlib.
     """
@@ -86,38 +93,57 @@ def train(
         multiscale = structure_of(config.build()).multiscale  # bad arguments fail before anything is written
     for other in config.others():
         other.build()
-    if config.online_steps is not None and multiscale is not None:
-        factor_outs = len(multiscale.levels) - 1
-        steps = config.epochs * (config.steps_per_epoch or int(train_data.cardinality()))
-        if 0 < steps <= config.online_steps * factor_outs:
-            raise ValueError(
-                f"train: got online_steps={config.online_steps} for {factor_outs} factor-outs in {steps} steps, needs at most "
-                f"{(steps - 1) // factor_outs}"
-            )
+    if config.patience is not None and validation_data is None:
+        raise ValueError(f"train: got patience={config.patience} without validation data, needs some")
+    data = _Data(train_data, test_data, validation_data)
+    for phase in (config, *([_pretraining(config)] if config.pretrain_epochs else [])):
+        make_optimizer(phase, data.num_steps(phase))
+    steps, factor_outs = data.num_steps(config), len(multiscale.levels) - 1 if multiscale is not None else 0
+    if config.online_steps is not None and steps is not None and steps <= config.online_steps * factor_outs:
+        raise ValueError(
+            f"train: got online_steps={config.online_steps} for {factor_outs} factor-outs in {steps} steps, needs at most "
+            f"{(steps - 1) // factor_outs}"
+        )
     with _run_directory(directory, config.to_json(), resume) as directory:
-        return _train(config, directory, train_data, test_data)
+        return _train(config, directory, data)
 
 
-def _train(config: RunConfig, directory: pathlib.Path, train_data: tf.data.Dataset, test_data: tf.data.Dataset) -> FlowModel:
+class _Data(NamedTuple):
+    """What a run is trained on, tested on, and validated on."""
+
+    train: tf.data.Dataset
+    test: tf.data.Dataset
+    validation: tf.data.Dataset | None
+
+    def num_steps(self, config: RunConfig) -> int | None:
+        """Steps of a training; None if that cannot be known."""
+        steps = config.steps_per_epoch or int(self.train.cardinality())
+        return config.epochs * steps if steps > 0 else None
+
+
+def _pretraining(config: RunConfig) -> RunConfig:
+    """The configuration of LCMA's first phase."""
+    return dataclasses.replace(config, epochs=config.pretrain_epochs or config.epochs)
+
+
+def _train(config: RunConfig, directory: pathlib.Path, data: _Data) -> FlowModel:
     """All phases of a run, each resumed or loaded if it is there."""
 
-    def fit(
-        where: pathlib.Path, config: RunConfig, callbacks: Sequence[keras.callbacks.Callback] = (), **more: Any
-    ) -> FlowModel:
-        return _fit(where, config, lambda: config.build(**more), train_data, test_data, callbacks)
+    def fit(where: pathlib.Path, config: RunConfig, decide: DecideFactorization | None = None, **more: Any) -> FlowModel:
+        return _fit(where, config, lambda: config.build(**more), data, decide)
 
     def contributions_of(model: FlowModel) -> list[np.ndarray]:
-        return _contributions(directory / CONTRIBUTIONS, model, train_data, config.steps_per_epoch)
+        return _contributions(directory / CONTRIBUTIONS, model, data.train, config.steps_per_epoch)
 
     if config.base is None:
         model = fit(directory, config)
     elif config.online_steps is None:
-        fit(directory / "pretraining", dataclasses.replace(config, epochs=config.pretrain_epochs or config.epochs))
+        fit(directory / "pretraining", _pretraining(config))
         contributions = contributions_of(load(directory / "pretraining" / MODEL))  # as a run that goes on from here has it
         model = fit(directory, config, contributions=contributions)
     else:
-        decide = DecideFactorization(train_data.take(config.online_steps), config.online_steps, config.seed)
-        model = fit(directory, config, [decide], contributions="online")
+        decide = DecideFactorization(data.train.take(config.online_steps), config.online_steps, config.seed)
+        model = fit(directory, config, decide, contributions="online")
         contributions = contributions_of(model)
     if config.base is not None:
         factorizations: dict[str, Any] = {config.recipe: _factorization(model)}
@@ -130,9 +156,9 @@ def _train(config: RunConfig, directory: pathlib.Path, train_data: tf.data.Datas
         if not (directory / "factorization.png").is_file():
             plot.save_factorizations(directory / "factorization.png", factorizations, contributions)
     if _has_samples(config) and not (directory / "samples.png").is_file():
-        plot.save_grid(directory / "samples.png", _samples(model, config.seed, test_data), config.grey_levels)
+        plot.save_grid(directory / "samples.png", _samples(model, config.seed, data.test), config.grey_levels)
     for other in config.others():
-        _train(other, directory / other.recipe, train_data, test_data)
+        _train(other, directory / other.recipe, data)
     return model
 
 
@@ -251,7 +277,8 @@ def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> Non
     if _holds_epochs(directory):
         if not resume:
             raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
-        stored = read_config(directory)
+        stored = {field.name: field.default for field in dataclasses.fields(RunConfig)} | {"optimizer_arguments": {}}
+        stored = {name: value for name, value in stored.items() if name in config} | read_config(directory)
         config = config | {"version": stored.get("version")}
         changed = sorted(key for key in stored | config if stored.get(key) != config.get(key))
         if changed:
@@ -281,12 +308,12 @@ def _fit(
     directory: pathlib.Path,
     config: RunConfig,
     build: Callable[[], tfd.Distribution],
-    train_data: tf.data.Dataset,
-    test_data: tf.data.Dataset,
-    callbacks: Sequence[keras.callbacks.Callback],
+    data: _Data,
+    decide: DecideFactorization | None,
 ) -> FlowModel:
     """Trains into `directory`, goes on with what is there, or loads what is finished."""
-    backup = Backup(directory / "backup")
+    steps = config.steps_per_epoch
+    backup = Backup(directory / "backup", directory / HISTORY)
     done = least_of_workers(sum((directory / name).is_file() for name in (MODEL, METRICS)))
     if done == 2:
         backup.remove()
@@ -296,41 +323,98 @@ def _fit(
         model = load(directory / MODEL)
     else:
         keras.utils.set_random_seed(config.seed)
-        model = FlowModel(build(), seed=config.seed)
-        model.compile(keras.optimizers.Adam(config.learning_rate, global_clipnorm=100.0))
+        with _dtype_policy(config.precision):
+            model = FlowModel(build(), seed=config.seed)
+        optimizer = make_optimizer(config, data.num_steps(config), model.trainable_variables)
+        model.compile(optimizer, steps_per_execution=config.steps_per_execution)
+        backup.first_epoch = _epochs_before_decided(config, data, model)
         finished_epochs = backup.restore(model)
         if not finished_epochs:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "FlowModel.adapt: nothing in")  # not every recipe adapts
-                model.adapt(train_data)
+                model.adapt(data.train)
         _keep_rows(directory / HISTORY, finished_epochs)
-        steps = config.steps_per_epoch
         history = model.fit(
-            train_data.repeat().skip(finished_epochs * steps) if steps else train_data,
+            data.train.repeat().skip(finished_epochs * steps) if steps else data.train,
             initial_epoch=finished_epochs,
-            epochs=config.epochs,
+            epochs=finished_epochs if _is_over(config, backup) else config.epochs,
             steps_per_epoch=steps,
-            validation_data=test_data.take(steps) if steps else test_data,
-            callbacks=[
-                *callbacks,
-                keras.callbacks.TerminateOnNaN(),
-                keras.callbacks.CSVLogger(str(directory / HISTORY), append=True),
-                keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
-                backup,
-            ],
+            validation_data=data.validation,
+            callbacks=_callbacks(directory, config, data, backup, decide),
         )
         if not (has_finite_weights(model) and np.isfinite(history.history.get("loss", [])).all()):
             raise Failure(f"train: loss or weights in {directory} are no longer finite; try a smaller learning rate")
+        if (best := backup.best_epoch()) is not None:
+            backup.load(model, best)
+            model.optimizer.finalize_variable_values(model.trainable_variables)  # to their moving average, if there is one
+            model.converge()
         unfinished = directory / f"unfinished.{MODEL}"
         model.save(unfinished)
         os.replace(unfinished, directory / MODEL)
-    metrics = model.evaluate(test_data, return_dict=True, verbose=0)
+    metrics = model.evaluate(data.test, return_dict=True, verbose=0)
     parameters = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
     metrics = {key: float(value) for key, value in metrics.items()} | {"parameters": parameters}
     _write_json(directory / METRICS, metrics)
     least_of_workers(2)  # a worker that was killed before may still need the others' backups
     backup.remove()
     return model
+
+
+def _callbacks(
+    directory: pathlib.Path, config: RunConfig, data: _Data, backup: Backup, decide: DecideFactorization | None
+) -> list[keras.callbacks.Callback]:
+    """What goes along with a training, that was perhaps begun before."""
+    rows = backup.rows()
+    minutes = rows[-1].get("minutes", 0.0) if rows else 0.0
+    unit = "images" if _has_samples(config) else "events"
+    batch_size = tf.nest.flatten(data.train.element_spec)[0].shape[0]
+    callbacks = [] if decide is None else [decide]
+    if config.ema:
+        callbacks.append(keras.callbacks.SwapEMAWeights())  # so that the averages are validated
+    callbacks += [
+        keras.callbacks.TerminateOnNaN(),
+        Clock(batch_size, unit, minutes, config.max_minutes),
+        keras.callbacks.CSVLogger(str(directory / HISTORY), append=True),
+        keras.callbacks.TensorBoard(str(directory / "logs"), write_graph=False),
+        backup,
+    ]
+    if config.patience is not None:
+        early = keras.callbacks.EarlyStopping(
+            "val_nll", patience=config.patience, mode="min", start_from_epoch=backup.first_epoch
+        )
+
+        def replay(logs: dict | None = None) -> None:
+            for epoch, row in enumerate(rows):
+                early.on_epoch_end(epoch, row)
+
+        callbacks += [early, keras.callbacks.LambdaCallback(on_train_begin=replay)]
+    return callbacks
+
+
+def _is_over(config: RunConfig, backup: Backup) -> bool:
+    """Whether a training that was killed had come to its end before."""
+    rows, best = backup.rows(), backup.best_epoch()
+    is_late = bool(rows) and config.max_minutes is not None and rows[-1].get("minutes", 0.0) >= config.max_minutes
+    return is_late or (config.patience is not None and best is not None and len(rows) - best >= config.patience)
+
+
+def _epochs_before_decided(config: RunConfig, data: _Data, model: FlowModel) -> int:
+    """Epochs at whose end a factorization that is learned online lacks decisions."""
+    multiscale, steps = structure_of(model.distribution).multiscale, data.num_steps(config)
+    if config.online_steps is None or multiscale is None or steps is None:
+        return 0
+    return math.ceil(config.online_steps * (len(multiscale.levels) - 1) / (steps // config.epochs)) - 1
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """A Keras dtype policy while networks are made."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def _keep_rows(path: pathlib.Path, epochs: int) -> None:

@@ -58,7 +58,7 @@ class SavedFlow(keras.Model):
             raise ValueError(f"FlowModel.export: {self._distribution.name} has a condition; pass its condition_shape")
         if os.path.exists(filepath):
             raise ValueError(f"FlowModel.export: {filepath} exists already; choose another folder")
-        self._converge()
+        self.converge()
         events = tf.TensorSpec([None, *self.event_shape], self._distribution.dtype, name="x")
         seed, num = tf.TensorSpec([2], tf.int32, name="seed"), tf.TensorSpec([], tf.int32, name="num")
         archive = keras.export.ExportArchive()
