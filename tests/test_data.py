@@ -22,12 +22,15 @@ from tfp_dimflows.data import embedded
 
 
 class VaryingSize(tfds.core.GeneratorBasedBuilder):
-    """Grey ramps of two sizes, under another key than `image`."""
+    """Grey ramps of two sizes, under other keys than `image` and `label`."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"picture": tfds.features.Image(shape=(None, None, 1), encoding_format="png")}
+        features = {
+            "picture": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+            "kind": tfds.features.ClassLabel(names=["narrow", "wide"]),
+        }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -36,7 +39,32 @@ class VaryingSize(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for width in (12, 20):
             ramp = np.tile(np.arange(width, dtype=np.uint8)[None, :, None], [10, 1, 1])
-            yield width, {"picture": ramp}
+            yield width, {"picture": ramp, "kind": "narrow" if width == 12 else "wide"}
+
+
+class FineAndCoarse(tfds.core.GeneratorBasedBuilder):
+    """Grey images with two labels, one of them called `label`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    FINE = "label"
+
+    def _info(self):
+        image = tfds.features.Image(shape=(2, 2, 1), encoding_format="png")
+        labels = {"coarse": tfds.features.ClassLabel(num_classes=2), self.FINE: tfds.features.ClassLabel(num_classes=6)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"image": image, **labels}))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for k in range(6):
+            yield k, {"image": np.full([2, 2, 1], k, np.uint8), "coarse": k // 3, self.FINE: k}
+
+
+class NoMainLabel(FineAndCoarse):
+    """Two labels, neither of them called `label`."""
+
+    FINE = "fine"
 
 
 class TwoImages(tfds.core.GeneratorBasedBuilder):
@@ -74,6 +102,16 @@ class DeepGrey(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture(scope="session")
 def embedded_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("embedded")
+
+
+@pytest.fixture(scope="session")
+def sharded_dir(tmp_path_factory):
+    """The digits in several files."""
+    directory = tmp_path_factory.mktemp("sharded")
+    builder = tfds.builder("digits", data_dir=directory)
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=8))
+    assert builder.info.splits["train"].num_shards == 8
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -244,14 +282,11 @@ class TestOrder:
         assert np.any(images_of(load(2).take(6)) != images)
 
     @pytest.mark.slow
-    def test_files_are_read_in_an_order_of_their_own(self, tmp_path):
-        builder = tfds.builder("digits", data_dir=tmp_path)
-        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=8))
-        assert builder.info.splits["train"].num_shards == 8
+    def test_files_are_read_in_an_order_of_their_own(self, sharded_dir):
         sequences = []
         for seed in (7, 8):
             tf.random.set_seed(seed)
-            sequences.append(images_of(data.load("digits", batch_size=100, repeat=True, data_dir=tmp_path).take(16)))
+            sequences.append(images_of(data.load("digits", batch_size=100, repeat=True, data_dir=sharded_dir).take(16)))
         np.testing.assert_array_equal(*sequences)
 
     def test_flips_mirror_about_half_of_the_images(self, embedded_dir):
@@ -291,6 +326,186 @@ class TestSplits:
             data.load("digits", "train[:10]", batch_size=32, data_dir=embedded_dir)
         dataset = data.load("digits", "train[:10]", batch_size=32, drop_remainder=False, data_dir=embedded_dir)
         assert images_of(dataset).shape == (10, 8, 8, 1)
+
+
+class TestSubsets:
+    def load(self, data_dir, subset, validation_split=0.136, split="train[:100]", **kwargs):
+        options = {"batch_size": 20, "subset": subset, "validation_split": validation_split} | kwargs
+        return data.load("digits", split, data_dir=data_dir, **options)
+
+    def test_are_the_split_each_image_once(self, embedded_dir):
+        training = self.load(embedded_dir, "training", drop_remainder=False)
+        validation = self.load(embedded_dir, "validation")
+        assert [len(batch) for batch in training] == [20, 20, 20, 20, 6]
+        assert [len(batch) for batch in validation] == [14]
+        whole = data.load("digits", "train[:100]", batch_size=100, shuffle=False, data_dir=embedded_dir)
+        assert same_multiset(np.concatenate([images_of(training), images_of(validation)]), images_of(whole))
+
+    def test_have_a_length_and_drop_remainders_of_training_only(self, embedded_dir):
+        training = self.load(embedded_dir, "training")
+        assert training.element_spec == tf.TensorSpec([20, 8, 8, 1], tf.uint8)
+        assert len(training) == len(list(training)) == 4
+        validation = self.load(embedded_dir, "validation", batch_size=5)
+        assert validation.element_spec == tf.TensorSpec([None, 8, 8, 1], tf.uint8)
+        assert len(validation) == 3
+        assert [len(batch) for batch in validation] == [5, 5, 4]
+        assert len(self.load(embedded_dir, "validation", batch_size=5, drop_remainder=True)) == 2
+
+    def test_are_chosen_by_a_seed_of_their_own(self, sharded_dir):
+        def load(subset, **kwargs):
+            return images_of(self.load(sharded_dir, subset, drop_remainder=False, **kwargs))
+
+        validation, training = load("validation"), load("training")
+        np.testing.assert_array_equal(load("validation", seed=1), validation)
+        assert same_multiset(load("validation", shuffle=True), validation)
+        assert same_multiset(load("training", seed=1), training)
+        assert not same_multiset(load("validation", validation_seed=1), validation)
+        assert not same_multiset(load("training", validation_seed=1), training)
+
+    def test_only_training_shuffles_by_default(self, embedded_dir):
+        for subset, shuffles in {"training": True, "validation": False}.items():
+            unshuffled = images_of(self.load(embedded_dir, subset, drop_remainder=False, shuffle=False))
+            dataset = self.load(embedded_dir, subset, drop_remainder=False)
+            epochs = [images_of(dataset), images_of(dataset)]
+            assert np.any(epochs[0] != unshuffled) == np.any(epochs[0] != epochs[1]) == shuffles
+            assert same_multiset(epochs[0], unshuffled) and same_multiset(epochs[1], unshuffled)
+
+    @pytest.mark.parametrize("shuffle", [True, False])
+    def test_repeat(self, shuffle, embedded_dir):
+        dataset = self.load(embedded_dir, "training", 0.2, repeat=True, shuffle=shuffle)
+        assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+        images = images_of(dataset.take(8))
+        np.testing.assert_array_equal(images_of(dataset.take(8)), images)
+        once = images_of(self.load(embedded_dir, "training", 0.2, shuffle=False))
+        for epoch in (images[:80], images[80:]):
+            assert same_multiset(epoch, once)
+            assert np.any(epoch != once) == shuffle
+        assert np.any(images[:80] != images[80:]) == shuffle
+
+    def test_neither_is_ever_empty(self, embedded_dir):
+        assert len(self.load(embedded_dir, "validation", 0.001, batch_size=1)) == 1
+        assert len(self.load(embedded_dir, "training", 0.001, batch_size=1)) == 99
+        for split, share in {"train[:1]": 0.1, "train[:10]": 0.96, "train[:0]": 0.5}.items():
+            with pytest.raises(ValueError, match=r"Split 'train.*' of dataset 'digits' has \d+ images.* none for training"):
+                self.load(embedded_dir, "validation", share, split)
+
+    def test_training_images_fewer_than_a_batch(self, embedded_dir):
+        with pytest.raises(ValueError, match=r"'digits' \(subset 'training'\) has 80 images, less than one batch of 90"):
+            self.load(embedded_dir, "training", 0.2, batch_size=90)
+        assert [len(batch) for batch in self.load(embedded_dir, "validation", 0.2, batch_size=90)] == [20]
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"validation_split": 0.1}, "got validation_split=0.1 and subset=None, needs both or neither"),
+            ({"subset": "training"}, "got validation_split=0.0 and subset='training', needs both or neither"),
+            ({"subset": "test", "validation_split": 0.1}, "got subset='test', needs one of .*'training', 'validation'"),
+            ({"subset": "training", "validation_split": 1.0}, "got validation_split=1.0, needs a share between 0 and 1"),
+            ({"subset": "training", "validation_split": -0.1}, "got validation_split=-0.1, needs a share between 0 and 1"),
+        ],
+    )
+    def test_errors(self, options, message):
+        with pytest.raises(ValueError, match=f"Dataset 'digits': {message}"):
+            data.load("digits", batch_size=10, **options)
+
+
+class TestLabels:
+    def load(self, embedded_dir, **kwargs):
+        return data.load("digits", "train[:200]", batch_size=50, data_dir=embedded_dir, **kwargs)
+
+    def test_pairs(self, embedded_dir):
+        spec = (tf.TensorSpec([50, 8, 8, 1], tf.uint8), tf.TensorSpec([50], tf.int64))
+        dataset = self.load(embedded_dir, labels=True)
+        assert dataset.element_spec == spec and len(dataset) == 4
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"shuffle": False, "flips": True},
+            {"repeat": True, "flips": True},
+            {"repeat": True, "shuffle": False},
+            {"subset": "training", "validation_split": 0.1},
+            {"subset": "validation", "validation_split": 0.3},
+        ],
+        ids=repr,
+    )
+    def test_each_image_keeps_its_own(self, options, embedded_dir):
+        digits = load_digits()
+        classes = {image.astype(np.uint8).tobytes(): label for image, label in zip(digits.images, digits.target)}
+        assert len(classes) == len(digits.images)
+        pairs = self.load(embedded_dir, labels=True, **options).take(5)
+        images, labels = map(np.concatenate, zip(*pairs.as_numpy_iterator()))
+        found = [classes.get(image.tobytes(), classes.get(image[:, ::-1].tobytes())) for image in images]
+        np.testing.assert_array_equal(labels, found)
+        assert len(set(found)) == 10
+        np.testing.assert_array_equal(images, images_of(self.load(embedded_dir, **options).take(5)))
+
+    def test_the_only_one_or_the_one_called_label(self, tmp_path):
+        settings = {"image_size": (5, 6), "data_dir": tmp_path}
+        ((ramps, kinds),) = data.load("varying_size", batch_size=2, labels=True, **settings)
+        np.testing.assert_array_equal(kinds, np.max(ramps, axis=(1, 2, 3)) > 12)
+        assert data.info("varying_size", **settings).label_names == ("narrow", "wide")
+        ((images, labels),) = data.load("fine_and_coarse", batch_size=6, labels=True, data_dir=tmp_path)
+        np.testing.assert_array_equal(labels, images[:, 0, 0, 0])
+        assert data.info("fine_and_coarse", data_dir=tmp_path).label_names == tuple("012345")
+
+    def test_errors(self, tmp_path, embedded_dir):
+        write_images(tmp_path / "photos", [(4, 4, 1)] * 2)
+        for name in ("no_main_label", tmp_path / "photos"):
+            assert data.info(name, data_dir=tmp_path).label_names == ()
+            with pytest.raises(ValueError, match=r"got labels=True, needs a single tfds.features.ClassLabel [\s\S]*'image'"):
+                data.load(name, batch_size=1, labels=True, data_dir=tmp_path)
+        with pytest.raises(ValueError, match="got labels=True and files=True, needs one of them at most"):
+            data.load(tmp_path / "photos", batch_size=1, shuffle=False, labels=True, files=True, data_dir=tmp_path)
+
+
+class TestShifts:
+    def load(self, embedded_dir, **kwargs):
+        return data.load("digits", kwargs.pop("split", "train[:150]"), batch_size=50, data_dir=embedded_dir, **kwargs)
+
+    @pytest.mark.parametrize("flips", [True, False])
+    def test_move_each_image_in_a_way_of_its_own(self, flips, embedded_dir):
+        options = {"split": "train[:1000]", "shuffle": False, "flips": flips}
+        dataset = self.load(embedded_dir, shifts=2, **options)
+        assert dataset.element_spec == tf.TensorSpec([50, 8, 8, 1], tf.uint8)
+        padded = np.pad(images_of(self.load(embedded_dir, **options)), [(0, 0), (2, 2), (2, 2), (0, 0)], mode="symmetric")
+        corners = [(top, left) for top in range(5) for left in range(5)]
+        moved = np.stack([padded[:, top : top + 8, left : left + 8] for top, left in corners])
+        found = np.all(images_of(dataset) == moved, axis=(2, 3, 4))
+        assert np.all(np.any(found, axis=0))
+        unambiguous = found[:, np.sum(found, axis=0) == 1]
+        assert np.mean(unambiguous, axis=1).min() > 0.01 and np.mean(unambiguous, axis=1).max() < 0.1
+        assert np.all(np.any(unambiguous, axis=1))
+
+    def test_seed_determines_the_sequence_of_epochs(self, embedded_dir):
+        first, same, other = (self.load(embedded_dir, shuffle=False, shifts=1, seed=seed) for seed in (1, 1, 2))
+        epochs = [images_of(first), images_of(first)]
+        np.testing.assert_array_equal(images_of(same), epochs[0])
+        np.testing.assert_array_equal(images_of(same), epochs[1])
+        assert np.any(epochs[0] != epochs[1])
+        assert np.any(epochs[0] != images_of(other))
+
+    def test_repeated_data_are_the_same_in_each_iteration(self, embedded_dir):
+        dataset = self.load(embedded_dir, shifts=1, shuffle=False, repeat=True)
+        images = images_of(dataset.take(6))
+        np.testing.assert_array_equal(images_of(dataset.take(6)), images)
+        np.testing.assert_array_equal(images_of(dataset.skip(4).take(2)), images[200:])
+        assert np.any(images[:150] != images[150:])
+
+    def test_labels_stay(self, embedded_dir):
+        augmented = self.load(embedded_dir, labels=True, shifts=1, flips=True)
+        for (images, labels), plain, (_, others) in zip(
+            augmented, self.load(embedded_dir, shifts=1, flips=True), self.load(embedded_dir, labels=True)
+        ):
+            np.testing.assert_array_equal(images, plain)
+            np.testing.assert_array_equal(labels, others)
+
+    def test_up_to_a_side_of_the_image(self, embedded_dir):
+        assert images_of(self.load(embedded_dir, shifts=8)).shape == (150, 8, 8, 1)
+        for shifts, options, side in [(-1, {}, 8), (9, {}, 8), (5, {"image_size": (8, 4)}, 4)]:
+            with pytest.raises(ValueError, match=f"Dataset 'digits': got shifts={shifts}, needs 0 to {side} pixels"):
+                self.load(embedded_dir, shifts=shifts, **options)
 
 
 class TestLevels:
@@ -369,9 +584,10 @@ class TestCelebA:
 class TestInfo:
     def test_embedded(self, embedded_dir):
         digits = data.info("digits", data_dir=embedded_dir)
-        assert digits == data.DatasetInfo("digits", (8, 8, 1), 17, {"train": 1437, "test": 360})
+        assert digits == data.DatasetInfo("digits", (8, 8, 1), 17, {"train": 1437, "test": 360}, tuple("0123456789"))
         patches = data.info("photo_patches", image_size=16, grey_levels=32, data_dir=embedded_dir)
-        assert patches == data.DatasetInfo("photo_patches", (16, 16, 3), 32, {"train": 3600, "test": 350})
+        splits = {"train": 3600, "test": 350}
+        assert patches == data.DatasetInfo("photo_patches", (16, 16, 3), 32, splits, ("china", "flower"))
         cropped = data.info("photo_patches", crop=(1, 2, 3, 4), data_dir=str(embedded_dir))
         assert cropped.event_shape == (3, 4, 3)
 
@@ -511,6 +727,14 @@ class TestFolder:
         assert sorted(files) == sorted(f"{'inside/' if k % 2 else ''}image {k}.png" for k in range(12))
         for image, file in zip(images_of(pairs.map(lambda images, files: images)), files):
             np.testing.assert_array_equal(image, images[int(file.removesuffix(".png").split(" ")[-1])])
+        of_subset = {}
+        for subset in ("training", "validation"):
+            chosen = options | {"subset": subset, "validation_split": 0.3, "drop_remainder": False}
+            pairs = data.load(tmp_path / "photos", "all", shuffle=False, files=True, **chosen)
+            of_subset[subset] = [file.decode() for _, some in pairs.as_numpy_iterator() for file in some]
+            for image, file in zip(images_of(pairs.map(lambda images, files: images)), of_subset[subset], strict=True):
+                np.testing.assert_array_equal(image, images[int(file.removesuffix(".png").split(" ")[-1])])
+        assert len(of_subset["validation"]) == 4 and sorted(sum(of_subset.values(), [])) == sorted(files)
         for refused in ({"files": True}, {"files": True, "shuffle": False, "repeat": True}):
             with pytest.raises(ValueError, match="got files=True, needs a folder"):
                 data.load(tmp_path / "photos", "train", **options, **refused)

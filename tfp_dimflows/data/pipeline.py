@@ -1,4 +1,4 @@
-"""TFDS pipelines of integer images: decode, crop, resize, requantise, shuffle, flip, batch, prefetch."""
+"""TFDS pipelines of integer images: decode, crop, resize, requantise, shuffle, batch, augment, prefetch."""
 
 import contextlib
 import dataclasses
@@ -18,6 +18,7 @@ from tfp_dimflows.renamed import renamed
 
 _CELEB_A_CROP = (40, 15, 148, 148)
 _SHUFFLE_BUFFER = 10_000
+_SUBSETS = ("training", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +30,14 @@ class DatasetInfo:
       event_shape: `(height, width, channels)` of one image, after crop and resize.
       grey_levels: number of grey levels per channel, the images' values being `0 .. grey_levels - 1`.
       splits: number of images in each split.
+      label_names: names of the labels `0, 1, ...` that `load` has with `labels=True`; empty for datasets without labels.
     """
 
     name: str
     event_shape: tuple[int, int, int]
     grey_levels: int
     splits: dict[str, int]
+    label_names: tuple[str, ...] = ()
 
 
 @renamed(levels="grey_levels")
@@ -70,12 +73,17 @@ def info(
     #### Example
 
     >>> import tfp_dimflows as dimflows
-    >>> dimflows.data.info("digits")
-    DatasetInfo(name='digits', event_shape=(8, 8, 1), grey_levels=17, splits={'train': 1437, 'test': 360})
+    >>> info = dimflows.data.info("digits")
+    >>> info.event_shape, info.grey_levels, info.splits
+    ((8, 8, 1), 17, {'train': 1437, 'test': 360})
+    >>> info.label_names
+    ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
     """
     source = _open_source(name, image_size, crop, grey_levels, background, data_dir)
     splits = {split: split_info.num_examples for split, split_info in source.builder.info.splits.items()}
-    return DatasetInfo(source.name, source.event_shape, source.grey_levels, splits)
+    label_key = _label_key(source.builder)
+    label_names = () if label_key is None else tuple(source.builder.info.features[label_key].names)
+    return DatasetInfo(source.name, source.event_shape, source.grey_levels, splits, label_names)
 
 
 @renamed(levels="grey_levels")
@@ -84,19 +92,24 @@ def load(
     split: str = "train",
     *,
     batch_size: int,
+    validation_split: float = 0.0,
+    subset: str | None = None,
+    validation_seed: int = 0,
     image_size: int | tuple[int, int] | None = None,
     crop: tuple[int, int, int, int] | None = None,
     grey_levels: int | None = None,
     flips: bool = False,
+    shifts: int = 0,
     shuffle: bool | None = None,
     seed: int = 0,
     drop_remainder: bool | None = None,
     repeat: bool = False,
     background: str = "white",
+    labels: bool = False,
     files: bool = False,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> tf.data.Dataset:
-    """Loads a TFDS image dataset as batches of integer images, without labels.
+    """Loads a TFDS image dataset as batches of integer images, with their labels if need be.
 
     Each image is decoded, cropped, resized and requantised, in this order. Any TFDS dataset with one image per example
     will do; TFDS downloads and prepares it if it is not in `data_dir` yet. `digits` and `photo_patches` are made from
@@ -113,6 +126,9 @@ def load(
         the path of a folder of images of your own, such as `"./photos"` (with `.`, `/` or `~` at its beginning).
       split: a split in TFDS's syntax, such as `"train"`, `"test"` or `"train[:90%]"`.
       batch_size: images per batch.
+      validation_split: share f of the split's n images that is kept for validation, `round(f n)` of them and at least one.
+      subset: with `validation_split`, which images to load: `"validation"`, this share, or `"training"`, all others.
+      validation_seed: seed of the choice of images for validation, apart from `seed`, so that it outlasts other shuffles.
       image_size: resizes to this `(height, width)`, or to a square of this side: bilinear, with antialiasing when
         shrinking, rounded back to integers.
       crop: `(top, left, height, width)` of the part to keep. `celeb_a` has the usual square around the face (rows 40
@@ -120,32 +136,40 @@ def load(
       grey_levels: number n of grey levels, default the dataset's own N (256, or 17 for `digits`). Must divide N; a value
         x becomes `x // (N // n)`, so that `grey_levels=32` keeps the 5 most significant of 8 bits.
       flips: mirrors each image left to right with probability one half.
-      shuffle: shuffles anew in each iteration, default for splits that start with "train". The shuffle buffer holds
-        10,000 images in their compressed form; with `repeat`, blocks of 10,000 are shuffled one after the other.
-        Without it the order is always the same.
-      seed: seed of shuffles and flips. The same seed gives the same sequence of passes over the images.
+      shifts: moves each image by a random whole number of pixels, from `-shifts` to `shifts`, in each of both directions;
+        its mirrored margin comes in.
+      shuffle: shuffles anew in each iteration, default for splits that start with "train" except their subset
+        "validation". The shuffle buffer holds 10,000 images in their compressed form; with `repeat`, blocks of 10,000 are
+        shuffled one after the other. Without it the order is always the same.
+      seed: seed of shuffles, flips and shifts. The same seed gives the same sequence of passes over the images.
       drop_remainder: drops a last batch that is not full, so that the batch dimension is static. Default for splits
-        that start with "train".
-      repeat: repeats without end, each pass shuffled and flipped anew, but the same sequence in each iteration: what
+        that start with "train" except their subset "validation".
+      repeat: repeats without end, each pass shuffled, flipped and shifted anew, but the same sequence in each iteration: what
         comes after n batches is known again by `skip(n)`.
       background: for folders, the colour behind transparent images, a name or code that Pillow knows, such as `"black"` or
         `"#ff8000"`.
+      labels: whether to have pairs of images and their labels, from the dataset's only `tfds.features.ClassLabel`, or from
+        the one named "label" if there are several. `info` has their names.
       files: for folders: whether to have pairs of images and their files, by paths inside the folder; with `shuffle=False`.
       data_dir: where TFDS keeps its datasets, default the environment variable `TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`. The latter also takes `digits`, `photo_patches` and folders when `data_dir` is read-only.
 
     Returns:
       A prefetching `tf.data.Dataset` of uint8 tensors `[batch_size, height, width, channels]` with values in
-      `0 .. grey_levels - 1`; one channel for grey images. With `files`, pairs of these and of strings `[batch_size]`.
+      `0 .. grey_levels - 1`; one channel for grey images. With `labels`, pairs of these and of int64 tensors
+      `[batch_size]`; with `files`, pairs of these and of strings `[batch_size]`.
 
     Raises:
       FileNotFoundError: if the dataset or folder is unknown, or is not in `data_dir` and cannot be prepared there.
       ImportError: if an embedded dataset must be prepared and scikit-learn is missing, or Pillow for a folder.
       ValueError: if the dataset has no split of this name, no single 8-bit image per example, or no fixed image size
-        and `image_size` is missing; if the crop leaves the image, `grey_levels` does not divide the dataset's own, or
-        dropping the remainder leaves no batch; if a folder has less than two images, some that cannot be decoded, some
-        of another size (without `image_size`), or colour images after a grey one; if `background` is no colour; if
-        `background` or `files` is given for a dataset that is no folder, or `files` for one that is shuffled or repeated.
+        and `image_size` is missing; if the crop leaves the image, `grey_levels` does not divide the dataset's own, `shifts`
+        is negative or larger than a side of the image, or dropping the remainder leaves no batch; if `validation_split` is
+        no share, leaves no image for training or comes without `subset`, or `subset` is unknown or comes without
+        `validation_split`; if a folder has less than two images, some that cannot be decoded, some of another size (without
+        `image_size`), or colour images after a grey one; if `background` is no colour; if `background` or `files` is given
+        for a dataset that is no folder, or `files` for one that is shuffled or repeated; if `labels` is given together with
+        `files`, or for a dataset without labels or of several, none of them named "label".
 
     #### Example
 
@@ -155,17 +179,42 @@ def load(
     TensorSpec(shape=(64, 8, 8, 1), dtype=tf.uint8, name=None)
     >>> len(dataset)
     20
+
+    A tenth of the training images for validation, the others with labels and augmented:
+
+    >>> tenth = dict(batch_size=64, validation_split=0.1)
+    >>> training = dimflows.data.load("digits", subset="training", **tenth, shifts=1, labels=True)
+    >>> training.element_spec
+    (TensorSpec(shape=(64, 8, 8, 1), dtype=tf.uint8, name=None), TensorSpec(shape=(64,), dtype=tf.int64, name=None))
+    >>> [len(images) for images in dimflows.data.load("digits", subset="validation", **tenth)]
+    [64, 64, 16]
     """
     import tensorflow_datasets as tfds
 
+    _check_subset(name, validation_split, subset)
+    if labels and files:
+        raise ValueError(f"Dataset {name!r}: got labels=True and files=True, needs one of them at most.")
     source = _open_source(name, image_size, crop, grey_levels, background, data_dir)
+    height, width, _ = source.event_shape
+    if not 0 <= shifts <= min(height, width):
+        raise ValueError(f"Dataset {name!r}: got shifts={shifts}, needs 0 to {min(height, width)} pixels.")
+    label_key = _label_key(source.builder)
+    if labels and label_key is None:
+        raise ValueError(
+            f"Dataset {name!r}: got labels=True, needs a single tfds.features.ClassLabel per example, or one named 'label'; "
+            f"its features are {source.builder.info.features}."
+        )
     num_images = _num_images(source, split)
-    is_train = split.startswith("train")
+    if subset is not None:
+        is_chosen = _is_in_subset(name, split, num_images, validation_split, subset, validation_seed)
+        num_images = int(is_chosen.sum())
+    is_train = split.startswith("train") and subset != "validation"
     shuffle = is_train if shuffle is None else shuffle
     drop_remainder = is_train if drop_remainder is None else drop_remainder
     if drop_remainder and not repeat and num_images < batch_size:
+        part = "" if subset is None else f" (subset {subset!r})"
         raise ValueError(
-            f"Split {split!r} of dataset {name!r} has {num_images} images, less than one batch of {batch_size}: "
+            f"Split {split!r} of dataset {name!r}{part} has {num_images} images, less than one batch of {batch_size}: "
             "pass a smaller batch_size or drop_remainder=False."
         )
 
@@ -174,7 +223,7 @@ def load(
 
     examples = source.builder.as_dataset(
         split=split,
-        shuffle_files=shuffle and not repeat,
+        shuffle_files=shuffle and not repeat and subset is None,  # a subset is chosen by the order of the files
         decoders={source.image_key: tfds.decode.SkipDecoding()},
         read_config=tfds.ReadConfig(
             shuffle_seed=seed,
@@ -182,46 +231,94 @@ def load(
             enable_ordering_guard=False,  # shuffling is the caller's choice, also for datasets stored in order
         ),
     )
-    images = examples.map(lambda example: example[source.image_key])
+    keys = [source.image_key, *([label_key] if labels else []), *(["file"] if files else [])]
+    examples = examples.map(lambda example: tuple(example[key] for key in keys))
+    if subset is not None:
+        examples = _chosen(examples, is_chosen)
     if shuffle and repeat:
-        images = _endlessly_shuffled(images, seed)
+        examples = _endlessly_shuffled(examples, seed)
     elif shuffle:
-        images = images.shuffle(min(num_images, _SHUFFLE_BUFFER), seed=seed)
+        examples = examples.shuffle(min(num_images, _SHUFFLE_BUFFER), seed=seed)
     elif repeat:
-        images = images.repeat()
-    images = images.map(source.decode, num_parallel_calls=tf.data.AUTOTUNE)
-    images = images.batch(batch_size, drop_remainder=drop_remainder)
-    if flips:
+        examples = examples.repeat()
+    examples = examples.map(lambda image, *others: (source.decode(image), *others), num_parallel_calls=tf.data.AUTOTUNE)
+    batches = examples.batch(batch_size, drop_remainder=drop_remainder)
+    if flips or shifts:
         if repeat:
             seeds = tf.data.Dataset.counter().map(lambda step: tf.stack([tf.constant(seed, tf.int64), step]))
         else:
             seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
-        images = tf.data.Dataset.zip(images, seeds).map(
-            tf.image.stateless_random_flip_left_right, num_parallel_calls=tf.data.AUTOTUNE
+        batches = tf.data.Dataset.zip(batches, seeds).map(
+            lambda batch, seed: (_augmented(batch[0], flips, shifts, seed), *batch[1:]), num_parallel_calls=tf.data.AUTOTUNE
         )
-    if files:
-        named = examples.map(lambda example: example["file"]).batch(batch_size, drop_remainder=drop_remainder)
-        images = tf.data.Dataset.zip(images, named)
+    if len(keys) == 1:
+        batches = batches.map(lambda images: images)  # no tuples of one
     options = tf.data.Options()
     # Autotuning has a thread that sleeps for up to a minute, and the end of an iterator, and with it of `fit`, can wait for it.
     options.autotune.enabled = False
     # Between machines, TensorFlow's default shards by file and fails on datasets of fewer files than machines.
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return images.prefetch(tf.data.AUTOTUNE).with_options(options)
+    return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
-def _endlessly_shuffled(images: tf.data.Dataset, seed: int) -> tf.data.Dataset:
-    """Passes over the images, each with blocks of them in another order; the same in each iteration.
+def _check_subset(name: str | os.PathLike[str], validation_split: float, subset: str | None) -> None:
+    if not 0 <= validation_split < 1:
+        raise ValueError(f"Dataset {name!r}: got validation_split={validation_split}, needs a share between 0 and 1.")
+    if subset not in (None, *_SUBSETS):
+        raise ValueError(f"Dataset {name!r}: got subset={subset!r}, needs one of {_SUBSETS}.")
+    if bool(validation_split) != (subset is not None):
+        raise ValueError(
+            f"Dataset {name!r}: got validation_split={validation_split} and subset={subset!r}, needs both or neither of them."
+        )
+
+
+def _is_in_subset(
+    name: str | os.PathLike[str], split: str, num_images: int, validation_split: float, subset: str, seed: int
+) -> np.ndarray:
+    """Which images of a split are in the subset: bools `[num_images]`."""
+    num_validation = max(1, round(validation_split * num_images))
+    if num_validation >= num_images:
+        raise ValueError(
+            f"Split {split!r} of dataset {name!r} has {num_images} images: "
+            f"validation_split={validation_split} leaves none for training."
+        )
+    is_validation = np.random.default_rng(seed).permutation(num_images) < num_validation
+    return is_validation if subset == "validation" else ~is_validation
+
+
+def _chosen(examples: tf.data.Dataset, is_chosen: np.ndarray) -> tf.data.Dataset:
+    chosen = examples.enumerate().filter(lambda index, example: tf.constant(is_chosen)[index])
+    return chosen.map(lambda index, example: example).apply(tf.data.experimental.assert_cardinality(int(is_chosen.sum())))
+
+
+def _augmented(images: tf.Tensor, flips: bool, shifts: int, seed: tf.Tensor) -> tf.Tensor:
+    """A batch of images, each mirrored or not and moved in a way of its own."""
+    if flips:
+        images = tf.image.stateless_random_flip_left_right(images, seed)
+    if shifts:
+        num_images, (height, width) = tf.shape(images)[0], images.shape[1:3]
+        seed = tf.random.experimental.stateless_fold_in(seed, 1)
+        corners = tf.random.stateless_uniform([num_images, 2, 1], seed, maxval=2 * shifts + 1, dtype=tf.int32)
+        images = tf.pad(images, [[0, 0], [shifts, shifts], [shifts, shifts], [0, 0]], mode="SYMMETRIC")
+        images = tf.gather(images, corners[:, 0] + tf.range(height), axis=1, batch_dims=1)
+        images = tf.gather(images, corners[:, 1] + tf.range(width), axis=2, batch_dims=1)
+    return images
+
+
+def _endlessly_shuffled(examples: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+    """Passes over the examples (tuples), each with blocks of them in another order; the same in each iteration.
 
     `Dataset.shuffle` has a generator of seeds that goes on from one iterator to the next.
     """
 
-    def shuffled(number: tf.Tensor, index: tf.Tensor, block: tf.Tensor) -> tf.Tensor:
+    def shuffled(number: tf.Tensor, index: tf.Tensor, block: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, ...]:
         seed_of_pass = tf.random.experimental.stateless_fold_in(tf.constant([0, seed], tf.int64), number)
-        return tf.random.experimental.stateless_shuffle(block, tf.random.experimental.stateless_fold_in(seed_of_pass, index))
+        seed_of_block = tf.random.experimental.stateless_fold_in(seed_of_pass, index)
+        order = tf.random.experimental.stateless_shuffle(tf.range(tf.shape(block[0])[0]), seed_of_block)
+        return tuple(tf.gather(part, order) for part in block)
 
     def one_pass(number: tf.Tensor) -> tf.data.Dataset:
-        blocks = images.batch(_SHUFFLE_BUFFER).enumerate()
+        blocks = examples.batch(_SHUFFLE_BUFFER).enumerate()
         return blocks.map(lambda index, block: shuffled(number, index, block)).unbatch()
 
     passes = tf.data.Dataset.counter().flat_map(one_pass)
@@ -336,6 +433,16 @@ def _image_key(name: str, builder: Any) -> str:
     if dtype != np.uint8:
         raise ValueError(f"Dataset {name!r} has {np.dtype(dtype).name} images, need uint8.")
     return keys[0]
+
+
+def _label_key(builder: Any) -> str | None:
+    """The feature that is an image's label, if there is no doubt about it."""
+    import tensorflow_datasets as tfds
+
+    keys = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if "label" in keys:
+        return "label"
+    return keys[0] if len(keys) == 1 else None
 
 
 def _event_shape(
