@@ -53,10 +53,10 @@ def train(
     The directory gets `config.json`, the model (`model.keras`), per-epoch `history.csv`, TensorBoard `logs/`, `metrics.json`
     with the test metrics, and of images `samples.png`. The model is that of the epoch with the best validation, without
     validation data of the last one; of an average of the weights (`ema`) if there is one, which is also what is validated.
-    An LCMA recipe goes through its three phases: a non-multi-scale model trained into `pretraining/`, its likelihood contributions into `contributions.npz`, the model itself; for comparison the
-    base recipe with its conventional factorization is trained with the same budget into `conventional/`, and
-    `factorization.png` shows which dimensions stayed. With `online_steps` it has one phase. The recipes of `beside` are trained
-    into directories of their names in the same way.
+    An LCMA recipe goes through its three phases: a non-multi-scale model trained into `pretraining/`, its likelihood
+    contributions into `contributions.npz`, the model itself; for comparison the base recipe with its conventional factorization
+    is trained with the same budget into `conventional/`, and `factorization.png` shows which dimensions stayed. With
+    `online_steps` it has one phase. The recipes of `beside` are trained into directories of their names in the same way.
 
     A run that was killed or failed goes on from its last full epoch with `resume=True`, after reading the batches again that it
     was trained on; without a full epoch it does not keep the directory from another. If `train_data` is the same in each
