@@ -208,6 +208,87 @@ def test_bad_recipes_beside(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def given_to_train(argv, monkeypatch):
+    """What the command gives to `training.train`: positional arguments and options."""
+    calls = []
+    monkeypatch.setattr(training, "train", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(commands, "report", lambda *args: None)
+    assert cli.main(argv) == 0
+    return calls[0]
+
+
+def images_of(dataset):
+    return [image.tobytes() for batch in dataset.as_numpy_iterator() for image in batch]
+
+
+def test_validation_images_are_no_training_images(tmp_path, data_dir, monkeypatch):
+    argv = arguments(PLAIN, tmp_path / "run", data_dir, "--batch-size", "8")
+    (_, _, train, test, validation), options = given_to_train(argv, monkeypatch)
+    validated = images_of(validation)
+    assert len(validated) == 144 and options["steps_per_epoch"] == (1437 - 144) // 8
+    one_pass = images_of(train.take(options["steps_per_epoch"]))
+    assert len(set(one_pass) | set(validated)) == len(one_pass) + len(validated)
+    assert len(images_of(test)) == 360
+    (_, _, _, _, other), _ = given_to_train([*argv, "--seed", "1"], monkeypatch)
+    assert set(images_of(other)) != set(validated)
+    (_, _, _, _, none), options = given_to_train([*argv, "--validation-split", "0"], monkeypatch)
+    assert none is None and options["steps_per_epoch"] == 1437 // 8
+
+
+def test_augmentation_is_of_the_training_images_alone(tmp_path, data_dir, monkeypatch):
+    argv = arguments(PLAIN, tmp_path / "run", data_dir, "--batch-size", "8")
+    (_, _, *plain), _ = given_to_train(argv, monkeypatch)
+    (_, _, *moved), options = given_to_train([*argv, "--flips", "--shifts", "2"], monkeypatch)
+    assert images_of(plain[0].take(2)) != images_of(moved[0].take(2))
+    assert all(images_of(a) == images_of(b) for a, b in zip(plain[1:], moved[1:], strict=True))
+    assert options["notes"]["flips"] and options["notes"]["shifts"] == 2
+
+
+@pytest.mark.slow
+def test_a_flow_given_labels(tmp_path, data_dir, capsys):
+    run = tmp_path / "run"
+    argv = [*arguments(PLAIN, run, data_dir, "--epochs", "1", "--steps-per-epoch", "3"), "--conditional", "label"]
+    assert cli.main([*argv, "--learning-rate", "0.01"]) == 0
+    config, model = training.read_config(run), training.load_run(run)
+    assert config["data"]["label_names"] == [str(digit) for digit in range(10)]
+    assert config["arguments"]["condition_shape"] == [10]
+    batch = data.load("digits", "test", batch_size=360, labels=True, data_dir=data_dir)
+    images, labels = next(iter(batch))
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--data-dir", str(data_dir), "--batch-size", "360"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    expected, others = (
+        -model.log_prob(images, seed=0, condition=tf.one_hot(some, 10)).numpy().mean() for some in (labels, 9 - labels)
+    )
+    assert result["nll"] == pytest.approx(expected, rel=1e-5) and abs(others - expected) > 1e-3
+    assert cli.main(["score", str(run), "--data-dir", str(data_dir), "--out", str(tmp_path / "scores.csv")]) == 0
+    drawn = {}
+    for words in ([], ["--label", "3"], ["--label", "4"]):
+        out = tmp_path / f"{len(drawn)}.png"
+        assert cli.main(["sample", str(run), "--num", "10", "--out", str(out), *words]) == 0
+        drawn["".join(words)] = matplotlib.image.imread(out)
+    assert not np.array_equal(drawn["--label3"], drawn["--label4"])
+    capsys.readouterr()
+    for words, message in (
+        (["sample", "--label", "ten"], "got --label ten, needs one of 0, 1, 2"),
+        (["interpolate", "--data-dir", str(data_dir)], "a conditional flow"),
+        (["codes", "--data-dir", str(data_dir)], "a conditional flow"),
+    ):
+        assert cli.main([words[0], str(run), *words[1:]]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_labels_need_a_flow_and_data_that_have_them(tmp_path, data_dir, capsys):
+    for command, name, message in (
+        (["train", "ffjord"], "digits", "ffjord: .*condition_shape"),
+        (LCMA, "digits", "got condition_shape for lcma-realnvp"),
+    ):
+        argv = [*command[:2], "--data", name, "--data-dir", str(data_dir), "--out", str(tmp_path / "run"), "--epochs", "1"]
+        assert cli.main([*argv, "--conditional", "label"]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 # What one does with a run.
 
 
