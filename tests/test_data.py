@@ -353,7 +353,7 @@ class TestSubsets:
 
     def test_are_chosen_by_a_seed_of_their_own(self, sharded_dir):
         def load(subset, **kwargs):
-            return images_of(self.load(sharded_dir, subset, drop_remainder=False, **kwargs))
+            return images_of(self.load(sharded_dir, subset, split="train", drop_remainder=False, **kwargs))
 
         validation, training = load("validation"), load("training")
         np.testing.assert_array_equal(load("validation", seed=1), validation)

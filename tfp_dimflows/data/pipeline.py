@@ -296,12 +296,12 @@ def _augmented(images: tf.Tensor, flips: bool, shifts: int, seed: tf.Tensor) -> 
     if flips:
         images = tf.image.stateless_random_flip_left_right(images, seed)
     if shifts:
-        num_images, (height, width) = tf.shape(images)[0], images.shape[1:3]
         seed = tf.random.experimental.stateless_fold_in(seed, 1)
-        corners = tf.random.stateless_uniform([num_images, 2, 1], seed, maxval=2 * shifts + 1, dtype=tf.int32)
-        images = tf.pad(images, [[0, 0], [shifts, shifts], [shifts, shifts], [0, 0]], mode="SYMMETRIC")
-        images = tf.gather(images, corners[:, 0] + tf.range(height), axis=1, batch_dims=1)
-        images = tf.gather(images, corners[:, 1] + tf.range(width), axis=2, batch_dims=1)
+        corners = tf.random.stateless_uniform([2, tf.shape(images)[0], 1], seed, maxval=2 * shifts + 1, dtype=tf.int32)
+        for axis in (1, 2):
+            side = tf.range(images.shape[axis])
+            mirrored = tf.pad(side, [[shifts, shifts]], mode="SYMMETRIC")  # takes a tenth of the time of padding images
+            images = tf.gather(images, tf.gather(mirrored, corners[axis - 1] + side), axis=axis, batch_dims=1)
     return images
 
 
