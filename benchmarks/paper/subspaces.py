@@ -37,15 +37,16 @@ FRAMES = {
     KLT: "principal",
     f"{KLT}, trained": "principal",
     f"{KLT}, minor half stays": "principal",
+    f"{KLT}, after a first level": "principal",
 }
 IMAGES = ("first half", "Haar", "random rotation", KLT, f"{KLT}, trained")
 # A level is the rotation of its blocks alone, and what leaves is modelled given what stays.
 PROGRESSIVE = ("progressive, Haar", "progressive, random rotation", f"progressive, {KLT}", f"progressive, {KLT}, trained")
 FRAMES |= {frame: FRAMES[frame.removeprefix("progressive, ")] for frame in PROGRESSIVE}
-VECTORS = tuple(name for name in FRAMES if name not in ("checkerboard", "Haar"))
+VECTORS = ("first half", "random rotation", KLT, f"{KLT}, trained", f"{KLT}, minor half stays")
 HALVES = ("first half", "checkerboard", KLT, f"{KLT}, minor half stays")
 GLOW = ("Glow", f"Glow, {KLT} first")
-PROGRESSIVE_WIDTH = 42  # which has 0.2 % fewer parameters than the multi-scale flows of width 32
+PROGRESSIVE_SIZES = {16: (3, 42), 32: (4, 25)}  # halvings and width: 0.5 and 1.6 % fewer parameters than the multi-scale flows
 
 
 class Study(NamedTuple):
@@ -69,7 +70,7 @@ STUDIES = {
     "CIFAR-10, Glow": Study("CIFAR-10 16x16", 4, 2500, (*IMAGES[:1], KLT, *GLOW), seeds=2),
     "CIFAR-10, 10,000 steps": Study("CIFAR-10 16x16", 4, 10_000, ("Haar", KLT, PROGRESSIVE[-1]), seeds=1),
     "CIFAR-10, 32x32": Study("CIFAR-10", 4, 1000, ("first half", "Haar", KLT, *PROGRESSIVE[2:])),
-    "MNIST": Study("MNIST 16x16", 3, 2500, ("first half", "Haar", KLT)),
+    "MNIST": Study("MNIST 16x16", 3, 2500, ("first half", "Haar", KLT, f"{KLT}, after a first level")),
     "photo patches, vectors": Study("photo patches 8x8, vectors", 4, 1500, VECTORS, depth=2, width=128),
 }
 DATASETS = {
@@ -125,12 +126,14 @@ def flow_of(study, shape, frame, seed):
             parts = [tfb.Invert(tfb.Permute(order)), *parts]
         levels.append(dfb.Chain(parts))
     exits = [exit_of(size // 2) for size in sizes[:-1]] + [exit_of(sizes[-1])] if is_image else None
+    if frame.endswith("after a first level"):
+        matrix = ["identity", *[matrix] * (len(levels) - 1)]
     return dfb.PrincipalMultiscale(levels, shape, matrix, frame.endswith("trained"), exits, seed)
 
 
 def progressive_of(study, shape, frame, seed):
     """The progressive recipe's flow of images, with the splits of a frame."""
-    levels, width = study.num_levels - 1, PROGRESSIVE_WIDTH
+    levels, width = PROGRESSIVE_SIZES[shape[0]]
     pnf = dimflows.recipes.principal_pnf(shape, num_halvings=levels, depth=study.depth, width=width, seed=seed).bijector
     splits = []
     for k, split in enumerate(pnf.splits):
