@@ -271,8 +271,8 @@ def test_a_flow_given_labels(tmp_path, data_dir, capsys):
     capsys.readouterr()
     for words, message in (
         (["sample", "--label", "ten"], "got --label ten, needs one of 0, 1, 2"),
-        (["interpolate", "--data-dir", str(data_dir)], "a conditional flow"),
-        (["codes", "--data-dir", str(data_dir)], "a conditional flow"),
+        (["interpolate", "--data-dir", str(data_dir)], "is a flow of images given labels, needs one without"),
+        (["codes", "--data-dir", str(data_dir)], "is a flow of images given labels, needs one without"),
     ):
         assert cli.main([words[0], str(run), *words[1:]]) == 2
         assert message in capsys.readouterr().err

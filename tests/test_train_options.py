@@ -203,6 +203,17 @@ def test_networks_compute_in_the_precision_that_is_asked_for(tmp_path):
     assert keras.config.dtype_policy().name == "float32"
 
 
+@pytest.mark.slow
+def test_without_a_precision_networks_have_that_of_keras(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = train(tmp_path / "run", epochs=1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    layers = [layer for layer in model._flatten_layers(include_self=False) if isinstance(layer, keras.layers.Dense)]
+    assert {layer.compute_dtype for layer in layers} == {"bfloat16"}
+
+
 def test_several_steps_at_once_are_the_same_training(tmp_path):
     single = train(tmp_path / "single", epochs=1, validation=False)
     several = train(tmp_path / "several", epochs=1, validation=False, steps_per_epoch=6, steps_per_execution=3)

@@ -225,7 +225,7 @@ def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: d
 
 def _walks(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> np.ndarray:
     """Walks between pairs of test images, one per row."""
-    images = _some_images(_run_data(arguments), 2 * arguments.num, arguments.seed)
+    images = _some_images(arguments, 2 * arguments.num)
     pairs = len(images) // 2
     return model.interpolate(images[:pairs], images[pairs : 2 * pairs], arguments.steps).numpy().swapaxes(0, 1)
 
@@ -235,7 +235,7 @@ def _upscaled(arguments: argparse.Namespace, model: training.FlowModel, config: 
     flow = model.bijector
     if not isinstance(flow, PNF):
         raise ValueError(f"upscale: {arguments.run} is a run of {config['recipe']}, needs one of a progressive flow (pnf)")
-    images = _some_images(_run_data(arguments, name=arguments.data), arguments.num, arguments.seed)
+    images = _some_images(arguments, arguments.num, arguments.data)
     if images.shape[1:] != model.event_shape:
         raise ValueError(f"upscale: got images of shape {images.shape[1:]}, {arguments.run} needs {model.event_shape}")
     low_resolution = flow.encode(model.distribution.dequantize(images, seed=[0, arguments.seed]))
@@ -247,7 +247,7 @@ def _upscaled(arguments: argparse.Namespace, model: training.FlowModel, config: 
 def _codes(arguments: argparse.Namespace) -> None:
     """Draws codes of every size beside principal components, and prints a table of them."""
     model = training.load_run(arguments.run)
-    images = _some_images(_run_data(arguments), 2000, arguments.seed).numpy()
+    images = _some_images(arguments, 2000).numpy()
     training_images = np.concatenate(list(_run_data(arguments, "train").as_numpy_iterator()))
     comparison = compare_with_pca(model, images, training_images, arguments.num_images)
     structure = structure_of(model.distribution)
@@ -261,15 +261,12 @@ def _codes(arguments: argparse.Namespace) -> None:
     print(f"\n{arguments.out}")
 
 
-def _some_images(batches: tf.data.Dataset, num: int, seed: int) -> tf.Tensor:
-    """Images of a dataset without conditions.
-
-    Raises:
-      ValueError: if there are conditions.
-    """
+def _some_images(arguments: argparse.Namespace, num: int, name: str | None = None) -> tf.Tensor:
+    """Images of the test split, chosen by the seed."""
+    batches = _run_data(arguments, name=name)
     if isinstance(batches.element_spec, dict):
-        raise ValueError("got a run of a conditional flow, whose latent values depend on labels; sample it by --label")
-    return next(iter(batches.unbatch().shuffle(10_000, seed=seed).batch(num)))
+        raise ValueError(f"{arguments.command}: {arguments.run} is a flow of images given labels, needs one without")
+    return next(iter(batches.unbatch().shuffle(10_000, seed=arguments.seed).batch(num)))
 
 
 def _enlarged(images: tf.Tensor, event_shape: tf.TensorShape) -> np.ndarray:

@@ -67,7 +67,7 @@ class RunConfig:
       gradient_accumulation_steps: batches whose gradients are averaged for an update of the weights. Steps of a schedule and of
         epochs are batches.
       precision: what networks compute in, a Keras dtype policy: `"float32"`, `"mixed_bfloat16"`, `"mixed_float16"`. Weights and
-        log-dets stay float32.
+        log-dets stay float32. None: Keras's present policy.
       steps_per_execution: training steps that one call of TensorFlow does, which divides the steps of an epoch.
       patience: epochs without a better validation after which the training ends; None: it does not end before `epochs`.
       max_minutes: minutes of training after which each of the run's trainings ends, at the end of a step; None: no limit.
@@ -107,7 +107,7 @@ class RunConfig:
     clip_norm: float = _option(100.0, help="norm to which gradients are clipped; 0: they are not", least=0)
     weight_decay: float = _option(0.0, help="of matrices and kernels", least=0)
     gradient_accumulation_steps: int = _option(1, help="batches whose gradients make an update of the weights")
-    precision: str = _option("float32", help="of networks", choices=["float32", "mixed_bfloat16", "mixed_float16"], type=str)
+    precision: str | None = _option(None, help="of networks", choices=["float32", "mixed_bfloat16", "mixed_float16"], type=str)
     steps_per_execution: int = _option(1, help="steps of a call of TensorFlow; divides those of an epoch")
     patience: int | None = _option(None, help="epochs without a better validation that end the training")
     max_minutes: float | None = _option(None, help="minutes that end each training")
@@ -154,7 +154,7 @@ class RunConfig:
         """Raises unless the options of training are in their ranges."""
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata.get("least", 1)
-            if "choices" in field.metadata and value not in field.metadata["choices"]:
+            if "choices" in field.metadata and value not in (field.default, *field.metadata["choices"]):
                 raise ValueError(f"train: got {field.name}={value!r}, needs one of {', '.join(field.metadata['choices'])}")
             if not isinstance(value, (int, float)) or isinstance(value, bool) or "help" not in field.metadata:
                 continue

@@ -323,7 +323,7 @@ def _fit(
         model = load(directory / MODEL)
     else:
         keras.utils.set_random_seed(config.seed)
-        with _dtype_policy(config.precision):
+        with _dtype_policy(config.precision or keras.config.dtype_policy()):
             model = FlowModel(build(), seed=config.seed)
         optimizer = make_optimizer(config, data.num_steps(config), model.trainable_variables)
         model.compile(optimizer, steps_per_execution=config.steps_per_execution)
@@ -339,7 +339,7 @@ def _fit(
             initial_epoch=finished_epochs,
             epochs=finished_epochs if _is_over(config, backup) else config.epochs,
             steps_per_epoch=steps,
-            validation_data=data.validation,
+            validation_data=data.validation.take(steps) if steps and data.validation else data.validation,
             callbacks=_callbacks(directory, config, data, backup, decide),
         )
         if not (has_finite_weights(model) and np.isfinite(history.history.get("loss", [])).all()):
@@ -407,10 +407,10 @@ def _epochs_before_decided(config: RunConfig, data: _Data, model: FlowModel) -> 
 
 
 @contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
+def _dtype_policy(policy: str | keras.DTypePolicy) -> Iterator[None]:
     """A Keras dtype policy while networks are made."""
     before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
+    keras.config.set_dtype_policy(policy)
     try:
         yield
     finally:
