@@ -303,6 +303,7 @@ def test_spectral_norms_are_those_of_the_weights_that_are_tested(options):
         ({"steps_per_epoch": 4, "steps_per_execution": 3}, "steps_per_execution=3 and 4 steps per epoch"),
         ({"patience": 1, "validation": False}, "patience=1 without validation data"),
         ({"max_minutes": 0.0}, "max_minutes=0.0, needs a positive number"),
+        ({"recipe": "lcma-realnvp", "online_steps": 2, "max_minutes": 1.0}, "got online_steps and max_minutes"),
         ({"epochs": 1.5}, "epochs=1.5, needs a positive integer"),
     ],
 )

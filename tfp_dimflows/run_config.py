@@ -81,7 +81,7 @@ class RunConfig:
 
     Raises:
       ValueError: if a recipe does not exist or does not take the arguments; for numbers out of their ranges; for `online_steps`
-        with `pretrain_epochs` or a recipe without LCMA; for LCMA with a condition; for a recipe beside itself.
+        with `pretrain_epochs`, `max_minutes` or a recipe without LCMA; for LCMA with a condition; for a recipe beside itself.
 
     #### Example
 
@@ -138,6 +138,8 @@ class RunConfig:
             )
         if self.online_steps is not None and (self.base is None or self.pretrain_epochs is not None):
             raise ValueError(f"train: got online_steps for {self.recipe}, needs an lcma recipe and no pretrain_epochs")
+        if self.online_steps is not None and self.max_minutes is not None:
+            raise ValueError("train: got online_steps and max_minutes, which may end before all is decided; needs one of them")
         if self.base is not None and arguments.get("condition_shape") is not None:
             raise ValueError(f"train: got condition_shape for {self.recipe}, needs none: contributions take no condition")
         self._check_numbers()
