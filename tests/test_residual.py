@@ -578,11 +578,15 @@ def trained():
     return model, digits, model.fit(digits, epochs=3, validation_data=digits.take(1), verbose=0).history
 
 
+def _spectral(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, _Spectral)]
+
+
 @pytest.mark.slow
 def test_training_lowers_the_bits_and_keeps_the_bound(trained):
     model, _, history = trained
     assert np.isfinite(history["loss"]).all() and history["bits_per_dim"][-1] < history["bits_per_dim"][0] - 0.02
-    layers = [layer for layer in model._flatten_layers() if hasattr(layer, "converge")]
+    layers = _spectral(model)
     assert len(layers) == 6
     for layer in layers:
         before = float(layer.spectral_norm())
@@ -604,9 +608,7 @@ def test_singular_vectors_are_saved(trained, tmp_path):
     model, _, _ = trained
     model.save(tmp_path / "model.keras")
     loaded = dimflows.load(str(tmp_path / "model.keras"))
-    mine, theirs = (
-        [layer.left.numpy() for layer in m._flatten_layers() if hasattr(layer, "converge")] for m in (model, loaded)
-    )
+    mine, theirs = ([layer.left.numpy() for layer in _spectral(m)] for m in (model, loaded))
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
 
