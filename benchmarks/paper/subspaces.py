@@ -39,7 +39,7 @@ FRAMES = {
     f"{KLT}, minor half stays": "principal",
     f"{KLT}, after a first level": "principal",
 }
-IMAGES = ("first half", "Haar", "random rotation", KLT, f"{KLT}, trained")
+IMAGES = ("first half", "checkerboard", "Haar", "random rotation", KLT, f"{KLT}, trained")
 # A level is the rotation of its blocks alone, and what leaves is modelled given what stays.
 PROGRESSIVE = ("progressive, Haar", "progressive, random rotation", f"progressive, {KLT}", f"progressive, {KLT}, trained")
 FRAMES |= {frame: FRAMES[frame.removeprefix("progressive, ")] for frame in PROGRESSIVE}
@@ -67,11 +67,11 @@ STUDIES = {
         "CIFAR-10 16x16", 4, 2500, ("first half", "checkerboard", KLT, f"{KLT}, minor half stays"), seeds=1
     ),
     "CIFAR-10, progressive": Study("CIFAR-10 16x16", 4, 2500, ("Haar", KLT, *PROGRESSIVE)),
-    "CIFAR-10, Glow": Study("CIFAR-10 16x16", 4, 2500, (*IMAGES[:1], KLT, *GLOW), seeds=2),
-    "CIFAR-10, 10,000 steps": Study("CIFAR-10 16x16", 4, 10_000, ("Haar", KLT, PROGRESSIVE[-1]), seeds=1),
-    "CIFAR-10, 32x32": Study("CIFAR-10", 4, 1000, ("first half", "Haar", KLT, *PROGRESSIVE[2:])),
-    "CIFAR-10, 32x32, 2,500 steps": Study("CIFAR-10", 4, 2500, ("Haar", PROGRESSIVE[-1]), seeds=1),
-    "MNIST": Study("MNIST 16x16", 3, 2500, ("first half", "Haar", KLT, f"{KLT}, after a first level")),
+    "CIFAR-10, Glow": Study("CIFAR-10 16x16", 4, 2500, (*IMAGES[:1], KLT, *GLOW)),
+    "CIFAR-10, 10,000 steps": Study("CIFAR-10 16x16", 4, 10_000, ("Haar", KLT, PROGRESSIVE[-1])),
+    "CIFAR-10, 32x32": Study("CIFAR-10", 4, 1000, (*IMAGES, *PROGRESSIVE[2:])),
+    "CIFAR-10, 32x32, 2,500 steps": Study("CIFAR-10", 4, 2500, ("Haar", PROGRESSIVE[-1])),
+    "MNIST": Study("MNIST 16x16", 3, 2500, (*IMAGES, f"{KLT}, after a first level")),
     "photo patches, vectors": Study("photo patches 8x8, vectors", 4, 1500, VECTORS, depth=2, width=128),
 }
 DATASETS = {
