@@ -19,6 +19,7 @@ import subprocess
 import sys
 import zipfile
 
+import keras
 import matplotlib.image
 import numpy as np
 import pytest
@@ -262,6 +263,9 @@ def test_a_flow_given_labels(tmp_path, data_dir, capsys):
     )
     assert result["nll"] == pytest.approx(expected, rel=1e-5) and abs(others - expected) > 1e-3
     assert cli.main(["score", str(run), "--data-dir", str(data_dir), "--out", str(tmp_path / "scores.csv")]) == 0
+    for label in range(9):
+        (tmp_path / "others" / str(label)).mkdir(parents=True)
+        keras.utils.save_img(tmp_path / "others" / str(label) / "some.png", np.full([8, 8, 1], 25 * label))
     drawn = {}
     for words in ([], ["--label", "3"], ["--label", "4"]):
         out = tmp_path / f"{len(drawn)}.png"
@@ -273,6 +277,7 @@ def test_a_flow_given_labels(tmp_path, data_dir, capsys):
         (["sample", "--label", "ten"], "got --label ten, needs one of 0, 1, 2"),
         (["interpolate", "--data-dir", str(data_dir)], "is a flow of images given labels, needs one without"),
         (["codes", "--data-dir", str(data_dir)], "is a flow of images given labels, needs one without"),
+        (["score", "--data", str(tmp_path / "others")], "needs images of the labels 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "),
     ):
         assert cli.main([words[0], str(run), *words[1:]]) == 2
         assert message in capsys.readouterr().err

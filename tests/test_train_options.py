@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import tfp_dimflows as dimflows
 from tfp_dimflows import cli, presets, training
+from tfp_dimflows.distributions import structure_of
 from tfp_dimflows.training import clock, optimizers
 
 RNG = np.random.default_rng(0)
@@ -28,6 +29,15 @@ def train(directory, validation=True, recipe="realnvp", arguments=None, resume=F
     validation_data = batches(OTHERS) if validation else None
     data = batches(EVENTS), batches(OTHERS + 1.0), validation_data
     return training.train(recipe, directory, *data, arguments=arguments, resume=resume, **options)
+
+
+SMALL = {"depth": 1, "width": 4, "num_blocks": 1}
+
+
+def train_images(directory, **options):
+    events = tf.data.Dataset.from_tensor_slices(EVENTS.reshape(-1, 2, 2, 1)).repeat(2).batch(16, drop_remainder=True)
+    options = {"recipe": "realnvp", "arguments": SMALL, "epochs": 2} | options
+    return training.train(options.pop("recipe"), directory, events, events, events, event_shape=[2, 2, 1], **options)
 
 
 def rows(directory):
@@ -114,6 +124,11 @@ def test_gradients_accumulate():
     for gradient, expected in [(1.0, 0.0), (3.0, -2.0), (5.0, -2.0)]:
         optimizer.apply_gradients([(tf.constant([gradient]), variable)])
         assert variable.numpy() == [expected]
+
+
+@pytest.mark.parametrize(("weight_decay", "expected"), [(None, 0.004), (0.0, 0.0), (0.1, 0.1)])
+def test_an_optimizer_has_its_own_weight_decay_by_default(weight_decay, expected):
+    assert optimizers.make_optimizer(config(optimizer="adamw", weight_decay=weight_decay), None).weight_decay == expected
 
 
 def test_every_preset_is_a_training():
@@ -285,6 +300,58 @@ def test_spectral_norms_are_those_of_the_weights_that_are_tested(options):
     assert len(seen) == 5 and len(layers) >= 2
 
 
+@pytest.mark.parametrize(("online_steps", "expected"), [(1, 0), (5, 0), (6, 1), (7, 1), (12, 2)])
+def test_epochs_that_lack_decisions_are_not_compared(online_steps, expected):
+    options = config(recipe="lcma-realnvp", event_shape=[4], online_steps=online_steps, epochs=4)
+    model = dimflows.FlowModel(options.build(contributions="online"))
+    assert len(structure_of(model.distribution).multiscale.levels) == 2
+    data = training.runs._Data(batches(EVENTS), batches(OTHERS), batches(OTHERS))
+    assert training.runs._epochs_before_decided(options, data, model) == expected
+
+
+ONLINE = {
+    "recipe": "lcma-realnvp",
+    "online_steps": 4,
+    "baseline": False,
+    "arguments": {"depth": 1, "width": 4, "num_blocks": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"steps_per_execution": 2}])
+def test_all_is_decided_online(options, tmp_path):
+    model = train_images(tmp_path / "run", **ONLINE, **options)
+    multiscale = structure_of(model.distribution).multiscale
+    assert multiscale.num_decided == len(multiscale.levels) - 1 == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_lacks_decisions_is_not_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(training.runs.DecideFactorization, "on_train_batch_begin", lambda self, batch, logs=None: None)
+    with pytest.raises(RuntimeError, match="0 of 1 factor-outs were decided"):
+        train_images(tmp_path / "run", **ONLINE)
+    assert not (tmp_path / "run" / "model.keras").exists()
+
+
+def test_a_run_without_times_is_refused_before_it_is_trained_on(tmp_path):
+    interrupt(lambda: train(tmp_path / "run"), epoch=1)
+    path = tmp_path / "run" / "history.csv"
+    old = path.read_text().replace("minutes", "seconds")
+    path.write_text(old)
+    with pytest.raises(ValueError, match="history.csv is of version .*choose another directory"):
+        train(tmp_path / "run", resume=True)
+    assert path.read_text() == old
+
+
+def test_patience_takes_no_number_as_worse_than_any():
+    early = training.runs._EarlyStopping("val_nll", patience=2, mode="min")
+    early.set_model(dimflows.FlowModel(dimflows.recipes.nice([2], width=4)))
+    early.on_train_begin()
+    for epoch, value in enumerate([math.nan, 2.0, 1.0]):
+        early.on_epoch_end(epoch, {"val_nll": value})
+    assert early.best == 1.0 and early.wait == 0
+
+
 # Bad options.
 
 
@@ -305,11 +372,37 @@ def test_spectral_norms_are_those_of_the_weights_that_are_tested(options):
         ({"max_minutes": 0.0}, "max_minutes=0.0, needs a positive number"),
         ({"recipe": "lcma-realnvp", "online_steps": 2, "max_minutes": 1.0}, "got online_steps and max_minutes"),
         ({"epochs": 1.5}, "epochs=1.5, needs a positive integer"),
+        ({"optimizer_arguments": {"weight_decay": 0.1}}, "weight_decay among optimizer_arguments, .* option weight_decay"),
+        ({"optimizer_arguments": {"use_ema": True}}, "use_ema among optimizer_arguments, .* option ema"),
+        ({"optimizer_arguments": {"clipnorm": 1.0}}, "clipnorm among optimizer_arguments with clip_norm=100.0"),
+        ({"steps_per_execution": 4}, "steps_per_execution=4 and 6 batches in an epoch"),
+        ({"recipe": "lcma-realnvp", "online_steps": 3, "gradient_accumulation_steps": 2}, "online_steps=3 and gradient_acc"),
+        ({"recipe": "lcma-realnvp", "online_steps": 3, "steps_per_execution": 2}, "online_steps=3 and steps_per_execution=2"),
+        ({"beside": {"nice": {}}, "schedule": "cosine", "warmup_steps": 12}, "got 12 steps"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [{"epochs": "3"}, {"optimizer": keras.optimizers.Adam()}, {"patience": True}])
+def test_values_of_other_types_are_refused(options):
+    with pytest.raises(TypeError, match=f"train: got {next(iter(options))}="):
+        config(**options)
+
+
+def test_the_first_phase_of_what_is_trained_beside_is_checked_too(tmp_path):
+    with pytest.raises(ValueError, match="got 6 steps .*first phase of lcma-realnvp, pretrain_epochs=1"):
+        train_images(tmp_path / "run", beside=["lcma-realnvp"], warmup_steps=6)
+    assert not (tmp_path / "run").exists()
+
+
+def test_minutes_of_several_workers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", type(tf.distribute.get_strategy()))
+    with pytest.raises(ValueError, match="max_minutes with several workers"):
+        train(tmp_path / "run", max_minutes=1.0)
     assert not (tmp_path / "run").exists()
 
 

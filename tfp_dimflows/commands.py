@@ -141,8 +141,16 @@ def _run_data(
     options = dict(config["data"])
     trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
     if name not in (None, trained_name):
-        labels = {"label_names": options["label_names"]} if "label_names" in options else {}
-        options = {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"], **labels}
+        names = options.get("label_names", [])
+        options = {"image_size": tuple(config["event_shape"][:2]), "grey_levels": config["grey_levels"]}
+        if names:
+            others = list(data.info(name, data_dir=arguments.data_dir).label_names)
+            if others != names:
+                raise ValueError(
+                    f"{arguments.command}: {arguments.run} needs images of the labels {', '.join(names)}, {name} has "
+                    f"{', '.join(others) or 'none'}"
+                )
+            options["label_names"] = names
     return _loaded(
         name or trained_name,
         split or test_split,
@@ -165,11 +173,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    """Writes a table of the log-probability of every image, of a folder with the names of its files."""
+    """Writes a table of the log-probability of every image, of a folder with the names of its files (without labels)."""
     config, model = training.read_config(arguments.run), training.load_run(arguments.run)
     name = arguments.data or config.get("data", {}).get("name")
     split = arguments.split or ("all" if arguments.data else None)
-    is_folder = name is not None and as_folder(name) is not None
+    is_folder = name is not None and as_folder(name) is not None and "label_names" not in config.get("data", {})
     images = _run_data(arguments, split, arguments.batch_size, name, files=is_folder)
     scores = model.score(images, num_samples=_num_samples(arguments, model), seed=arguments.seed)
     names = [file.decode() for file in scores.pop("y")] if is_folder else range(len(scores["log_prob"]))

@@ -63,9 +63,9 @@ class RunConfig:
       ema: momentum of an exponential moving average of the weights, such as 0.999, which is what is evaluated, saved and
         sampled; 0: the weights themselves are.
       clip_norm: the norm to which the gradients of all weights together are clipped; 0: they are not.
-      weight_decay: of matrices and kernels, decoupled from the gradients; 0: none.
-      gradient_accumulation_steps: batches whose gradients are averaged for an update of the weights. Steps of a schedule and of
-        epochs are batches.
+      weight_decay: of matrices and kernels, decoupled from the gradients; None: as much as the optimizer has by default.
+      gradient_accumulation_steps: batches whose gradients are averaged for an update of the weights. All steps that are counted
+        here are batches.
       precision: what networks compute in, a Keras dtype policy: `"float32"`, `"mixed_bfloat16"`, `"mixed_float16"`. Weights and
         log-dets stay float32. None: Keras's present policy.
       steps_per_execution: training steps that one call of TensorFlow does, which divides the steps of an epoch.
@@ -74,14 +74,17 @@ class RunConfig:
       seed: integer seed of initial weights, noise and samples.
       pretrain_epochs: epochs of LCMA's first phase; None: half of `epochs`, rounded up.
       online_steps: LCMA in one phase: a factor-out is decided after every so many steps, by as many batches
-        (`DecideFactorization`). `contributions.npz` is then of the trained model.
+        (`DecideFactorization`), a multiple of `gradient_accumulation_steps` and `steps_per_execution`. `contributions.npz` is
+        of the trained model.
       baseline: whether an LCMA recipe also trains the conventional factorization.
       beside: other recipes that are trained with the same budget for comparison: names, or a dict of names and arguments.
       notes: further entries of `config.json`, such as the dataset's name.
 
     Raises:
+      TypeError: for a value of another type, such as an optimizer in the place of its name.
       ValueError: if a recipe does not exist or does not take the arguments; for numbers out of their ranges; for `online_steps`
-        with `pretrain_epochs`, `max_minutes` or a recipe without LCMA; for LCMA with a condition; for a recipe beside itself.
+        with `pretrain_epochs`, `max_minutes` or a recipe without LCMA, or no multiple; for LCMA with a condition; for a recipe
+        beside itself.
 
     #### Example
 
@@ -105,7 +108,7 @@ class RunConfig:
     warmup_steps: int = _option(0, help="steps in which the learning rate rises from 0", least=0)
     ema: float = _option(0.0, help="momentum of an average of the weights, such as 0.999, which is what is kept", least=0)
     clip_norm: float = _option(100.0, help="norm to which gradients are clipped; 0: they are not", least=0)
-    weight_decay: float = _option(0.0, help="of matrices and kernels", least=0)
+    weight_decay: float | None = _option(None, help="of matrices and kernels; default: the optimizer's", least=0)
     gradient_accumulation_steps: int = _option(1, help="batches whose gradients make an update of the weights")
     precision: str | None = _option(None, help="of networks", choices=["float32", "mixed_bfloat16", "mixed_float16"], type=str)
     steps_per_execution: int = _option(1, help="steps of a call of TensorFlow; divides those of an epoch")
@@ -153,14 +156,18 @@ class RunConfig:
             object.__setattr__(self, "pretrain_epochs", self.pretrain_epochs or (self.epochs + 1) // 2)
 
     def _check_numbers(self) -> None:
-        """Raises unless the options of training are in their ranges."""
+        """Raises unless the options of training have their types and are in their ranges."""
+        if not isinstance(self.optimizer, str):
+            raise TypeError(f"train: got optimizer={self.optimizer!r}, needs the name of a Keras optimizer")
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata.get("least", 1)
             if "choices" in field.metadata and value not in (field.default, *field.metadata["choices"]):
                 raise ValueError(f"train: got {field.name}={value!r}, needs one of {', '.join(field.metadata['choices'])}")
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or "help" not in field.metadata:
+            is_whole, is_number = "float" not in str(field.type), any(kind in str(field.type) for kind in ("int", "float"))
+            if not is_number or "help" not in field.metadata or (value is None and "None" in str(field.type)):
                 continue
-            is_whole = "float" not in str(field.type)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"train: got {field.name}={value!r}, needs {'an integer' if is_whole else 'a number'}")
             if not (0 < value < math.inf or value == least == 0) or (is_whole and int(value) != value):
                 kind = "nonnegative" if least == 0 else "positive"
                 raise ValueError(f"train: got {field.name}={value!r}, needs a {kind} {'integer' if is_whole else 'number'}")
@@ -171,6 +178,11 @@ class RunConfig:
                 f"train: got steps_per_execution={self.steps_per_execution} and {self.steps_per_epoch} steps per epoch, "
                 "needs a divisor of them"
             )
+        for option in ("gradient_accumulation_steps", "steps_per_execution"):
+            if (self.online_steps or 0) % getattr(self, option):
+                raise ValueError(
+                    f"train: got online_steps={self.online_steps} and {option}={getattr(self, option)}, needs a multiple of it"
+                )
 
     @property
     def base(self) -> str | None:

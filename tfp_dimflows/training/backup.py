@@ -25,7 +25,8 @@ class Backup(keras.callbacks.Callback):
     """Writes a model's weights, optimizer and seeds after each epoch, for a training that goes on after a kill.
 
     A backup has its name, which tells the epoch, only once it is complete. The last two are kept, since workers of a
-    `tf.distribute` strategy may be killed one epoch apart, and that of the epoch with the best validation.
+    `tf.distribute` strategy may be killed one epoch apart, and that of the epoch with the best validation, now and before the
+    last epoch.
 
     Args:
       directory: folder of the backups of this training alone.
@@ -48,9 +49,9 @@ class Backup(keras.callbacks.Callback):
             rows = list(csv.DictReader(file))
         return [{name: float("nan" if value == "NA" else value) for name, value in row.items()} for row in rows]
 
-    def best_epoch(self) -> int | None:
-        """The number of epochs after which the validation was best; None without validation."""
-        rows = list(enumerate(self.rows(), start=1))[self.first_epoch :]
+    def best_epoch(self, last: int | None = None) -> int | None:
+        """The number of epochs, up to `last`, after which the validation was best; None without validation."""
+        rows = list(enumerate(self.rows(), start=1))[self.first_epoch : last]
         values = {epoch: row["val_nll"] for epoch, row in rows if np.isfinite(row.get("val_nll", np.nan))}
         return min(values, key=values.__getitem__) if values else None
 
@@ -90,7 +91,7 @@ class Backup(keras.callbacks.Callback):
         unfinished = self._directory / "unfinished.weights.h5"
         self.model.save_weights(unfinished)
         os.replace(unfinished, self._path(epoch + 1))
-        for older in set(self.epochs()[:-2]) - {self.best_epoch()}:
+        for older in set(self.epochs()[:-2]) - {self.best_epoch(), self.best_epoch(epoch)}:
             self._path(older).unlink()
 
     def remove(self) -> None:

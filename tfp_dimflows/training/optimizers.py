@@ -1,10 +1,15 @@
 """The optimizer of a run, with Keras's schedules, clipping, averages and accumulation."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
 from tfp_dimflows.run_config import RunConfig
+
+_OWN_OPTIONS = {name: name for name in ("learning_rate", "weight_decay", "gradient_accumulation_steps")}
+_OWN_OPTIONS |= {"use_ema": "ema", "ema_momentum": "ema", "global_clipnorm": "clip_norm"}
+_OTHER_CLIPPING = ("clipnorm", "clipvalue")
 
 
 def make_optimizer(config: RunConfig, num_steps: int | None, variables: Sequence[keras.Variable] = ()) -> keras.Optimizer:
@@ -16,8 +21,8 @@ def make_optimizer(config: RunConfig, num_steps: int | None, variables: Sequence
       variables: what is to be trained. Those of rank 0 and 1 (shifts, scales, biases) have no weight decay.
 
     Raises:
-      ValueError: if there is no such optimizer or it does not take its arguments; for a schedule without a number of steps, or
-        with fewer than those of warm-up.
+      ValueError: if there is no such optimizer or it does not take its arguments, or these have options of their own; for a
+        schedule without a number of steps, or with fewer than those of warm-up.
     """
     rate = config.learning_rate
     if config.schedule != "constant" or config.warmup_steps:
@@ -40,18 +45,26 @@ def make_optimizer(config: RunConfig, num_steps: int | None, variables: Sequence
         raise ValueError(
             f"train: got optimizer={config.optimizer!r}, needs the name of a Keras optimizer, such as adam"
         ) from error
-    accumulated = config.gradient_accumulation_steps
-    options = {
-        "global_clipnorm": config.clip_norm or None,
-        "weight_decay": config.weight_decay or None,
-        "use_ema": bool(config.ema),
-        "ema_momentum": config.ema or 0.99,
-        "gradient_accumulation_steps": accumulated if accumulated > 1 else None,
-    }
+    for name in config.optimizer_arguments:
+        if name in _OWN_OPTIONS:
+            raise ValueError(f"train: got {name} among optimizer_arguments, needs it as the option {_OWN_OPTIONS[name]}")
+        if name in _OTHER_CLIPPING and config.clip_norm:
+            raise ValueError(
+                f"train: got {name} among optimizer_arguments with clip_norm={config.clip_norm}, needs clip_norm=0"
+            )
+    options: dict[str, Any] = {"learning_rate": rate}
+    if config.clip_norm:
+        options["global_clipnorm"] = config.clip_norm
+    if config.weight_decay is not None:
+        options["weight_decay"] = config.weight_decay
+    if config.ema:
+        options |= {"use_ema": True, "ema_momentum": config.ema}
+    if config.gradient_accumulation_steps > 1:
+        options["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     try:
-        optimizer = kind(rate, **config.optimizer_arguments | options)
+        optimizer = kind(**config.optimizer_arguments | options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"train: {config.optimizer} does not take {config.optimizer_arguments}: {error}") from error
-    if config.weight_decay:
+    if optimizer.weight_decay:
         optimizer.exclude_from_weight_decay(var_list=[variable for variable in variables if len(variable.shape) < 2])
     return optimizer

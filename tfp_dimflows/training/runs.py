@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import fcntl
 import json
-import math
 import os
 import pathlib
 import warnings
@@ -95,10 +94,17 @@ def train(
         other.build()
     if config.patience is not None and validation_data is None:
         raise ValueError(f"train: got patience={config.patience} without validation data, needs some")
+    if config.max_minutes is not None and isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+        raise ValueError("train: got max_minutes with several workers, whose clocks differ; needs epochs alone")
     data = _Data(train_data, test_data, validation_data)
-    for phase in (config, *([_pretraining(config)] if config.pretrain_epochs else [])):
-        make_optimizer(phase, data.num_steps(phase))
+    for phase in (config, *config.others()):
+        _check_optimizer(phase, data)
     steps, factor_outs = data.num_steps(config), len(multiscale.levels) - 1 if multiscale is not None else 0
+    if steps is not None and steps // config.epochs % config.steps_per_execution:
+        raise ValueError(
+            f"train: got steps_per_execution={config.steps_per_execution} and {steps // config.epochs} batches in an epoch, "
+            "needs a divisor of them"
+        )
     if config.online_steps is not None and steps is not None and steps <= config.online_steps * factor_outs:
         raise ValueError(
             f"train: got online_steps={config.online_steps} for {factor_outs} factor-outs in {steps} steps, needs at most "
@@ -119,6 +125,18 @@ class _Data(NamedTuple):
         """Steps of a training; None if that cannot be known."""
         steps = config.steps_per_epoch or int(self.train.cardinality())
         return config.epochs * steps if steps > 0 else None
+
+
+def _check_optimizer(config: RunConfig, data: _Data) -> None:
+    """Raises a ValueError for bad options of the optimizer, of LCMA's first phase too."""
+    make_optimizer(config, data.num_steps(config))
+    if config.pretrain_epochs:
+        try:
+            make_optimizer(_pretraining(config), data.num_steps(_pretraining(config)))
+        except ValueError as error:
+            raise ValueError(
+                f"{error} (in the first phase of {config.recipe}, pretrain_epochs={config.pretrain_epochs})"
+            ) from None
 
 
 def _pretraining(config: RunConfig) -> RunConfig:
@@ -142,7 +160,8 @@ def _train(config: RunConfig, directory: pathlib.Path, data: _Data) -> FlowModel
         contributions = contributions_of(load(directory / "pretraining" / MODEL))  # as a run that goes on from here has it
         model = fit(directory, config, contributions=contributions)
     else:
-        decide = DecideFactorization(data.train.take(config.online_steps), config.online_steps, config.seed)
+        updates = config.online_steps // config.gradient_accumulation_steps
+        decide = DecideFactorization(data.train.take(config.online_steps), updates, config.seed)
         model = fit(directory, config, decide, contributions="online")
         contributions = contributions_of(model)
     if config.base is not None:
@@ -277,6 +296,7 @@ def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> Non
     if _holds_epochs(directory):
         if not resume:
             raise ValueError(f"train: {directory} already holds a run; resume it (--resume) or choose another directory")
+        _check_histories(directory)
         stored = {field.name: field.default for field in dataclasses.fields(RunConfig)} | {"optimizer_arguments": {}}
         stored = {name: value for name, value in stored.items() if name in config} | read_config(directory)
         config = config | {"version": stored.get("version")}
@@ -286,6 +306,18 @@ def _check_directory(directory: pathlib.Path, config: dict, resume: bool) -> Non
             raise ValueError(f"train: {directory} holds a run of another configuration: {differences}")
     else:
         _write_json(directory / CONFIG, config)
+
+
+def _check_histories(directory: pathlib.Path) -> None:
+    """Raises a ValueError if an unfinished training has no minutes in its history, as those of older versions."""
+    for path in directory.rglob(HISTORY):
+        header = path.read_text().partition("\n")[0].split(",")
+        if header != [""] and "minutes" not in header and not (path.parent / METRICS).is_file():
+            version = stored_config(directory).get("version")
+            raise ValueError(
+                f"train: {path} is of version {version}, in which trainings were not timed, and cannot be gone on with; choose "
+                "another directory"
+            )
 
 
 def _holds_epochs(directory: pathlib.Path) -> bool:
@@ -348,6 +380,8 @@ def _fit(
             backup.load(model, best)
             model.optimizer.finalize_variable_values(model.trainable_variables)  # to their moving average, if there is one
             model.converge()
+        if decide is not None:
+            _check_decided(directory, model)
         unfinished = directory / f"unfinished.{MODEL}"
         model.save(unfinished)
         os.replace(unfinished, directory / MODEL)
@@ -379,9 +413,7 @@ def _callbacks(
         backup,
     ]
     if config.patience is not None:
-        early = keras.callbacks.EarlyStopping(
-            "val_nll", patience=config.patience, mode="min", start_from_epoch=backup.first_epoch
-        )
+        early = _EarlyStopping("val_nll", patience=config.patience, mode="min", start_from_epoch=backup.first_epoch)
 
         def replay(logs: dict | None = None) -> None:
             for epoch, row in enumerate(rows):
@@ -389,6 +421,14 @@ def _callbacks(
 
         callbacks += [early, keras.callbacks.LambdaCallback(on_train_begin=replay)]
     return callbacks
+
+
+class _EarlyStopping(keras.callbacks.EarlyStopping):
+    """Keras's, to which a value that is no number is worse than any."""
+
+    def get_monitor_value(self, logs: dict) -> float:
+        value = super().get_monitor_value(logs)
+        return value if value is None or np.isfinite(value) else np.inf
 
 
 def _is_over(config: RunConfig, backup: Backup) -> bool:
@@ -399,11 +439,21 @@ def _is_over(config: RunConfig, backup: Backup) -> bool:
 
 
 def _epochs_before_decided(config: RunConfig, data: _Data, model: FlowModel) -> int:
-    """Epochs at whose end a factorization that is learned online lacks decisions."""
+    """Epochs at whose end a factorization that is learned online lacks decisions: the last is made at the start of a step."""
     multiscale, steps = structure_of(model.distribution).multiscale, data.num_steps(config)
     if config.online_steps is None or multiscale is None or steps is None:
         return 0
-    return math.ceil(config.online_steps * (len(multiscale.levels) - 1) / (steps // config.epochs)) - 1
+    return config.online_steps * (len(multiscale.levels) - 1) // (steps // config.epochs)
+
+
+def _check_decided(directory: pathlib.Path, model: FlowModel) -> None:
+    """Raises a Failure unless an online factorization is complete, which steps that were left out (of float16) delay."""
+    multiscale = structure_of(model.distribution).multiscale
+    if multiscale.num_decided < (factor_outs := len(multiscale.levels) - 1):
+        raise Failure(
+            f"train: {multiscale.num_decided} of {factor_outs} factor-outs were decided in the epochs of {directory}; needs "
+            "fewer online_steps"
+        )
 
 
 @contextlib.contextmanager
