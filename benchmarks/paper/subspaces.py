@@ -68,9 +68,9 @@ STUDIES = {
     ),
     "CIFAR-10, progressive": Study("CIFAR-10 16x16", 4, 2500, ("Haar", KLT, *PROGRESSIVE)),
     "CIFAR-10, Glow": Study("CIFAR-10 16x16", 4, 2500, (*IMAGES[:1], KLT, *GLOW)),
-    "CIFAR-10, 10,000 steps": Study("CIFAR-10 16x16", 4, 10_000, ("Haar", KLT, PROGRESSIVE[-1])),
+    "CIFAR-10, 10,000 steps": Study("CIFAR-10 16x16", 4, 10_000, ("Haar", KLT, PROGRESSIVE[-1]), seeds=1),
     "CIFAR-10, 32x32": Study("CIFAR-10", 4, 1000, (*IMAGES, *PROGRESSIVE[2:])),
-    "CIFAR-10, 32x32, 2,500 steps": Study("CIFAR-10", 4, 2500, ("Haar", PROGRESSIVE[-1])),
+    "CIFAR-10, 32x32, 2,500 steps": Study("CIFAR-10", 4, 2500, ("Haar", PROGRESSIVE[-1]), seeds=1),
     "MNIST": Study("MNIST 16x16", 3, 2500, (*IMAGES, f"{KLT}, after a first level")),
     "photo patches, vectors": Study("photo patches 8x8, vectors", 4, 1500, VECTORS, depth=2, width=128),
 }
