@@ -292,8 +292,10 @@ def test_lcma_in_a_rotated_frame():
         ([4, 4, 1], {"whole": True, "code_dims": 3}, [(1, 1, 3), (1, 1, 4), (2, 2, 2), (4, 4, 1)]),
         ([4, 4, 1], {"network": "dense"}, [(4,), (8,), (16,)]),
         ([7], {"num_halvings": 1, "code_dims": 2}, [(2,), (4,), (7,)]),
+        ([8, 8, 1], {"trainable": True}, [(2, 2, 4), (4, 4, 2), (8, 8, 1)]),
+        ([7], {"num_halvings": 1, "trainable": True}, [(4,), (7,)]),
     ],
-    ids=["blocks", "whole", "dense", "vector"],
+    ids=["blocks", "whole", "dense", "vector", "trained blocks", "trained vector"],
 )
 def test_codes_of_principal_components_are_linear(shape, options, stage_shapes):
     distribution = small("principal-pnf", shape, **options)
@@ -303,6 +305,7 @@ def test_codes_of_principal_components_are_linear(shape, options, stage_shapes):
     perturb(distribution, 0.03)
     *outer, flow = distribution.bijector.bijectors if isinstance(distribution.bijector, dfb.Chain) else [distribution.bijector]
     assert flow.stage_shapes == stage_shapes
+    assert all(bool(split.rotation.trainable_variables) == options.get("trainable", False) for split in flow.splits)
     x = dfb.Chain(outer).inverse(y) if outer else tf.constant(y)
     code = flow.encode(x)
     np.testing.assert_allclose(flow.encode(0.25 * x[:40] + 0.75 * x[40:]), 0.25 * code[:40] + 0.75 * code[40:], atol=1e-3)

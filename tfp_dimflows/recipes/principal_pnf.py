@@ -27,6 +27,7 @@ def principal_pnf(
     num_hidden: int = 2,
     network: str | None = None,
     whole: bool = False,
+    trainable: bool = False,
     alpha: float = 0.05,
     grey_levels: int | None = None,
     seed: int = 0,
@@ -55,6 +56,8 @@ def principal_pnf(
       network: `"conv"` or `"dense"`; None: `"conv"` for images, `"dense"` for vectors.
       whole: whether codes of convolutional flows are those of principal components of whole images, in the layout of blocks:
         images are reconstructed better from them, but their details are harder to model. Costs O(D^2) per image.
+      trainable: whether the rotations of blocks and vectors are trained with the rest, from the principal components on. A code
+        is linear in the image's logits then too.
       alpha: margin of the logit preprocessing.
       grey_levels: number of grey levels of integer images; None for continuous events.
       seed: integer seed.
@@ -82,7 +85,7 @@ def principal_pnf(
         raise ValueError("principal-pnf: got whole=True for vectors, which are rotated as a whole anyway")
     width = (128 if is_dense else 32) if width is None else width
     common.check_sizes("principal-pnf", width=width)
-    options: dict[str, Any] = {"depth": depth, "num_hidden": num_hidden, "seeds": _endless(seed)}
+    options: dict[str, Any] = {"depth": depth, "num_hidden": num_hidden, "trainable": trainable, "seeds": _endless(seed)}
     if is_dense:
         sizes = [math.prod(shape)]
         for _ in range(num_halvings):
@@ -102,6 +105,7 @@ def _image_flow(
     depth: int,
     width: int,
     num_hidden: int,
+    trainable: bool,
     seeds: Iterator[int],
 ) -> dfb.PNF:
     common.check_halvings("principal-pnf", shape, num_halvings, num_halvings=num_halvings)
@@ -111,7 +115,7 @@ def _image_flow(
 
     def split_off(channels: int, kept: int, factor: int, is_whole: bool) -> None:
         sides = (height, wide) if is_whole else None
-        splits.insert(0, dfb.OrthogonalSplit(channels, kept, factor, dtype=common.floatx(), whole=sides))
+        splits.insert(0, _split(channels, kept, factor, trainable, whole=sides))
         details.insert(0, _image_detail(channels * factor**2 - kept, kept, depth, width, seeds))
 
     for _ in range(num_halvings):
@@ -127,7 +131,8 @@ def _image_flow(
         split_off(channels, code_dims // pixels, 1, True)
         channels = code_dims // pixels
     flat = common.from_flat((height, wide, channels))
-    base = _vector_flow([height * wide * channels], None, depth=depth, width=4 * width, num_hidden=num_hidden, seeds=seeds)
+    options: dict[str, Any] = {"depth": depth, "num_hidden": num_hidden, "trainable": trainable, "seeds": seeds}
+    base = _vector_flow([height * wide * channels], None, width=4 * width, **options)
     return dfb.PNF(dfb.Chain([*flat, base]), details, shape, splits=splits)
 
 
@@ -145,8 +150,19 @@ def _image_detail(channels: int, given: int, depth: int, width: int, seeds: Iter
     return dfb.EmbedCondition(dfb.Chain(parts), embedding.inverse, condition_ndims=3)
 
 
+def _split(channels: int, kept: int, factor: int | None, trainable: bool, **options: Any) -> dfb.OrthogonalSplit:
+    return dfb.OrthogonalSplit(channels, kept, factor, trainable=trainable, dtype=common.floatx(), **options)
+
+
 def _vector_flow(
-    sizes: Sequence[int], code_dims: int | None, *, depth: int, width: int, num_hidden: int, seeds: Iterator[int]
+    sizes: Sequence[int],
+    code_dims: int | None,
+    *,
+    depth: int,
+    width: int,
+    num_hidden: int,
+    trainable: bool,
+    seeds: Iterator[int],
 ) -> tfb.Bijector:
     """A flow of vectors of the first size, with codes of the others and of `code_dims`."""
     codes = [*sizes, *([] if code_dims is None else [code_dims])]
@@ -159,13 +175,13 @@ def _vector_flow(
     splits, details = [], []
     for size, kept in itertools.pairwise(codes):
         rest = size - kept
-        splits.append(dfb.OrthogonalSplit(size, kept, factor=None, dtype=common.floatx()))
+        splits.append(_split(size, kept, None, trainable))
         gaussian = networks.MLP(kept, 2 * rest, hidden=[2 * width] * num_hidden, seed=next(seeds))
         parts: list[tfb.Bijector] = [dfb.ActNorm(rest, dtype=common.floatx()), _given(gaussian, 1)]
         parts += [vector_level(rest, width, kept, **options)] if rest > 1 else []
         embedding = dfb.ActNorm(kept, dtype=common.floatx())
         details.append(dfb.EmbedCondition(dfb.Chain(parts), embedding.inverse, condition_ndims=1))
-    base = [] if splits else [dfb.Rotation(codes[-1], dtype=common.floatx())]
+    base = [] if splits else [dfb.Rotation(codes[-1], trainable=trainable, dtype=common.floatx())]
     base += [dfb.ActNorm(codes[-1], dtype=common.floatx()), vector_level(codes[-1], width, 0, **options)]
     if not splits:
         return dfb.Chain(base)
