@@ -51,7 +51,8 @@ ARGUMENTS = tuple(
     hidden keep kernel_size l2 latent_dims layout levels likelihood memory network noise_attention noise_blocks
     noise_couplings noise_depth num_blocks num_components num_couplings num_dense_blocks num_exact num_extra
     num_flows num_halvings num_heads num_hidden num_layers num_levels num_scales num_steps num_terms pointwise
-    posterior posterior_blocks posterior_couplings posterior_depth rotation roulette seed smooth trace trainable vae_width whole width
+    posterior posterior_blocks posterior_couplings posterior_depth rotation roulette seed smooth trace trainable
+    vae_width whole width
     """.split()
 )
 
