@@ -422,10 +422,11 @@ SMALL = {
     "nice": ([5], {"width": 8}),
     "maf": ([5], {"hidden": [8], "depth": 2}),
     "iaf": ([3], {"hidden": [8], "depth": 2}),
+    "nsf": ([5], {"hidden": [8], "depth": 2}),
     "pixelcnn-flow": ([2, 3, 2], {"width": 4, "num_blocks": 1}),
     "wavenet-flow": ([6], {"width": 4}),
 }
-ON_IMAGES = {name: ([3, 2, 1], SMALL[name][1]) for name in ("nice", "maf", "iaf")}
+ON_IMAGES = {name: ([3, 2, 1], SMALL[name][1]) for name in ("nice", "maf", "iaf", "nsf")}
 
 
 def small(name, shapes=SMALL, **options):
@@ -470,6 +471,54 @@ def test_densities_are_those_of_the_jacobian(name):
     expected = tf.reduce_sum(tfd.Normal(0.0, 1.0).log_prob(z), -1) + np.linalg.slogdet(jacobian(flow.inverse, y))[1]
     assert_close(distribution.log_prob(fresh(y)), expected, 1e-3)
     assert_close(flow.forward(fresh(z)), y, 1e-3)
+
+
+@pytest.fixture
+def in_float64():
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nsf", {"hidden": None}),
+        ("nsf", {"mixing": None, "num_bins": 3, "bound": 2.0}),
+        ("nsf", {"autoregressive": True, "mixing": "rotation"}),
+        ("maf", {"transformer": "spline"}),
+        ("maf", {"transformer": "mixture", "depth": 1}),
+        ("maf", {"transformer": "gated"}),
+        ("iaf", {"transformer": "spline"}),
+        ("iaf", {"transformer": "affine"}),
+    ],
+    ids=str,
+)
+def test_densities_of_transformers(in_float64, name, options):
+    distribution = small(name, **options)
+    generator = np.random.default_rng(0)
+    for v in distribution.trainable_variables:
+        v.assign_add(0.5 * generator.normal(size=v.shape))
+    y = tf.constant(3.0 * generator.normal(size=[4, *SMALL[name][0]]))
+    flow = distribution.bijector
+    z = flow.inverse(y)
+    log_det = np.linalg.slogdet(jacobian(flow.inverse, y))[1]
+    assert np.abs(log_det).min() > 0.1
+    assert_close(flow.inverse_log_det_jacobian(fresh(y), 1), log_det, 1e-7)
+    assert_close(flow.inverse(fresh(flow.forward(fresh(z)))), z, 1e-6)
+
+
+def test_components_of_mixtures_differ_and_learn():
+    distribution = small("maf", transformer="mixture")
+    y = normal([64, 5], 0, "float32")
+    with tf.GradientTape() as tape:
+        loss = -tf.reduce_mean(distribution.log_prob(y))
+    last = [v for v in distribution.trainable_variables if v.shape == [5 * 26]]
+    (gradient,) = tape.gradient(loss, last[:1])
+    logits = gradient.numpy().reshape(5, 26)[:, 2:10]
+    assert np.ptp(logits[1:], axis=1).min() > 1e-4
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -530,6 +579,11 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
     [
         ("nice", [1], {}, r"nice: got event shape \[1\], needs two dimensions or more"),
         ("maf", [3], {"depth": 0}, "maf: got depth=0, needs a positive integer"),
+        ("nsf", [1], {}, r"nsf: got event shape \[1\], needs two dimensions or more, or autoregressive=True"),
+        ("nsf", [3], {"mixing": "qr"}, "nsf: got mixing='qr', needs lu, rotation or None"),
+        ("nsf", [3], {"bound": 0.0}, "nsf: got bound=0.0, needs a positive number"),
+        ("nsf", [3], {"num_bins": 0}, "nsf: got num_bins=0, needs a positive integer"),
+        ("maf", [3], {"transformer": "cubic"}, "maf: got transformer='cubic', needs one of affine, gated, spline, mixture"),
         ("maf", [3], {"hidden": [0]}, r"maf: got hidden\[0\]=0, needs a positive integer"),
         ("wavenet-flow", [3], {"depth": 0}, "wavenet-flow: got depth=0, needs a positive integer"),
         ("vae-flow", [4, 4, 1], {"hidden": [8, 2.5]}, r"vae-flow: got hidden\[1\]=2.5, needs a positive integer"),

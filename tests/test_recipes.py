@@ -72,8 +72,8 @@ def perturb(distribution, scale=0.1, seed=0):
 
 def test_names():
     lcma = [f"lcma-{base}" for base in ("glow", "iresnet", "realnvp", "residual-flow")]
-    others = ["ffjord", "flow-vae", "flowpp", "glow", "iaf", "iresnet", "maf", "nice", "pixelcnn-flow", "pnf", "realnvp"]
-    others += ["principal-pnf", "residual-flow", "vae-flow", "vflow", "vflow-glow", "wavenet-flow"]
+    others = ["ffjord", "flow-vae", "flowpp", "glow", "iaf", "iresnet", "maf", "nice", "nsf", "pixelcnn-flow", "pnf"]
+    others += ["principal-pnf", "realnvp", "residual-flow", "vae-flow", "vflow", "vflow-glow", "wavenet-flow"]
     assert recipes.names() == sorted([*others, *lcma])
     assert {name: recipes.base_of(name) for name in recipes.names() if recipes.base_of(name)} == {
         f"lcma-{base}": base for base in ("glow", "iresnet", "realnvp", "residual-flow")

@@ -32,6 +32,7 @@ RECIPES = (
     "lcma-residual-flow",
     "maf",
     "nice",
+    "nsf",
     "pixelcnn-flow",
     "pnf",
     "principal-pnf",
@@ -46,13 +47,14 @@ RECIPES = (
 # The names of all recipes' arguments, the old ones too.
 ARGUMENTS = tuple(
     """
-    activation adaptive_range alpha attention attribution batch_norm code_dims coeff condition_shape config context_blocks
-    contributions coupling depth dropout end_time event_shape factorization features flow granularity grey_levels
-    hidden keep kernel_size l2 latent_dims layout levels likelihood memory network noise_attention noise_blocks
-    noise_couplings noise_depth num_blocks num_components num_couplings num_dense_blocks num_exact num_extra
-    num_flows num_halvings num_heads num_hidden num_layers num_levels num_scales num_steps num_terms pointwise
-    posterior posterior_blocks posterior_couplings posterior_depth rotation roulette seed smooth trace trainable
-    vae_width whole width
+    activation adaptive_range alpha attention attribution autoregressive batch_norm bound code_dims coeff
+    condition_shape config context_blocks contributions coupling depth dropout end_time event_shape
+    factorization features flow granularity grey_levels hidden keep kernel_size l2 latent_dims layout levels
+    likelihood memory mixing network noise_attention noise_blocks noise_couplings noise_depth num_bins
+    num_blocks num_components num_couplings num_dense_blocks num_exact num_extra num_flows num_halvings
+    num_heads num_hidden num_layers num_levels num_scales num_steps num_terms pointwise posterior
+    posterior_blocks posterior_couplings posterior_depth rotation roulette seed smooth trace trainable
+    transformer vae_width whole width
     """.split()
 )
 

@@ -7,6 +7,7 @@ from tfp_dimflows.recipes.flowpp import flowpp
 from tfp_dimflows.recipes.glow import glow
 from tfp_dimflows.recipes.lcma import lcma_glow, lcma_iresnet, lcma_realnvp, lcma_residual_flow
 from tfp_dimflows.recipes.nice import nice
+from tfp_dimflows.recipes.nsf import nsf
 from tfp_dimflows.recipes.pnf import pnf
 from tfp_dimflows.recipes.principal_pnf import principal_pnf
 from tfp_dimflows.recipes.realnvp import realnvp
@@ -32,6 +33,7 @@ __all__ = [
     "maf",
     "names",
     "nice",
+    "nsf",
     "pixelcnn_flow",
     "pnf",
     "principal_pnf",

@@ -13,6 +13,14 @@ from tfp_dimflows import networks
 from tfp_dimflows.recipes import common
 from tfp_dimflows.recipes.registry import recipe
 
+# What a layer makes of a dimension given those before it, from the transformer's name.
+TRANSFORMERS: dict[str, Callable[..., dfb.Transformer]] = {
+    "affine": lambda dtype: dfb.transformers.Affine(dtype=dtype),
+    "gated": lambda dtype: dfb.transformers.Gated(),
+    "spline": lambda dtype: dfb.transformers.Spline(),
+    "mixture": lambda dtype: dfb.transformers.MixtureLogistic(8),
+}
+
 
 @recipe
 def maf(
@@ -20,12 +28,13 @@ def maf(
     *,
     depth: int = 5,
     hidden: Sequence[int] | None = None,
+    transformer: str = "affine",
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
     grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
-    """Masked autoregressive flow: affine layers on MADE networks, with the order reversed and an ActNorm from one to the next.
+    """Masked autoregressive flow: layers on MADE networks, with the order reversed and an ActNorm from one to the next.
 
     Images are flattened. A log-density takes one evaluation of each network, a sample as many as there are dimensions.
 
@@ -34,6 +43,8 @@ def maf(
       depth: number of autoregressive layers.
       hidden: widths of the networks' hidden layers; None: two layers of 64 units, or of as many as there are dimensions if
         that is more.
+      transformer: what is done to a dimension: `"affine"`, `"gated"` (IAF's), `"spline"` (rational-quadratic, of 8 bins) or
+        `"mixture"` (the distribution function of 8 logistics; a sample solves for its inverse).
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
       grey_levels: number of grey levels of integer images; None for continuous events.
@@ -43,7 +54,7 @@ def maf(
       `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: for other shapes or sizes.
+      ValueError: for other shapes, sizes or transformers.
 
     References: Papamakarios, Pavlakou, Murray, "Masked autoregressive flow for density estimation", 2017.
 
@@ -54,8 +65,7 @@ def maf(
     TensorShape([4])
     """
     given: dict[str, Any] = {"depth": depth, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
-    affine = functools.partial(dfb.transformers.Affine, dtype=common.floatx())
-    return _made_flow("maf", event_shape, affine, lambda layer: layer, alpha, grey_levels, **given)
+    return _made_flow("maf", event_shape, transformer, lambda layer: layer, alpha, grey_levels, **given)
 
 
 @recipe
@@ -64,12 +74,13 @@ def iaf(
     *,
     depth: int = 4,
     hidden: Sequence[int] | None = None,
+    transformer: str = "gated",
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
     grey_levels: int | None = None,
     seed: int = 0,
 ) -> tfd.Distribution:
-    """Inverse autoregressive flow: gated layers on MADE networks, with the order reversed and an ActNorm from one to the next.
+    """Inverse autoregressive flow: layers on MADE networks, with the order reversed and an ActNorm from one to the next.
 
     Images are flattened. A sample takes one evaluation of each network, the log-density of a given event as many as there are
     dimensions. So it is meant for variational inference; training by maximum likelihood is for few dimensions.
@@ -79,6 +90,7 @@ def iaf(
       depth: number of autoregressive layers.
       hidden: widths of the networks' hidden layers; None: two layers of 64 units, or of as many as there are dimensions if
         that is more.
+      transformer: what is done to a dimension of the noise, as in `maf`.
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
       grey_levels: number of grey levels of integer images; None for continuous events.
@@ -88,7 +100,7 @@ def iaf(
       `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: for other shapes or sizes.
+      ValueError: for other shapes, sizes or transformers.
 
     References: Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling, "Improving variational inference with inverse
     autoregressive flow", 2016.
@@ -100,31 +112,39 @@ def iaf(
     TensorShape([4, 3])
     """
     given: dict[str, Any] = {"depth": depth, "hidden": hidden, "condition_shape": condition_shape, "seed": seed}
-    return _made_flow("iaf", event_shape, dfb.transformers.Gated, tfb.Invert, alpha, grey_levels, **given)
+    return _made_flow("iaf", event_shape, transformer, tfb.Invert, alpha, grey_levels, **given)
 
 
 def made_layers(
-    dims: int, depth: int, hidden: Sequence[int], condition_channels: int, transformer: Callable, wrap: Callable, seed: int
+    dims: int,
+    depth: int,
+    hidden: Sequence[int],
+    condition_channels: int,
+    transformer: Callable[[], dfb.Transformer],
+    wrap: Callable[[tfb.Bijector], tfb.Bijector],
+    seed: int,
 ) -> list[tfb.Bijector]:
     """Autoregressive layers with the order reversed from one to the next, each wrapped by a function."""
     layers = []
     for k, layer_seed in enumerate(common.seeds(seed, depth)):
+        elementwise = transformer()
         network = networks.MADE(
             dims,
-            2 * dims,
+            elementwise.params_per_dim * dims,
             hidden=hidden,
             ordering="reversed" if k % 2 else "natural",
             condition_channels=condition_channels,
+            zero_init=not isinstance(elementwise, dfb.transformers.MixtureLogistic),  # whose components would stay equal
             seed=layer_seed,
         )
-        layers.append(wrap(dfb.Autoregressive(network, transformer())))
+        layers.append(wrap(dfb.Autoregressive(network, elementwise)))
     return layers
 
 
 def _made_flow(
     name: str,
     event_shape: Sequence[int],
-    transformer: Callable[[], dfb.Transformer],
+    transformer: str,
     wrap: Callable[[tfb.Bijector], tfb.Bijector],
     alpha: float,
     grey_levels: int | None,
@@ -138,9 +158,11 @@ def _made_flow(
     dims = math.prod(shape)
     common.check_sizes(name, depth=depth)
     condition = common.condition_channels(name, condition_shape, (dims,))
-    hidden = [max(64, dims)] * 2 if hidden is None else hidden
-    common.check_sizes(name, **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
-    layers = made_layers(dims, depth, hidden, condition, transformer, wrap, seed)
+    hidden = common.hidden_sizes(name, hidden, dims)
+    if transformer not in TRANSFORMERS:
+        raise ValueError(f"{name}: got transformer={transformer!r}, needs one of {', '.join(TRANSFORMERS)}")
+    elementwise = functools.partial(TRANSFORMERS[transformer], common.floatx())
+    layers = made_layers(dims, depth, hidden, condition, elementwise, wrap, seed)
     parts = [part for layer in layers for part in (layer, dfb.ActNorm(dims, dtype=common.floatx()))]
     return common.as_distribution(dfb.Chain([*common.data_side(shape), *parts[:-1]]), shape, grey_levels, common.logit(alpha))
 

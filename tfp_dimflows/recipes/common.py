@@ -62,6 +62,17 @@ def check_sizes(recipe: str, least: int = 1, **sizes: int) -> None:
             raise ValueError(f"{recipe}: got {name}={size!r}, needs a {'positive' if least else 'nonnegative'} integer")
 
 
+def hidden_sizes(recipe: str, hidden: Sequence[int] | None, dims: int) -> Sequence[int]:
+    """The widths of hidden layers, of which None stands for two of 64 units, or of `dims` if that is more.
+
+    Raises:
+      ValueError: for widths that are no positive integers.
+    """
+    hidden = [max(64, dims)] * 2 if hidden is None else hidden
+    check_sizes(recipe, **{f"hidden[{k}]": size for k, size in enumerate(hidden)})
+    return hidden
+
+
 def resolve_config(recipe: str, configs: dict, config: str, given: dict) -> dict:
     """The values of a named configuration, but those of the recipe's arguments `given` that are not None.
 

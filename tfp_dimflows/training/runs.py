@@ -449,7 +449,7 @@ def _epochs_before_decided(config: RunConfig, data: _Data, model: FlowModel) -> 
 def _check_decided(directory: pathlib.Path, model: FlowModel) -> None:
     """Raises a Failure unless an online factorization is complete, which steps that were left out (of float16) delay."""
     multiscale = structure_of(model.distribution).multiscale
-    if multiscale.num_decided < (factor_outs := len(multiscale.levels) - 1):
+    if multiscale is not None and multiscale.num_decided < (factor_outs := len(multiscale.levels) - 1):
         raise Failure(
             f"train: {multiscale.num_decided} of {factor_outs} factor-outs were decided in the epochs of {directory}; needs "
             "fewer online_steps"
