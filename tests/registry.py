@@ -374,6 +374,15 @@ def zero_reference(bijector, y, condition):
     return np.zeros(y.shape)
 
 
+BOUNDS = [None, (0.5, None), (None, 2.0), (-1.0, 3.0)]
+
+
+def standardize_reference(bijector, y, condition):
+    free, low, high, both = np.moveaxis(y.numpy(), -1, 0)
+    slopes = [np.zeros_like(free), -np.log(low - 0.5), -np.log(2.0 - high), np.log(1.0 / (both + 1.0) + 1.0 / (3.0 - both))]
+    return np.stack(slopes, axis=-1) - variable(bijector, "log_scale")
+
+
 def logit_reference(bijector, y, condition):
     n, a = bijector.parameters["grey_levels"], bijector.parameters["alpha"]
     p = a + (1 - 2 * a) * y.numpy() / n
@@ -797,6 +806,16 @@ def _elementwise():
         reference=actnorm_reference,
         triangular=True,
         xla=True,
+    )
+    yield Entry(
+        "standardize",
+        lambda s, t: dfb.Standardize(4, BOUNDS, t),
+        VECTOR,
+        draw=lambda generator, shape: generator.uniform(0.6, 1.9, size=shape),
+        reference=standardize_reference,
+        triangular=True,
+        xla=True,
+        fixed=True,
     )
     for smooth in (False, True):
         yield Entry(
@@ -2259,7 +2278,7 @@ def _autoregressives():
 # Every class, and each of its kinds that differ in more than shapes.
 CORE = frozenset(
     """
-    actnorm_pixels elementwise_affine_variables mixture_logistic_cdf_smooth logit_8 conditional_transform_exp
+    actnorm_pixels standardize elementwise_affine_variables mixture_logistic_cdf_smooth logit_8 conditional_transform_exp
     squeeze_channel_major conv_polar affine_coupling_conditional additive_coupling
     coupling_checkerboard_odd_sigmoid coupling_index_conditional
     mixture_coupling_columns spline_coupling_conditional blockwise_image

@@ -20,6 +20,7 @@ from registry import (
     distribution,
     event_sum,
     fresh,
+    jacobian,
     normal,
     randomize,
 )
@@ -114,6 +115,9 @@ def test_what_the_network_says_of_pixels_that_are_not_transformed_does_no_harm(n
     [
         (lambda: dfb.ActNorm(3).inverse(tf.ones([1, 2])), ValueError, "actnorm: got 2 channels, has parameters for 3"),
         (lambda: dfb.ActNorm(3).forward(tf.ones([1, 2])), ValueError, "actnorm: got 2 channels, has parameters for 3"),
+        (lambda: dfb.Standardize(3).inverse(tf.ones([1, 2])), ValueError, "standardize: got 2 columns, has parameters for 3"),
+        (lambda: dfb.Standardize(3, [None]), ValueError, "needs None or a pair of numbers for each of 3 columns"),
+        (lambda: dfb.Standardize(1, [(1.0, 1.0)]), ValueError, "got the bounds 1.0 and 1.0, needs the lower one first"),
         (lambda: dfb.InvertibleConv1x1(3).inverse(tf.ones([1, 2])), ValueError, "got 2 channels, is for 3"),
         (lambda: dfb.InvertibleConv1x1(3, attribution="qr"), ValueError, "got attribution='qr', needs one of"),
         (lambda: dfb.LogitPreprocess(1), ValueError, "got grey_levels=1, alpha=0.05, needs grey_levels >= 2"),
@@ -163,6 +167,37 @@ def test_adaptation_normalises_what_a_pass_returns(direction):
         assert_close(np.mean(result, axis=(0, 1, 2)), [0.0, 0.0])
         assert_close(np.std(result, axis=(0, 1, 2)), [1.0, 1.0])
     assert np.abs(before - adapted).max() > 1.0
+
+
+def test_standardisation_is_of_the_columns_that_bounds_have_opened():
+    standardize = dfb.Standardize(4, [None, (2.0, None), (None, -1.0), (-1.0, 3.0)], tf.float64)
+    u = normal([500, 4], 0) * [1.0, 0.5, 2.0, 1.5] + [100.0, 1.0, 2.0, 0.3]
+    data = np.stack([u[:, 0], 2.0 + np.exp(u[:, 1]), -1.0 - np.exp(-u[:, 2]), -1.0 + 4.0 / (1.0 + np.exp(-u[:, 3]))], axis=1)
+    assert not standardize.trainable_variables
+    with dimflows.adaptation():
+        adapted = standardize.inverse(data)
+    assert_close(adapted, (u - np.mean(u, axis=0)) / np.std(u, axis=0))
+    assert_close(standardize.inverse(data[:3]), adapted[:3])
+    assert_close(standardize.forward(fresh(adapted)), data)
+    expected = np.log(np.diagonal(jacobian(standardize.inverse, tf.constant(data[:5])), axis1=1, axis2=2))
+    assert np.abs(expected).min() > 1e-3
+    assert_close(standardize.inverse_log_det_per_dim(data[:5]), expected)
+    ends = standardize.forward(tf.constant([[-40.0] * 4, [40.0] * 4], tf.float64)).numpy()
+    assert (ends[:, 1] >= 2.0).all() and (ends[:, 2] <= -1.0).all() and (np.abs(ends[:, 3] - 1.0) <= 2.0).all()
+    x = tf.Variable([[-900.0, 0.0, 0.0, -900.0], [900.0, 0.0, 0.0, 900.0]], dtype=tf.float64)
+    with tf.GradientTape() as tape:
+        total = tf.reduce_sum(standardize.forward(x))
+    assert np.isfinite(tape.gradient(total, x)).all()
+
+
+def test_standardisation_of_a_constant_column_and_of_data_beyond_the_bounds():
+    standardize = dfb.Standardize(2, [None, (0.0, None)])
+    with dimflows.adaptation():
+        assert_close(standardize.inverse([[3.0, 1.0], [3.0, np.e]]), [[0.0, -1.0], [0.0, 1.0]], 1e-6)
+    assert_close(standardize.inverse_log_det_per_dim([[3.0, 1.0]]), [[0.0, np.log(2.0)]], 1e-6)
+    with dimflows.adaptation(), pytest.raises(tf.errors.InvalidArgumentError, match="standardize: got data that is not finite"):
+        standardize.inverse([[3.0, 1.0], [3.0, 0.0]])
+    assert_close(standardize.inverse([[3.0, 1.0]]), [[0.0, -1.0]], 1e-6)
 
 
 def test_only_adaptation_initialises_and_a_constant_channel_keeps_its_scale():

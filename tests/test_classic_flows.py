@@ -510,6 +510,14 @@ def test_densities_of_transformers(in_float64, name, options):
     assert_close(flow.inverse(fresh(flow.forward(fresh(z)))), z, 1e-6)
 
 
+def test_a_neural_spline_flow_stays_within_bounds():
+    flow = small("nsf", bounds=[None, [0.0, 1.0], [2.0, None], [None, 3.0], None])
+    for v in flow.trainable_variables:
+        v.assign_add(normal(v.shape, 3, "float32"))
+    _, unit, high, low, _ = np.moveaxis(flow.sample(500, seed=0).numpy(), -1, 0)
+    assert 0.0 <= unit.min() < 0.1 and 0.9 < unit.max() <= 1.0 and high.min() >= 2.0 and low.max() <= 3.0
+
+
 def test_components_of_mixtures_differ_and_learn():
     distribution = small("maf", transformer="mixture")
     y = normal([64, 5], 0, "float32")
@@ -580,6 +588,7 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
         ("nice", [1], {}, r"nice: got event shape \[1\], needs two dimensions or more"),
         ("maf", [3], {"depth": 0}, "maf: got depth=0, needs a positive integer"),
         ("nsf", [1], {}, r"nsf: got event shape \[1\], needs two dimensions or more, or autoregressive=True"),
+        ("nsf", [3], {"bounds": [None, [0, 1]]}, "Standardize: got bounds=.*, needs None or a pair of numbers for each of 3"),
         ("nsf", [3], {"mixing": "qr"}, "nsf: got mixing='qr', needs lu, rotation or None"),
         ("nsf", [3], {"bound": 0.0}, "nsf: got bound=0.0, needs a positive number"),
         ("nsf", [3], {"num_bins": 0}, "nsf: got num_bins=0, needs a positive integer"),

@@ -47,7 +47,7 @@ RECIPES = (
 # The names of all recipes' arguments, the old ones too.
 ARGUMENTS = tuple(
     """
-    activation adaptive_range alpha attention attribution autoregressive batch_norm bound code_dims coeff
+    activation adaptive_range alpha attention attribution autoregressive batch_norm bound bounds code_dims coeff
     condition_shape config context_blocks contributions coupling depth dropout end_time event_shape
     factorization features flow granularity grey_levels hidden keep kernel_size l2 latent_dims layout levels
     likelihood memory mixing network noise_attention noise_blocks noise_couplings noise_depth num_bins

@@ -1,7 +1,7 @@
 """Bijectors: the mathematics. Networks come in as callables."""
 
 from tfp_dimflows.bijectors import continuous, masks, residual, transformers, walk
-from tfp_dimflows.bijectors.actnorm import ActNorm
+from tfp_dimflows.bijectors.actnorm import ActNorm, Standardize
 from tfp_dimflows.bijectors.autoregressive import Autoregressive
 from tfp_dimflows.bijectors.base import Composite, FlowBijector
 from tfp_dimflows.bijectors.chain import Chain
@@ -70,6 +70,7 @@ __all__ = [
     "Scan",
     "SplineCoupling",
     "Squeeze",
+    "Standardize",
     "Sylvester",
     "Transformer",
     "VFlow",

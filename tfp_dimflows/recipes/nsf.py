@@ -24,6 +24,7 @@ def nsf(
     mixing: str | None = "lu",
     num_bins: int = 8,
     bound: float = 5.0,
+    bounds: Sequence[Sequence[float | None] | None] | None = None,
     condition_shape: Sequence[int] | None = None,
     alpha: float = 0.05,
     grey_levels: int | None = None,
@@ -32,8 +33,8 @@ def nsf(
     """Neural spline flow: rational-quadratic splines with linear tails, in couplings or autoregressive.
 
     From data to latent each layer is a trained linear map of all dimensions, splines of one half of them given the other (the
-    halves take turns), or of each given those before it (the order is reversed from one to the next), and an ActNorm. Another
-    ActNorm is next to the data. Images are flattened.
+    halves take turns), or of each given those before it (the order is reversed from one to the next), and an ActNorm. Next to
+    the data is a `dfb.Standardize`, which needs `FlowModel.adapt`. Images are flattened.
 
     A log-density takes one evaluation of each network. So does a sample of couplings; an autoregressive one takes as many as
     there are dimensions.
@@ -47,6 +48,7 @@ def nsf(
       mixing: the linear maps: `"lu"` (any invertible matrix, in PLU form), `"rotation"` (an orthogonal one), or None.
       num_bins: bins of each spline.
       bound: splines are on [-bound, bound], and the identity beyond.
+      bounds: for each dimension of a vector None, or the interval (low, high) of its values, without an end that is None.
       condition_shape: `[n]`, shape of the condition of a conditional flow.
       alpha: margin of the logit preprocessing.
       grey_levels: number of grey levels of integer images; None for continuous events.
@@ -56,7 +58,7 @@ def nsf(
       `TransformedDistribution` of standard normal noise; `Dequantized` if `grey_levels` is given.
 
     Raises:
-      ValueError: for other shapes, sizes or linear maps.
+      ValueError: for other shapes, sizes, linear maps or bounds.
 
     References: Durkan, Bekasov, Murray, Papamakarios, "Neural spline flows", 2019.
 
@@ -85,7 +87,8 @@ def nsf(
         splines = made_layers(dims, depth, hidden, condition, spline, lambda layer: layer, splines_seed)
     else:
         splines = _couplings(dims, depth, hidden, condition, spline, splines_seed)
-    parts = common.data_side(shape) if len(shape) == 1 else [*common.from_flat(shape), dfb.ActNorm(dims, dtype=common.floatx())]
+    parts = common.from_flat(shape) if len(shape) == 3 else []
+    parts.append(dfb.Standardize(dims, bounds, dtype=common.floatx()))
     for maps, layer in zip(linear, splines, strict=True):
         parts += [*maps, layer, dfb.ActNorm(dims, dtype=common.floatx())]
     return common.as_distribution(dfb.Chain(parts), shape, grey_levels, common.logit(alpha))
