@@ -236,7 +236,7 @@ def load(
     if subset is not None:
         examples = _chosen(examples, is_chosen)
     if shuffle and repeat:
-        examples = _endlessly_shuffled(examples, seed)
+        examples = endlessly_shuffled(examples, seed)
     elif shuffle:
         examples = examples.shuffle(min(num_images, _SHUFFLE_BUFFER), seed=seed)
     elif repeat:
@@ -305,7 +305,7 @@ def _augmented(images: tf.Tensor, flips: bool, shifts: int, seed: tf.Tensor) -> 
     return images
 
 
-def _endlessly_shuffled(examples: tf.data.Dataset, seed: int) -> tf.data.Dataset:
+def endlessly_shuffled(examples: tf.data.Dataset, seed: int) -> tf.data.Dataset:
     """Passes over the examples (tuples), each with blocks of them in another order; the same in each iteration.
 
     `Dataset.shuffle` has a generator of seeds that goes on from one iterator to the next.

@@ -1,0 +1,240 @@
+"""`table`: columns of numbers, from files and data frames, as batches of events and conditions."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfp_dimflows.data.pipeline import endlessly_shuffled
+from tfp_dimflows.messages import check_name
+
+_LARGEST_INTEGER = 2**24  # beyond it float32 has none that are odd
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of a table for training, validation and test, as `FlowModel.fit` takes them.
+
+    Attributes:
+      columns: names of the columns of an event, in their order.
+      condition: names of the columns of its condition.
+      integer: names of those columns of an event that hold integers.
+      train: batches of rows for training: float32 events `[batch_size, D]`, with a condition dicts of `"x"` and `"condition"`.
+      validation: the same for validation, in a fixed order, the last batch perhaps smaller.
+      test: the same for the test.
+    """
+
+    columns: tuple[str, ...]
+    condition: tuple[str, ...]
+    integer: tuple[str, ...]
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    test: tf.data.Dataset
+
+    def to_columns(self, events: Any) -> dict[str, np.ndarray]:
+        """Events, such as samples of a model, as columns of the table: a dict that a data frame can be made of.
+
+        Args:
+          events: `[N, D]`. Columns of integers are rounded down.
+
+        Raises:
+          ValueError: for events of another size.
+        """
+        events = np.asarray(events)
+        if events.ndim != 2 or events.shape[1] != len(self.columns):
+            raise ValueError(f"Table: got events of shape {list(events.shape)}, needs [N, {len(self.columns)}]")
+        columns = dict(zip(self.columns, events.T, strict=True))
+        return columns | {name: np.floor(columns[name]).astype(np.int64) for name in self.integer}
+
+
+def table(
+    source: str | os.PathLike | Mapping[str, Any] | Any,
+    *,
+    columns: Sequence[str] | None = None,
+    condition: Sequence[str] = (),
+    integer: Sequence[str] = (),
+    batch_size: int = 128,
+    validation_split: float = 0.1,
+    test_split: float = 0.1,
+    seed: int = 0,
+    repeat: bool = False,
+) -> Table:
+    """Reads columns of numbers, and splits their rows by a seed into training, validation and test.
+
+    Values stay in the table's units: a flow standardises them by `FlowModel.adapt`, as those of recipes of vectors do.
+    Noise from [0, 1) is added to columns of integers, to those for training anew in each pass, so that the density of an event
+    is a lower bound, in the mean over the noise, of the probability of its integers.
+
+    Args:
+      source: the path of a CSV file with a header, of a Parquet file, or of an `.npz` file of arrays `[N]` (or `[N, n]`, whose
+        columns are named `name_0`, `name_1` and so on); or a data frame, or a dict of columns.
+      columns: names of the columns of an event; None: all but those of the condition.
+      condition: names of the columns of its condition.
+      integer: names of columns of an event that hold integers.
+      batch_size: rows per batch.
+      validation_split: share of the rows for validation, at least one row.
+      test_split: share of the rows for the test, at least one row.
+      seed: integer seed of the splits, of the order of the rows for training, and of the noise.
+      repeat: whether the batches for training are repeated without end, the same in each iteration, as
+        `dimflows.training.train` needs them to resume.
+
+    Raises:
+      ValueError: if the file is of another kind, a column does not exist, has text, a missing or infinite value (the message
+        says in which row), or is named twice; if integers are none, or too large for float32; if the shares leave no rows.
+      FileNotFoundError: if there is no such file.
+
+    #### Example
+
+    >>> rows = {"a": np.arange(20.0), "b": np.arange(20) % 3, "c": np.ones(20)}
+    >>> table = dimflows.data.table(rows, condition=["c"], integer=["b"], batch_size=8)
+    >>> table.columns, {name: spec.shape for name, spec in table.train.element_spec.items()}
+    (('a', 'b'), {'x': TensorShape([8, 2]), 'condition': TensorShape([8, 1])})
+    >>> table.to_columns([[0.5, 2.7]])
+    {'a': array([0.5]), 'b': array([2])}
+    """
+    title = f"table {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else "table"
+    arrays = _read(source, title)
+    condition, integer = tuple(condition), tuple(integer)
+    columns = tuple(name for name in arrays if name not in condition) if columns is None else tuple(columns)
+    for name in (*columns, *condition, *integer):
+        check_name(title, name, arrays)
+    if not columns or len({*columns, *condition}) < len(columns) + len(condition) or set(integer) - set(columns):
+        raise ValueError(
+            f"{title}: got columns={list(columns)}, condition={list(condition)}, integer={list(integer)}, needs one column or "
+            "more, each once, and integers among them"
+        )
+    events, conditions = (_matrix(title, {name: arrays[name] for name in names}) for names in (columns, condition))
+    for name in integer:
+        _check_integers(title, name, arrays[name])
+    if condition and len(events) != len(conditions):
+        raise ValueError(f"{title}: got columns of {len(events)} and {len(conditions)} rows, needs as many of each")
+    train, validation, test = _split(title, len(events), validation_split, test_split, seed)
+    if len(train) < batch_size:
+        raise ValueError(f"{title}: got batch_size={batch_size} for {len(train)} rows of training, needs a smaller one")
+    is_integer = np.array([name in integer for name in columns])
+
+    def rows(indices: np.ndarray) -> tf.data.Dataset:
+        return tf.data.Dataset.from_tensor_slices((events[indices], *([conditions[indices]] if condition else [])))
+
+    counter = tf.data.Dataset.counter().map(lambda step: tf.stack([tf.constant(seed, tf.int64), step]))
+    if repeat:
+        shuffled, seeds = endlessly_shuffled(rows(train), seed), counter
+    else:
+        shuffled = rows(train).shuffle(len(train), seed=seed)
+        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
+    finish = _finishing(is_integer)
+    return Table(
+        columns,
+        condition,
+        integer,
+        finish(shuffled.batch(batch_size, drop_remainder=True), seeds),
+        *(finish(rows(indices).batch(batch_size), counter) for indices in (validation, test)),
+    )
+
+
+def _read(source: Any, title: str) -> dict[str, np.ndarray]:
+    """Columns by their names."""
+    if not isinstance(source, (str, os.PathLike)):
+        names = source.keys() if isinstance(source, Mapping) else getattr(source, "columns", None)
+        if names is None:
+            raise ValueError(f"{title}: got a {type(source).__name__}, needs a path, a data frame or a dict of columns")
+        return {str(name): np.asarray(source[name]) for name in names}
+    path = os.path.expanduser(os.fspath(source))
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{title}: there is no such file")
+    kind = os.path.splitext(path)[1].lower()
+    if kind == ".npz":
+        with np.load(path) as stored:
+            return dict(column for name in stored.files for column in _columns_of(name, stored[name]))
+    if kind not in (".csv", ".parquet"):
+        raise ValueError(f"{title}: got a file of kind {kind!r}, needs .csv, .parquet or .npz")
+    import pyarrow
+    from pyarrow import csv, parquet
+
+    try:
+        content = csv.read_csv(path) if kind == ".csv" else parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{title}: {error}") from None
+    if len(set(content.column_names)) < len(content.column_names):
+        raise ValueError(f"{title}: got the columns {content.column_names}, needs each name once")
+    return {name: content[name].to_numpy() for name in content.column_names}
+
+
+def _columns_of(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    return [(name, array)] if array.ndim == 1 else [(f"{name}_{k}", column) for k, column in enumerate(array.T)]
+
+
+def _matrix(title: str, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Columns side by side, as float32."""
+    numbers = {}
+    for name, column in columns.items():
+        if column.ndim != 1:
+            raise ValueError(f"{title}: column {name!r} has the shape {list(column.shape)}, needs [N]")
+        with np.errstate(over="ignore"):
+            numbers[name] = _as_floats(title, name, column).astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(numbers[name]))
+        if len(bad):
+            raise ValueError(
+                f"{title}: column {name!r} has {column[bad[0]]} in row {bad[0]}, counted from 0 ({len(bad)} such rows), needs "
+                "finite numbers of float32 everywhere; drop these rows or fill them in"
+            )
+    lengths = {name: len(column) for name, column in numbers.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{title}: got columns of {lengths} rows, needs as many of each")
+    return np.stack(list(numbers.values()), axis=1) if numbers else np.zeros([0, 0], np.float32)
+
+
+def _as_floats(title: str, name: str, column: np.ndarray) -> np.ndarray:
+    if column.dtype.kind in "biuf":
+        return column.astype(np.float64)
+    floats = np.full(len(column), np.nan)
+    for row, value in enumerate(column):
+        try:
+            floats[row] = np.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{title}: column {name!r} has {str(value)!r} in row {row}, counted from 0, needs numbers"
+            ) from None
+    return floats
+
+
+def _check_integers(title: str, name: str, column: np.ndarray) -> None:
+    column = _as_floats(title, name, column)
+    bad = np.flatnonzero((np.floor(column) != column) | (np.abs(column) >= _LARGEST_INTEGER))
+    if len(bad):
+        raise ValueError(
+            f"{title}: column {name!r} has {column[bad[0]]} in row {bad[0]}, counted from 0, needs integers below 2^24 in size"
+        )
+
+
+def _split(title: str, num_rows: int, validation_split: float, test_split: float, seed: int) -> list[np.ndarray]:
+    """Indices of the rows for training, validation and test."""
+    sizes = [max(1, round(share * num_rows)) for share in (test_split, validation_split)]
+    if not (0.0 < validation_split < 1.0 and 0.0 < test_split < 1.0) or sum(sizes) >= num_rows:
+        raise ValueError(
+            f"{title}: got validation_split={validation_split} and test_split={test_split} of {num_rows} rows, needs shares "
+            "between 0 and 1 that leave rows for training"
+        )
+    test, validation, train = np.split(np.random.default_rng(seed).permutation(num_rows), np.cumsum(sizes))
+    return [train, validation, test]
+
+
+def _finishing(is_integer: np.ndarray) -> Callable[[tf.data.Dataset, tf.data.Dataset], tf.data.Dataset]:
+    """A function that gives batches of rows their noise and form."""
+
+    def finished(batch: tuple[tf.Tensor, ...], seed: tf.Tensor) -> Any:
+        events, *condition = batch
+        if is_integer.any():
+            events += tf.random.stateless_uniform(tf.shape(events), seed) * tf.constant(is_integer, tf.float32)
+        return {"x": events, "condition": condition[0]} if condition else events
+
+    def finish(batches: tf.data.Dataset, seeds: tf.data.Dataset) -> tf.data.Dataset:
+        options = tf.data.Options()
+        options.autotune.enabled = False  # as in `load`
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        return tf.data.Dataset.zip(batches, seeds).map(finished).prefetch(1).with_options(options)
+
+    return finish
