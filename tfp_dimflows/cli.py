@@ -94,8 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="NAME",
-        help="digits, photo_patches, a TFDS dataset, or a folder such as ./photos",
+        help="digits, photo_patches, a TFDS dataset, a folder such as ./photos, or a CSV, Parquet or npz file of numbers",
     )
+    for name, of_what in (
+        ("columns", "an event; default: all but those of the condition"),
+        ("condition", "the condition"),
+        ("integer", "an event that hold integers"),
+    ):
+        command.add_argument(
+            f"--{name}", type=_names, default=argparse.SUPPRESS, metavar="A,B", help=f"of a table: columns of {of_what}"
+        )
     command.add_argument("--out", required=True, metavar="DIR", help="the run directory")
     command.add_argument("--preset", choices=PRESETS, help="the options with which a published flow was trained on CIFAR-10")
     command.add_argument("--batch-size", type=_positive_integer, default=argparse.SUPPRESS)
@@ -121,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
         "--validation-split",
         type=_share,
         default=0.1,
-        help="share of the training images, chosen by --seed, by which the best epoch is chosen; 0: the last epoch is kept",
+        help="share of the training images (or of a table's rows), chosen by --seed, by which the best epoch is chosen; 0: the "
+        "last epoch is kept",
     )
     command.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     command.add_argument(
@@ -131,18 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_data_dir(command)
 
-    command = commands.add_parser("evaluate", help="bits per dimension of a run's model")
+    command = commands.add_parser("evaluate", help="bits per dimension, of a table nats, of a run's model")
     command.add_argument("run", metavar="RUN")
-    command.add_argument("--split", help="default: the run's test split")
+    command.add_argument("--split", help="default: the run's test split; of a table test, validation or all")
     command.add_argument("--num-samples", type=_positive_integer, default=1, help="importance samples of the noise")
     command.add_argument("--batch-size", type=_positive_integer)
     command.add_argument("--seed", type=int, default=0)
     _add_data_dir(command)
 
-    command = commands.add_parser("score", help="log-probability of each image, such as to find those unlike the training data")
+    command = commands.add_parser("score", help="log-probability of each image or row, such as to find the unlikely")
     command.set_defaults(name="scores")
     command.add_argument("run", metavar="RUN")
-    command.add_argument("--data", metavar="NAME", help="a dataset or folder; default: the run's dataset")
+    command.add_argument("--data", metavar="NAME", help="a dataset, folder or table; default: the run's")
     command.add_argument("--split", help="default: the run's test split; of other data everything")
     command.add_argument("--num-samples", type=_positive_integer, default=1, help="importance samples of the noise")
     command.add_argument("--batch-size", type=_positive_integer)
@@ -150,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(command, "scores", "csv")
     _add_data_dir(command)
 
-    command = commands.add_parser("sample", help="a PNG grid of samples")
+    command = commands.add_parser("sample", help="a PNG grid of samples, of a table a CSV file")
     command.set_defaults(steps=8)
     command.add_argument("run", metavar="RUN")
     command.add_argument("--num", type=_positive_integer, default=64)
@@ -158,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=_nonnegative_number, default=1.0, help="scale of the noise; below 1: more typical samples"
     )
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--given", nargs="+", default=[], metavar="COLUMN=VALUE", help="of a table: the condition")
     command.add_argument("--label", metavar="NAME", help="of a flow given labels: that of all samples; default: all in turn")
     command.add_argument(
         "--kind",
@@ -230,6 +240,10 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-dir", help="where TFDS datasets are; default: TFDS_DATA_DIR, else TFDS's own")
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def _type(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], needs: str) -> Callable[[str], Any]:
     """The `type` of an argument, with a message of what it needs."""
 
@@ -264,11 +278,15 @@ def _check(arguments: argparse.Namespace) -> None:
                 "lists those of each recipe"
             )
     elif "run" in arguments:
-        stored_config(arguments.run)
+        config = stored_config(arguments.run)
         if "out" in arguments:
+            if arguments.command == "sample" and "table" in config.get("data", {}):
+                arguments.suffix = "csv"
             arguments.out = _output_path(arguments)
         if getattr(arguments, "data", None):
             check_dataset(arguments.data, arguments.data_dir)
+        if "given" in arguments:
+            arguments.given = _settings(arguments.given, "--given")
 
 
 def _training_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,10 +3,11 @@
 import argparse
 import csv
 import inspect
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import tensorflow as tf
 from tfp_dimflows import data, plot, recipes, training
 from tfp_dimflows.bijectors import PNF
 from tfp_dimflows.codes import compare_with_pca
-from tfp_dimflows.dataset_names import as_folder
+from tfp_dimflows.data.tables import to_columns
+from tfp_dimflows.dataset_names import as_folder, is_table
 from tfp_dimflows.distributions import VAEPrior, structure_of, variational
 from tfp_dimflows.messages import Failure
 from tfp_dimflows.training.codes import bits_of_parts
@@ -65,6 +67,49 @@ def _strategy(arguments: argparse.Namespace) -> tuple[tf.distribute.Strategy, st
 
 
 def _train_into(out: str, arguments: argparse.Namespace) -> None:
+    if is_table(arguments.data):
+        _train_on_table(out, arguments)
+    else:
+        _train_on_images(out, arguments)
+
+
+def _train_on_table(out: str, arguments: argparse.Namespace) -> None:
+    data_options = dict(arguments.data_options)
+    batch_size = data_options.pop("batch_size")
+    of_images = ("image_size", "grey_levels", "conditional")
+    given = [name for name in of_images if getattr(arguments, name)] + [name for name in data_options if data_options[name]]
+    if given or arguments.background != "white" or arguments.test_split != "test":
+        names = ", ".join("--" + name.replace("_", "-") for name in given or ["background", "test_split"])
+        raise ValueError(f"train: got {names} for the table {arguments.data}, which are for images")
+    columns: dict[str, Any] = {name: getattr(arguments, name) for name in _TABLE if name in arguments}
+    seed = arguments.options.get("seed", 0)
+    stored = {"validation_split": arguments.validation_split, "batch_size": batch_size, "seed": seed}
+    table = data.table(arguments.data, repeat=True, **columns, **stored)
+    condition = {"condition_shape": [len(table.condition)]} if table.condition else {}
+    training.train(
+        arguments.recipe,
+        out,
+        table.train,
+        table.test,
+        table.validation,
+        event_shape=[len(table.columns)],
+        arguments=condition | arguments.set,
+        resume=arguments.resume,
+        notes={
+            "data": {
+                "name": str(pathlib.Path(arguments.data).expanduser().resolve()),
+                "table": {name: list(getattr(table, name)) for name in _TABLE},
+                **stored,
+            },
+            "validation_split": arguments.validation_split,
+        },
+        **{"steps_per_epoch": len(table.indices["train"]) // batch_size} | arguments.options,
+    )
+
+
+def _train_on_images(out: str, arguments: argparse.Namespace) -> None:
+    if given := [f"--{name}" for name in _TABLE if name in arguments]:
+        raise ValueError(f"train: got {', '.join(given)} for {arguments.data}, which are for tables")
     options: dict[str, Any] = {"image_size": arguments.image_size, "grey_levels": arguments.grey_levels}
     if arguments.background != "white":
         options["background"] = arguments.background
@@ -103,6 +148,9 @@ def _train_into(out: str, arguments: argparse.Namespace) -> None:
     )
 
 
+_TABLE = ("columns", "condition", "integer")
+
+
 def _loaded(name: str, split: str, *, label_names: Sequence[str] = (), **options: Any) -> tf.data.Dataset:
     """Batches of images; with the names of labels, of images and conditions that say which label each has."""
     if not label_names:
@@ -138,6 +186,10 @@ def _run_data(
         raise ValueError(
             f"{arguments.command}: {arguments.run} does not say on what data it was trained, needs a run of `dimflows train`"
         )
+    if "table" in config["data"]:
+        return _table_data(arguments, config["data"], split, batch_size, name)[0]
+    if name is not None and is_table(name):
+        raise ValueError(f"{arguments.command}: got the table {name}, but {arguments.run} is of images")
     options = dict(config["data"])
     trained_name, test_split, trained_batch = options.pop("name"), options.pop("test_split"), options.pop("batch_size")
     if name not in (None, trained_name):
@@ -163,6 +215,22 @@ def _run_data(
     )
 
 
+def _table_data(
+    arguments: argparse.Namespace, stored: dict[str, Any], split: str | None, batch_size: int | None, name: str | None
+) -> tuple[tf.data.Dataset, Iterable[int]]:
+    """Rows of a part of a run's table, or all rows of it or of another one, and their numbers."""
+    columns, of_run = stored["table"], name in (None, stored["name"])
+    if split not in (None, "test", "validation", "all") or (split in ("test", "validation") and not of_run):
+        needs = "test, validation or all" if of_run else "all"
+        raise ValueError(f"{arguments.command}: got --split {split}, needs {needs}, of a table")
+    batch_size = batch_size or stored["batch_size"]
+    if split == "all" or not of_run:
+        return data.rows(name or stored["name"], **columns, batch_size=batch_size), itertools.count()
+    options = {option: stored[option] for option in ("validation_split", "batch_size", "seed")}
+    table, part = data.table(stored["name"], **columns, **options), split or "test"
+    return getattr(table, part).unbatch().batch(batch_size), table.indices[part].tolist()
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     model = training.load_run(arguments.run)
     images = _run_data(arguments, arguments.split, arguments.batch_size)
@@ -173,19 +241,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    """Writes a table of the log-probability of every image, of a folder with the names of its files (without labels)."""
+    """Writes a table of the log-probability of every image or row, of a folder with the names of its files (without labels)."""
     config, model = training.read_config(arguments.run), training.load_run(arguments.run)
-    name = arguments.data or config.get("data", {}).get("name")
+    stored = config.get("data", {})
+    name = arguments.data or stored.get("name")
     split = arguments.split or ("all" if arguments.data else None)
-    is_folder = name is not None and as_folder(name) is not None and "label_names" not in config.get("data", {})
-    images = _run_data(arguments, split, arguments.batch_size, name, files=is_folder)
-    scores = model.score(images, num_samples=_num_samples(arguments, model), seed=arguments.seed)
-    names = [file.decode() for file in scores.pop("y")] if is_folder else range(len(scores["log_prob"]))
-    with open(arguments.out, "w", newline="") as file:
+    is_folder = not {"table", "label_names"} & stored.keys() and name is not None and as_folder(name) is not None
+    names: Iterable = itertools.count()
+    if "table" in stored:
+        events, names = _table_data(arguments, stored, split, arguments.batch_size, name)
+    else:
+        events = _run_data(arguments, split, arguments.batch_size, name, files=is_folder)
+    scores = model.score(events, num_samples=_num_samples(arguments, model), seed=arguments.seed)
+    if is_folder:
+        names = [file.decode() for file in scores.pop("y")]
+    _write_csv(arguments.out, {"file" if is_folder else "index": names, **scores})
+
+
+def _write_csv(path: str, columns: dict[str, Any]) -> None:
+    """Writes columns, as long as the shortest of them."""
+    with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["file" if is_folder else "index", *scores])
-        writer.writerows(zip(names, *(column.tolist() for column in scores.values())))
-    print(arguments.out)
+        writer.writerow(columns)
+        writer.writerows(zip(*(column.tolist() if hasattr(column, "tolist") else column for column in columns.values())))
+    print(path)
 
 
 def _num_samples(arguments: argparse.Namespace, model: training.FlowModel) -> int | None:
@@ -195,14 +274,37 @@ def _num_samples(arguments: argparse.Namespace, model: training.FlowModel) -> in
 
 def _picture(arguments: argparse.Namespace) -> None:
     """Writes a grid of images, which each command makes in its own way."""
-    images = {"sample": _samples, "interpolate": _walks, "upscale": _upscaled}[arguments.command]
     config = training.read_config(arguments.run)
+    if arguments.command == "sample" and "table" in config.get("data", {}):
+        return _sample_table(arguments, config)
+    images = {"sample": _samples, "interpolate": _walks, "upscale": _upscaled}[arguments.command]
+    _check_images(arguments, config)
+    plot.save_grid(arguments.out, images(arguments, training.load_run(arguments.run), config), config["grey_levels"])
+    print(arguments.out)
+
+
+def _check_images(arguments: argparse.Namespace, config: dict) -> None:
     if len(config["event_shape"]) != 3:
         raise ValueError(
             f"{arguments.command}: {arguments.run} has events of shape {config['event_shape']}, needs images [H, W, C]"
         )
-    plot.save_grid(arguments.out, images(arguments, training.load_run(arguments.run), config), config["grey_levels"])
-    print(arguments.out)
+
+
+def _sample_table(arguments: argparse.Namespace, config: dict) -> None:
+    """Writes samples as a table, beside the condition that they are given."""
+    columns, names = config["data"]["table"], config["data"]["table"]["condition"]
+    if set(arguments.given) != set(names) or not all(isinstance(value, (int, float)) for value in arguments.given.values()):
+        needs = f"--given with a number for each of {', '.join(names)}" if names else "no --given"
+        raise ValueError(f"sample: got --given {arguments.given}, {arguments.run} needs {needs}")
+    if arguments.name != "samples" or arguments.label is not None:
+        raise ValueError(
+            f"sample: got --kind {arguments.name} or --label, which are for images, and {arguments.run} is of a table"
+        )
+    model = training.load_run(arguments.run)
+    condition = np.array([arguments.given[name] for name in names], np.float32) if names else None
+    samples = model.sample(arguments.num, seed=arguments.seed, condition=condition, temperature=arguments.temperature)
+    given = {name: [arguments.given[name]] * arguments.num for name in names}
+    _write_csv(arguments.out, to_columns(samples, columns["columns"], columns["integer"]) | given)
 
 
 def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: dict) -> tf.Tensor | np.ndarray:
@@ -215,6 +317,8 @@ def _samples(arguments: argparse.Namespace, model: training.FlowModel, config: d
         raise ValueError("sample: got a temperature, but walks have no noise; it is for samples and means")
     if arguments.name == "walks":
         return _walks(arguments, model, config)
+    if arguments.given:
+        raise ValueError(f"sample: got --given, which is for tables, and {arguments.run} is of images")
     label_names = config.get("data", {}).get("label_names", [])
     if arguments.label is not None and arguments.label not in label_names:
         known = f"needs one of {', '.join(label_names)}" if label_names else f"but {arguments.run} was trained without labels"
@@ -254,6 +358,7 @@ def _upscaled(arguments: argparse.Namespace, model: training.FlowModel, config: 
 
 def _codes(arguments: argparse.Namespace) -> None:
     """Draws codes of every size beside principal components, and prints a table of them."""
+    _check_images(arguments, training.read_config(arguments.run))
     model = training.load_run(arguments.run)
     images = _some_images(arguments, 2000).numpy()
     training_images = np.concatenate(list(_run_data(arguments, "train").as_numpy_iterator()))

@@ -9,6 +9,7 @@ from tfp_dimflows.messages import did_you_mean, did_you_mean_folder
 
 DEFAULT_DATA_DIR = "~/tensorflow_datasets"
 EMBEDDED = ("digits", "photo_patches")
+TABLES = (".csv", ".parquet", ".npz")
 
 
 def data_directory(data_dir: str | os.PathLike[str] | None) -> str:
@@ -17,9 +18,17 @@ def data_directory(data_dir: str | os.PathLike[str] | None) -> str:
 
 
 def check_dataset(name: str, data_dir: str | None) -> None:
-    """Raises a FileNotFoundError, with a suggestion, unless there is a dataset or folder of this name."""
-    if as_folder(name) is None and _base(name) not in EMBEDDED:
+    """Raises a FileNotFoundError, with a suggestion, unless there is a dataset, folder or table of this name."""
+    if is_table(name):
+        if not os.path.isfile(os.path.expanduser(name)):
+            raise FileNotFoundError(f"table {name!r}: there is no such file")
+    elif as_folder(name) is None and _base(name) not in EMBEDDED:
         find_builder(name, data_directory(data_dir))
+
+
+def is_table(name: str) -> bool:
+    """Whether the name is that of a file of a table."""
+    return name.lower().endswith(TABLES)
 
 
 def as_folder(name: str | os.PathLike[str]) -> pathlib.Path | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class Table:
       columns: names of the columns of an event, in their order.
       condition: names of the columns of its condition.
       integer: names of those columns of an event that hold integers.
+      indices: which rows of the table, counted from 0, are in `"train"`, `"validation"` and `"test"`.
       train: batches of rows for training: float32 events `[batch_size, D]`, with a condition dicts of `"x"` and `"condition"`.
       validation: the same for validation, in a fixed order, the last batch perhaps smaller.
       test: the same for the test.
@@ -30,6 +31,7 @@ class Table:
     columns: tuple[str, ...]
     condition: tuple[str, ...]
     integer: tuple[str, ...]
+    indices: dict[str, np.ndarray]
     train: tf.data.Dataset
     validation: tf.data.Dataset
     test: tf.data.Dataset
@@ -43,11 +45,7 @@ class Table:
         Raises:
           ValueError: for events of another size.
         """
-        events = np.asarray(events)
-        if events.ndim != 2 or events.shape[1] != len(self.columns):
-            raise ValueError(f"Table: got events of shape {list(events.shape)}, needs [N, {len(self.columns)}]")
-        columns = dict(zip(self.columns, events.T, strict=True))
-        return columns | {name: np.floor(columns[name]).astype(np.int64) for name in self.integer}
+        return to_columns(events, self.columns, self.integer)
 
 
 def table(
@@ -95,6 +93,112 @@ def table(
     >>> table.to_columns([[0.5, 2.7]])
     {'a': array([0.5]), 'b': array([2])}
     """
+    content = _content(source, columns, condition, integer)
+    title, num_rows = content.title, len(content.arrays[0])
+    indices = _split(title, num_rows, validation_split, test_split, seed)
+    if len(indices["train"]) < batch_size:
+        raise ValueError(
+            f"{title}: got batch_size={batch_size} for {len(indices['train'])} rows of training, needs a smaller one"
+        )
+    examples = content.examples(indices["train"])
+    if repeat:
+        shuffled = endlessly_shuffled(examples, seed)
+        seeds = tf.data.Dataset.counter().map(lambda step: tf.stack([tf.constant(seed, tf.int64), step]))
+    else:
+        shuffled = examples.shuffle(len(indices["train"]), seed=seed)
+        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
+    batches = tf.data.Dataset.zip(shuffled.batch(batch_size, drop_remainder=True), seeds).map(content.batch_with_noise)
+    train = content.finished(batches)
+    noisy = content.with_noise(seed)
+    validation, test = (noisy.finished(noisy.examples(indices[part]).batch(batch_size)) for part in ("validation", "test"))
+    return Table(content.columns, content.condition, content.integer, indices, train, validation, test)
+
+
+def rows(
+    source: str | os.PathLike | Mapping[str, Any] | Any,
+    *,
+    columns: Sequence[str] | None = None,
+    condition: Sequence[str] = (),
+    integer: Sequence[str] = (),
+    batch_size: int = 128,
+    seed: int = 0,
+) -> tf.data.Dataset:
+    """All rows of a table in their order, as batches of events and conditions, such as for `FlowModel.score`.
+
+    Args:
+      source: as in `table`.
+      columns: as there.
+      condition: as there.
+      integer: as there.
+      batch_size: rows per batch; the last one may have fewer.
+      seed: integer seed of the noise of integers.
+
+    Raises:
+      ValueError: as `table`.
+      FileNotFoundError: if there is no such file.
+
+    #### Example
+
+    >>> rows = dimflows.data.rows({"a": [1.0, 2.0, 3.0], "b": [4.0, 5.0, 6.0]}, columns=["b"], batch_size=2)
+    >>> [batch.tolist() for batch in rows.as_numpy_iterator()]
+    [[[4.0], [5.0]], [[6.0]]]
+    """
+    content = _content(source, columns, condition, integer).with_noise(seed)
+    return content.finished(content.examples(slice(None)).batch(batch_size))
+
+
+def to_columns(events: Any, names: Sequence[str], integer: Sequence[str]) -> dict[str, np.ndarray]:
+    """`Table.to_columns` of columns of these names."""
+    events = np.asarray(events)
+    if events.ndim != 2 or events.shape[1] != len(names):
+        raise ValueError(f"Table: got events of shape {list(events.shape)}, needs [N, {len(names)}]")
+    columns = dict(zip(names, events.T, strict=True))
+    return columns | {name: np.floor(columns[name]).astype(np.int64) for name in integer}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What was read of a table: events, and conditions if there are any."""
+
+    title: str
+    columns: tuple[str, ...]
+    condition: tuple[str, ...]
+    integer: tuple[str, ...]
+    arrays: tuple[np.ndarray, ...]
+
+    def examples(self, indices: Any) -> tf.data.Dataset:
+        """Some rows."""
+        return tf.data.Dataset.from_tensor_slices(tuple(array[indices] for array in self.arrays))
+
+    def with_noise(self, seed: int) -> "_Content":
+        """The rows with noise of their integers."""
+        events, *condition = self.arrays
+        noise = np.random.default_rng(seed).uniform(size=events.shape) * self._is_integer()
+        return dataclasses.replace(self, arrays=((events + noise).astype(np.float32), *condition))
+
+    def batch_with_noise(self, batch: tuple[tf.Tensor, ...], seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """A batch of rows with noise of their integers."""
+        events, *condition = batch
+        if self.integer:
+            events += tf.random.stateless_uniform(tf.shape(events), seed) * self._is_integer()
+        return (events, *condition)
+
+    def _is_integer(self) -> np.ndarray:
+        return np.array([name in self.integer for name in self.columns], np.float32)
+
+    def finished(self, batches: tf.data.Dataset) -> tf.data.Dataset:
+        """Batches of rows in the form that `FlowModel` takes."""
+
+        def finish(events: tf.Tensor, condition: tf.Tensor | None = None) -> Any:
+            return events if condition is None else {"x": events, "condition": condition}
+
+        options = tf.data.Options()
+        options.autotune.enabled = False  # as in `load`
+        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+        return batches.map(finish).prefetch(1).with_options(options)
+
+
+def _content(source: Any, columns: Sequence[str] | None, condition: Sequence[str], integer: Sequence[str]) -> _Content:
     title = f"table {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else "table"
     arrays = _read(source, title)
     condition, integer = tuple(condition), tuple(integer)
@@ -106,33 +210,11 @@ def table(
             f"{title}: got columns={list(columns)}, condition={list(condition)}, integer={list(integer)}, needs one column or "
             "more, each once, and integers among them"
         )
-    events, conditions = (_matrix(title, {name: arrays[name] for name in names}) for names in (columns, condition))
+    matrix = _matrix(title, {name: arrays[name] for name in (*columns, *condition)})
     for name in integer:
         _check_integers(title, name, arrays[name])
-    if condition and len(events) != len(conditions):
-        raise ValueError(f"{title}: got columns of {len(events)} and {len(conditions)} rows, needs as many of each")
-    train, validation, test = _split(title, len(events), validation_split, test_split, seed)
-    if len(train) < batch_size:
-        raise ValueError(f"{title}: got batch_size={batch_size} for {len(train)} rows of training, needs a smaller one")
-    is_integer = np.array([name in integer for name in columns])
-
-    def rows(indices: np.ndarray) -> tf.data.Dataset:
-        return tf.data.Dataset.from_tensor_slices((events[indices], *([conditions[indices]] if condition else [])))
-
-    counter = tf.data.Dataset.counter().map(lambda step: tf.stack([tf.constant(seed, tf.int64), step]))
-    if repeat:
-        shuffled, seeds = endlessly_shuffled(rows(train), seed), counter
-    else:
-        shuffled = rows(train).shuffle(len(train), seed=seed)
-        seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2, drop_remainder=True)
-    finish = _finishing(is_integer)
-    return Table(
-        columns,
-        condition,
-        integer,
-        finish(shuffled.batch(batch_size, drop_remainder=True), seeds),
-        *(finish(rows(indices).batch(batch_size), counter) for indices in (validation, test)),
-    )
+    parts = [matrix[:, : len(columns)], *([matrix[:, len(columns) :]] if condition else [])]
+    return _Content(title, columns, condition, integer, tuple(parts))
 
 
 def _read(source: Any, title: str) -> dict[str, np.ndarray]:
@@ -184,7 +266,7 @@ def _matrix(title: str, columns: dict[str, np.ndarray]) -> np.ndarray:
     lengths = {name: len(column) for name, column in numbers.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{title}: got columns of {lengths} rows, needs as many of each")
-    return np.stack(list(numbers.values()), axis=1) if numbers else np.zeros([0, 0], np.float32)
+    return np.stack(list(numbers.values()), axis=1)
 
 
 def _as_floats(title: str, name: str, column: np.ndarray) -> np.ndarray:
@@ -210,8 +292,8 @@ def _check_integers(title: str, name: str, column: np.ndarray) -> None:
         )
 
 
-def _split(title: str, num_rows: int, validation_split: float, test_split: float, seed: int) -> list[np.ndarray]:
-    """Indices of the rows for training, validation and test."""
+def _split(title: str, num_rows: int, validation_split: float, test_split: float, seed: int) -> dict[str, np.ndarray]:
+    """Indices of the rows of each part."""
     sizes = [max(1, round(share * num_rows)) for share in (test_split, validation_split)]
     if not (0.0 < validation_split < 1.0 and 0.0 < test_split < 1.0) or sum(sizes) >= num_rows:
         raise ValueError(
@@ -219,22 +301,4 @@ def _split(title: str, num_rows: int, validation_split: float, test_split: float
             "between 0 and 1 that leave rows for training"
         )
     test, validation, train = np.split(np.random.default_rng(seed).permutation(num_rows), np.cumsum(sizes))
-    return [train, validation, test]
-
-
-def _finishing(is_integer: np.ndarray) -> Callable[[tf.data.Dataset, tf.data.Dataset], tf.data.Dataset]:
-    """A function that gives batches of rows their noise and form."""
-
-    def finished(batch: tuple[tf.Tensor, ...], seed: tf.Tensor) -> Any:
-        events, *condition = batch
-        if is_integer.any():
-            events += tf.random.stateless_uniform(tf.shape(events), seed) * tf.constant(is_integer, tf.float32)
-        return {"x": events, "condition": condition[0]} if condition else events
-
-    def finish(batches: tf.data.Dataset, seeds: tf.data.Dataset) -> tf.data.Dataset:
-        options = tf.data.Options()
-        options.autotune.enabled = False  # as in `load`
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-        return tf.data.Dataset.zip(batches, seeds).map(finished).prefetch(1).with_options(options)
-
-    return finish
+    return {"train": train, "validation": validation, "test": test}
