@@ -68,6 +68,8 @@ STUDIES = {
     ),
     "CIFAR-10, progressive": Study("CIFAR-10 16x16", 4, 2500, ("Haar", KLT, *PROGRESSIVE)),
     "CIFAR-10, Glow": Study("CIFAR-10 16x16", 4, 2500, (*IMAGES[:1], KLT, *GLOW)),
+    "CIFAR-10, 32x32, Glow": Study("CIFAR-10", 4, 1000, (*IMAGES[:1], *GLOW)),
+    "MNIST, Glow": Study("MNIST 16x16", 3, 2500, (*IMAGES[:1], *GLOW)),
     "CIFAR-10, 10,000 steps": Study("CIFAR-10 16x16", 4, 10_000, ("Haar", KLT, PROGRESSIVE[-1]), seeds=1),
     "CIFAR-10, 32x32": Study("CIFAR-10", 4, 1000, (*IMAGES, *PROGRESSIVE[2:])),
     "CIFAR-10, 32x32, 2,500 steps": Study("CIFAR-10", 4, 2500, ("Haar", PROGRESSIVE[-1]), seeds=1),
