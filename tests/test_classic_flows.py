@@ -518,6 +518,18 @@ def test_a_neural_spline_flow_stays_within_bounds():
     assert 0.0 <= unit.min() < 0.1 and 0.9 < unit.max() <= 1.0 and high.min() >= 2.0 and low.max() <= 3.0
 
 
+def test_a_neural_spline_flow_standardises_its_condition():
+    model = dimflows.FlowModel(small("nsf", condition_shape=[2]))
+    x, condition = normal([64, 5], 0, "float32"), 1e4 + 50.0 * normal([64, 2], 1, "float32")
+    model.adapt({"x": x, "condition": condition})
+    means = [v.numpy() for v in model.bijector.variables if v.shape == [2] and "mean" in v.name]
+    assert_close(means[0], np.mean(condition, axis=0), 1e-5)
+    for v in model.trainable_variables:
+        v.assign_add(0.3 * normal(v.shape, 3, "float32"))
+    first, second = (model.log_prob(x, condition=some) for some in (condition, condition + 50.0))
+    assert 1e-3 < np.abs(first - second).mean() < 1e3
+
+
 def test_components_of_mixtures_differ_and_learn():
     distribution = small("maf", transformer="mixture")
     y = normal([64, 5], 0, "float32")
@@ -589,6 +601,8 @@ def test_the_likelihood_of_an_autoencoder_is_a_distribution_of_levels(levels):
         ("maf", [3], {"depth": 0}, "maf: got depth=0, needs a positive integer"),
         ("nsf", [1], {}, r"nsf: got event shape \[1\], needs two dimensions or more, or autoregressive=True"),
         ("nsf", [3], {"bounds": [None, [0, 1]]}, "Standardize: got bounds=.*, needs None or a pair of numbers for each of 3"),
+        ("nsf", [3], {"bounds": [None] * 3, "grey_levels": 4}, "nsf: got bounds=.*, needs continuous vectors"),
+        ("nsf", [1], {"mixing": "qr", "autoregressive": True}, "nsf: got mixing='qr', needs lu, rotation or None"),
         ("nsf", [3], {"mixing": "qr"}, "nsf: got mixing='qr', needs lu, rotation or None"),
         ("nsf", [3], {"bound": 0.0}, "nsf: got bound=0.0, needs a positive number"),
         ("nsf", [3], {"num_bins": 0}, "nsf: got num_bins=0, needs a positive integer"),

@@ -99,15 +99,37 @@ def test_what_does_not_fit_a_table_is_refused(finished, tmp_path, capsys):
         (["evaluate", str(run), "--split", "train"], "got --split train, needs test, validation or all"),
         ([*train, "--flips"], "got --flips for the table"),
         ([*train, "--image-size", "8"], "got --image-size for the table"),
-        ([*train, "--validation-split", "0"], "needs shares between 0 and 1"),
+        ([*train, "--validation-split", "1.0"], "needs a number from 0 to below 1"),
+        ([*train, "--background", "black"], "got --background for the table"),
+        ([*train, "--set", "bounds=[[80,null],null]"], "column 'weight' has"),
         ([*train, "--integer", "weight"], "column 'weight' has"),
         (["train", "nsf", "--data", "none.csv", "--out", str(tmp_path / "other"), *SIZES], "there is no such file"),
         (["train", "nsf", "--data", "digits", "--condition", "a", "--out", str(tmp_path / "other"), *SIZES], "are for tables"),
         ([*argv, *SIZES], "already holds a run"),
     ):
-        assert cli.main(words) == 2, words
+        try:
+            status = cli.main(words)
+        except SystemExit as exit:  # of argparse
+            status = exit.code
+        assert status == 2, words
         assert message in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_table_that_has_changed(finished, tmp_path, capsys):
+    run, path, argv = finished
+    content = path.read_bytes()
+    write(path, {name: column[::-1] for name, column in ROWS.items()})
+    try:
+        for words in (["evaluate", str(run)], ["score", str(run), "--out", str(tmp_path / "scores.csv")]):
+            assert cli.main(words) == 2
+            assert "has changed since" in capsys.readouterr().err
+        assert cli.main(["evaluate", str(run), "--split", "all"]) == 0
+        assert cli.main([*argv, *SIZES, "--resume"]) == 2
+        assert "holds a run of another configuration: data=" in capsys.readouterr().err
+    finally:
+        path.write_bytes(content)
 
 
 @pytest.mark.slow

@@ -112,6 +112,21 @@ def test_integers_have_noise_that_is_fixed_but_in_training():
     np.testing.assert_array_equal(columns["b"], np.floor(first[:, 1]))
 
 
+def test_noise_keeps_integers_off_their_ends(monkeypatch):
+    large = {"a": np.arange(100) + 2**19}
+    for ends in (0.0, 1.0 - 2.0**-24):
+        monkeypatch.setattr(tf.random, "stateless_uniform", lambda shape, seed, ends=ends: tf.fill(shape, ends))
+        values = np.concatenate(list(dimflows.data.table(large, integer=["a"], batch_size=20).train.as_numpy_iterator()))
+        assert set(np.floor(values[:, 0])) <= set(large["a"]) and (values % 1.0 > 0.0).all()
+
+
+def test_no_rows_for_validation_and_the_digest_of_a_table():
+    table = dimflows.data.table(COLUMNS, batch_size=8, validation_split=0.0)
+    assert table.validation is None and len(table.indices["train"]) == 45
+    assert table.digest == dimflows.data.table(COLUMNS, batch_size=4, seed=3).digest
+    assert table.digest != dimflows.data.table({name: column[::-1] for name, column in COLUMNS.items()}, batch_size=4).digest
+
+
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
@@ -126,7 +141,19 @@ def test_integers_have_noise_that_is_fixed_but_in_training():
         ({}, {"condition": ["a", "b", "c"]}, "needs one column or more"),
         ({}, {"condition": ["b"], "integer": ["b"]}, "and integers among them"),
         ({}, {"integer": ["a"]}, "column 'a' has .* in row 0, counted from 0, needs integers"),
-        ({"b": [2**24] * 50}, {"integer": ["b"]}, "column 'b' has 16777216.0 in row 0"),
+        ({"b": [2**20] * 50}, {"integer": ["b"]}, "column 'b' has 1048576.0 in row 0"),
+        ({"a": np.array(["2020-01-01"] * 50, "datetime64[ns]")}, {}, "column 'a' is of type datetime64"),
+        ({"a": np.ones(50, complex)}, {}, "column 'a' is of type complex128, needs numbers"),
+        ({"a": ["1_0"] * 50}, {}, "column 'a' has '1_0' in row 0"),
+        ({1: np.ones(50), "1": np.ones(50)}, {}, "needs each name once"),
+        ({"": np.ones(50)}, {}, "got a column without a name, such as a data frame's index"),
+        ({}, {"bounds": [None]}, "needs None or a pair of numbers for each of"),
+        (
+            {"a": [1.0] * 49 + [0.0]},
+            {"bounds": [[0, None], None, None]},
+            "column 'a' has 0.0 in row 49, counted from 0, needs num",
+        ),
+        ({"b": [1] * 49 + [3]}, {"integer": ["b"], "bounds": [None, [1, 3], None]}, "column 'b' has 3.0 in row 49"),
         ({}, {"test_split": 0.6, "validation_split": 0.4}, "got validation_split=0.4 and test_split=0.6 of 50 rows"),
         ({}, {"test_split": 0.0}, "needs shares between 0 and 1"),
         ({}, {"batch_size": 41}, "got batch_size=41 for 40 rows of training"),
@@ -143,6 +170,19 @@ def test_bad_files_are_refused(tmp_path):
     (tmp_path / "table.txt").write_text("a b")
     with pytest.raises(ValueError, match="got a file of kind '.txt', needs .csv, .parquet or .npz"):
         dimflows.data.table(tmp_path / "table.txt")
+    (tmp_path / "single.csv").write_text("a\n1\n\n3\n")
+    with pytest.raises(ValueError, match="column 'a' has nan in row 1"):
+        dimflows.data.table(tmp_path / "single.csv")
+    np.savez(tmp_path / "clash.npz", a=np.ones([20, 2]), a_0=np.ones(20))
+    with pytest.raises(ValueError, match="needs each name once"):
+        dimflows.data.table(tmp_path / "clash.npz")
+    np.savez(tmp_path / "scalar.npz", a=np.ones(20), b=3)
+    with pytest.raises(ValueError, match=r"column 'b' has the shape \[\]"):
+        dimflows.data.table(tmp_path / "scalar.npz")
+    assert dimflows.data.table(tmp_path / "scalar.npz", columns=["a"], batch_size=4).columns == ("a",)
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(ValueError, match="broken.npz"):
+        dimflows.data.table(tmp_path / "broken.npz")
     write_csv(tmp_path / "gap.csv", {"a": [1, "", 3], "b": [1, 2, 3]})
     with pytest.raises(ValueError, match="gap.csv'?: column 'a' has nan in row 1"):
         dimflows.data.table(tmp_path / "gap.csv")

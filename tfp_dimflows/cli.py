@@ -241,7 +241,7 @@ def _add_data_dir(command: argparse.ArgumentParser) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _type(kind: Callable[[str], Any], is_valid: Callable[[Any], bool], needs: str) -> Callable[[str], Any]:

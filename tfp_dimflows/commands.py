@@ -74,17 +74,21 @@ def _train_into(out: str, arguments: argparse.Namespace) -> None:
 
 
 def _train_on_table(out: str, arguments: argparse.Namespace) -> None:
-    data_options = dict(arguments.data_options)
-    batch_size = data_options.pop("batch_size")
-    of_images = ("image_size", "grey_levels", "conditional")
-    given = [name for name in of_images if getattr(arguments, name)] + [name for name in data_options if data_options[name]]
-    if given or arguments.background != "white" or arguments.test_split != "test":
-        names = ", ".join("--" + name.replace("_", "-") for name in given or ["background", "test_split"])
+    of_images: dict[str, Any] = {
+        "image_size": None,
+        "grey_levels": None,
+        "conditional": None,
+        "background": "white",
+        "test_split": "test",
+    }
+    of_images |= {"flips": False, "shifts": 0}
+    if given := [name for name, default in of_images.items() if getattr(arguments, name, default) != default]:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"train: got {names} for the table {arguments.data}, which are for images")
     columns: dict[str, Any] = {name: getattr(arguments, name) for name in _TABLE if name in arguments}
-    seed = arguments.options.get("seed", 0)
+    seed, batch_size = arguments.options.get("seed", 0), arguments.data_options["batch_size"]
     stored = {"validation_split": arguments.validation_split, "batch_size": batch_size, "seed": seed}
-    table = data.table(arguments.data, repeat=True, **columns, **stored)
+    table = data.table(arguments.data, repeat=True, bounds=arguments.set.get("bounds"), **columns, **stored)
     condition = {"condition_shape": [len(table.condition)]} if table.condition else {}
     training.train(
         arguments.recipe,
@@ -99,6 +103,7 @@ def _train_on_table(out: str, arguments: argparse.Namespace) -> None:
             "data": {
                 "name": str(pathlib.Path(arguments.data).expanduser().resolve()),
                 "table": {name: list(getattr(table, name)) for name in _TABLE},
+                "digest": table.digest,
                 **stored,
             },
             "validation_split": arguments.validation_split,
@@ -219,15 +224,23 @@ def _table_data(
     arguments: argparse.Namespace, stored: dict[str, Any], split: str | None, batch_size: int | None, name: str | None
 ) -> tuple[tf.data.Dataset, Iterable[int]]:
     """Rows of a part of a run's table, or all rows of it or of another one, and their numbers."""
-    columns, of_run = stored["table"], name in (None, stored["name"])
+    columns = stored["table"]
+    of_run = name is None or pathlib.Path(name).expanduser().resolve() == pathlib.Path(stored["name"])
     if split not in (None, "test", "validation", "all") or (split in ("test", "validation") and not of_run):
         needs = "test, validation or all" if of_run else "all"
         raise ValueError(f"{arguments.command}: got --split {split}, needs {needs}, of a table")
     batch_size = batch_size or stored["batch_size"]
     if split == "all" or not of_run:
-        return data.rows(name or stored["name"], **columns, batch_size=batch_size), itertools.count()
+        return data.rows(name or stored["name"], **columns, batch_size=batch_size, seed=stored["seed"]), itertools.count()
     options = {option: stored[option] for option in ("validation_split", "batch_size", "seed")}
     table, part = data.table(stored["name"], **columns, **options), split or "test"
+    if table.digest != stored["digest"]:
+        raise ValueError(
+            f"{arguments.command}: {stored['name']} has changed since {arguments.run} was trained, so that its {part} rows are "
+            "not known any more; needs --split all"
+        )
+    if getattr(table, part) is None:
+        raise ValueError(f"{arguments.command}: {arguments.run} has no rows for validation")
     return getattr(table, part).unbatch().batch(batch_size), table.indices[part].tolist()
 
 

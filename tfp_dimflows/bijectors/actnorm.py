@@ -122,14 +122,12 @@ class Standardize(base.FlowBijector):
         name: str = "standardize",
     ):
         parameters = dict(locals())
-        pairs = [(None, None) if pair is None else tuple(pair) for pair in bounds or [None] * channels]
-        if len(pairs) != channels or any(len(pair) != 2 for pair in pairs):
+        pairs = [(None, None)] * channels if bounds is None else [_pair(bounds, pair, channels) for pair in bounds]
+        if len(pairs) != channels:
             raise ValueError(
                 f"Standardize: got bounds={bounds!r}, needs None or a pair of numbers for each of {channels} columns"
             )
-        for low, high in pairs:
-            if low is not None and high is not None and not low < high:
-                raise ValueError(f"Standardize: got the bounds {low!r} and {high!r}, needs the lower one first")
+        self._bounds = f"bounds={bounds!r}"
         self._mean = tf.Variable(tf.zeros([channels], dtype), trainable=False, name="mean")
         self._log_scale = tf.Variable(tf.zeros([channels], dtype), trainable=False, name="log_scale")
         self._is_bounded = np.array([[end is not None for end in pair] for pair in pairs]).T
@@ -148,7 +146,7 @@ class Standardize(base.FlowBijector):
         above, below = tf.where(has_low, y - low, tf.ones_like(y)), tf.where(has_high, high - y, tf.ones_like(y))
         u = tf.where(has_low | has_high, tf.math.log(above) - tf.math.log(below), y)
         if adapting():
-            u = tf.debugging.assert_all_finite(u, f"{self.name}: got data that is not finite, or not inside the bounds")
+            u = tf.debugging.assert_all_finite(u, f"{self.name}: got data that is not finite, or not inside {self._bounds}")
             mean, log_scale = _moments(u, self._mean.shape)
             self._mean.assign(tf.cast(mean, self._mean.dtype))
             self._log_scale.assign(tf.cast(log_scale, self._mean.dtype))
@@ -183,6 +181,17 @@ class Standardize(base.FlowBijector):
     def _check(self, value: tf.Tensor) -> None:
         if value.shape[-1:] != self._mean.shape:
             raise ValueError(f"{self.name}: got {value.shape[-1]} columns, has parameters for {self._mean.shape[0]}")
+
+
+def _pair(bounds: Any, pair: Any, channels: int) -> tuple[float | None, float | None]:
+    """Two ends of an interval, of which None means that there is none."""
+    ends = (None, None) if pair is None else tuple(pair) if isinstance(pair, Sequence | np.ndarray) else ()
+    if len(ends) != 2 or not all(end is None or np.isfinite(end) for end in ends):
+        raise ValueError(f"Standardize: got bounds={bounds!r}, needs None or a pair of numbers for each of {channels} columns")
+    low, high = ends
+    if low is not None and high is not None and not low < high:
+        raise ValueError(f"Standardize: got the bounds {low!r} and {high!r}, needs the lower one first")
+    return low, high
 
 
 def _moments(value: tf.Tensor, shape: tf.TensorShape) -> tuple[tf.Tensor, tf.Tensor]:

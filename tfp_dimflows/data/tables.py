@@ -1,7 +1,9 @@
 """`table`: columns of numbers, from files and data frames, as batches of events and conditions."""
 
 import dataclasses
+import hashlib
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import tensorflow as tf
 from tfp_dimflows.data.pipeline import endlessly_shuffled
 from tfp_dimflows.messages import check_name
 
-_LARGEST_INTEGER = 2**24  # beyond it float32 has none that are odd
+_LARGEST_INTEGER = 2**20  # beyond it float32 has hardly room for noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +24,20 @@ class Table:
       columns: names of the columns of an event, in their order.
       condition: names of the columns of its condition.
       integer: names of those columns of an event that hold integers.
+      digest: of all numbers of these columns, by which a table that has changed is known.
       indices: which rows of the table, counted from 0, are in `"train"`, `"validation"` and `"test"`.
       train: batches of rows for training: float32 events `[batch_size, D]`, with a condition dicts of `"x"` and `"condition"`.
-      validation: the same for validation, in a fixed order, the last batch perhaps smaller.
+      validation: the same for validation, in a fixed order, the last batch perhaps smaller; None without rows for it.
       test: the same for the test.
     """
 
     columns: tuple[str, ...]
     condition: tuple[str, ...]
     integer: tuple[str, ...]
+    digest: str
     indices: dict[str, np.ndarray]
     train: tf.data.Dataset
-    validation: tf.data.Dataset
+    validation: tf.data.Dataset | None
     test: tf.data.Dataset
 
     def to_columns(self, events: Any) -> dict[str, np.ndarray]:
@@ -54,6 +58,7 @@ def table(
     columns: Sequence[str] | None = None,
     condition: Sequence[str] = (),
     integer: Sequence[str] = (),
+    bounds: Sequence[Sequence[float | None] | None] | None = None,
     batch_size: int = 128,
     validation_split: float = 0.1,
     test_split: float = 0.1,
@@ -62,8 +67,8 @@ def table(
 ) -> Table:
     """Reads columns of numbers, and splits their rows by a seed into training, validation and test.
 
-    Values stay in the table's units: a flow standardises them by `FlowModel.adapt`, as those of recipes of vectors do.
-    Noise from [0, 1) is added to columns of integers, to those for training anew in each pass, so that the density of an event
+    Values stay in the table's units: flows of recipes of vectors standardise events by `FlowModel.adapt`, `nsf` conditions too.
+    Noise from (0, 1) is added to columns of integers, to those for training anew in each pass, so that the density of an event
     is a lower bound, in the mean over the noise, of the probability of its integers.
 
     Args:
@@ -72,8 +77,10 @@ def table(
       columns: names of the columns of an event; None: all but those of the condition.
       condition: names of the columns of its condition.
       integer: names of columns of an event that hold integers.
+      bounds: for each column of an event None, or the interval (low, high) in which its values are, as of the recipe `nsf`;
+        either end may be None.
       batch_size: rows per batch.
-      validation_split: share of the rows for validation, at least one row.
+      validation_split: share of the rows for validation, at least one row; 0: none.
       test_split: share of the rows for the test, at least one row.
       seed: integer seed of the splits, of the order of the rows for training, and of the noise.
       repeat: whether the batches for training are repeated without end, the same in each iteration, as
@@ -81,7 +88,8 @@ def table(
 
     Raises:
       ValueError: if the file is of another kind, a column does not exist, has text, a missing or infinite value (the message
-        says in which row), or is named twice; if integers are none, or too large for float32; if the shares leave no rows.
+        says in which row), a value that is not inside its bounds, no name, or one that is there twice; if integers are none, or
+        2^20 and more in size; if the shares leave no rows.
       FileNotFoundError: if there is no such file.
 
     #### Example
@@ -94,6 +102,7 @@ def table(
     {'a': array([0.5]), 'b': array([2])}
     """
     content = _content(source, columns, condition, integer)
+    content.check_bounds(bounds)
     title, num_rows = content.title, len(content.arrays[0])
     indices = _split(title, num_rows, validation_split, test_split, seed)
     if len(indices["train"]) < batch_size:
@@ -111,7 +120,8 @@ def table(
     train = content.finished(batches)
     noisy = content.with_noise(seed)
     validation, test = (noisy.finished(noisy.examples(indices[part]).batch(batch_size)) for part in ("validation", "test"))
-    return Table(content.columns, content.condition, content.integer, indices, train, validation, test)
+    validation = validation if len(indices["validation"]) else None
+    return Table(content.columns, content.condition, content.integer, content.digest(), indices, train, validation, test)
 
 
 def rows(
@@ -170,21 +180,47 @@ class _Content:
         """Some rows."""
         return tf.data.Dataset.from_tensor_slices(tuple(array[indices] for array in self.arrays))
 
+    def digest(self) -> str:
+        """That of `Table`."""
+        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in self.arrays)).hexdigest()[:16]
+
+    def check_bounds(self, bounds: Sequence[Sequence[float | None] | None] | None) -> None:
+        """Raises a ValueError for bounds of another number, and for the first value that is not inside."""
+        if bounds is not None and len(bounds) != len(self.columns):
+            raise ValueError(f"{self.title}: got bounds={bounds!r}, needs None or a pair of numbers for each of {self.columns}")
+        for name, column, pair in zip(self.columns, self.arrays[0].T, bounds or ()):
+            low, high = (None, None) if pair is None else pair
+            is_integer = name in self.integer  # whose noise keeps it off the ends
+            is_bad = np.zeros(len(column), bool)
+            if low is not None:
+                is_bad |= column < low if is_integer else column <= low
+            if high is not None:
+                is_bad |= column + 1 > high if is_integer else column >= high
+            if is_bad.any():
+                row = int(np.argmax(is_bad))
+                raise ValueError(
+                    f"{self.title}: column {name!r} has {column[row]} in row {row}, counted from 0, needs numbers between "
+                    f"{low} and {high}{', with 1 to spare for the noise of integers' if is_integer else ''}"
+                )
+
     def with_noise(self, seed: int) -> "_Content":
         """The rows with noise of their integers."""
         events, *condition = self.arrays
-        noise = np.random.default_rng(seed).uniform(size=events.shape) * self._is_integer()
-        return dataclasses.replace(self, arrays=((events + noise).astype(np.float32), *condition))
+        noise = np.random.default_rng(seed).uniform(size=events.shape).astype(np.float32)
+        noisy = np.clip(events + noise, np.nextafter(events, np.inf), np.nextafter(events + 1, -np.inf))
+        return dataclasses.replace(self, arrays=(np.where(self._is_integer(), noisy, events), *condition))
 
     def batch_with_noise(self, batch: tuple[tf.Tensor, ...], seed: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """A batch of rows with noise of their integers."""
         events, *condition = batch
         if self.integer:
-            events += tf.random.stateless_uniform(tf.shape(events), seed) * self._is_integer()
+            least, most = tf.math.nextafter(events, np.inf), tf.math.nextafter(events + 1.0, -np.inf)
+            noisy = tf.clip_by_value(events + tf.random.stateless_uniform(tf.shape(events), seed), least, most)
+            events = tf.where(self._is_integer(), noisy, events)
         return (events, *condition)
 
     def _is_integer(self) -> np.ndarray:
-        return np.array([name in self.integer for name in self.columns], np.float32)
+        return np.array([name in self.integer for name in self.columns])
 
     def finished(self, batches: tf.data.Dataset) -> tf.data.Dataset:
         """Batches of rows in the form that `FlowModel` takes."""
@@ -223,14 +259,17 @@ def _read(source: Any, title: str) -> dict[str, np.ndarray]:
         names = source.keys() if isinstance(source, Mapping) else getattr(source, "columns", None)
         if names is None:
             raise ValueError(f"{title}: got a {type(source).__name__}, needs a path, a data frame or a dict of columns")
-        return {str(name): np.asarray(source[name]) for name in names}
+        return _named(title, [(str(name), np.asarray(source[name])) for name in names])
     path = os.path.expanduser(os.fspath(source))
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{title}: there is no such file")
     kind = os.path.splitext(path)[1].lower()
     if kind == ".npz":
-        with np.load(path) as stored:
-            return dict(column for name in stored.files for column in _columns_of(name, stored[name]))
+        try:
+            with np.load(path) as stored:
+                return _named(title, [column for name in stored.files for column in _columns_of(name, stored[name])])
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{title}: {error}") from None
     if kind not in (".csv", ".parquet"):
         raise ValueError(f"{title}: got a file of kind {kind!r}, needs .csv, .parquet or .npz")
     import pyarrow
@@ -238,15 +277,24 @@ def _read(source: Any, title: str) -> dict[str, np.ndarray]:
 
     try:
         content = csv.read_csv(path) if kind == ".csv" else parquet.read_table(path)
+        if kind == ".csv" and len(content.column_names) == 1:  # of which an empty line is a row without a value
+            content = csv.read_csv(path, parse_options=csv.ParseOptions(ignore_empty_lines=False))
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{title}: {error}") from None
-    if len(set(content.column_names)) < len(content.column_names):
-        raise ValueError(f"{title}: got the columns {content.column_names}, needs each name once")
-    return {name: content[name].to_numpy() for name in content.column_names}
+    return _named(title, list(zip(content.column_names, (column.to_numpy() for column in content.columns), strict=True)))
+
+
+def _named(title: str, columns: list[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    names = [name for name, _ in columns]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{title}: got the columns {names}, needs each name once")
+    if "" in names:
+        raise ValueError(f"{title}: got a column without a name, such as a data frame's index; write the file without it")
+    return dict(columns)
 
 
 def _columns_of(name: str, array: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    return [(name, array)] if array.ndim == 1 else [(f"{name}_{k}", column) for k, column in enumerate(array.T)]
+    return [(name, array)] if array.ndim != 2 else [(f"{name}_{k}", column) for k, column in enumerate(array.T)]
 
 
 def _matrix(title: str, columns: dict[str, np.ndarray]) -> np.ndarray:
@@ -272,10 +320,12 @@ def _matrix(title: str, columns: dict[str, np.ndarray]) -> np.ndarray:
 def _as_floats(title: str, name: str, column: np.ndarray) -> np.ndarray:
     if column.dtype.kind in "biuf":
         return column.astype(np.float64)
+    if column.dtype.kind not in "OUS":
+        raise ValueError(f"{title}: column {name!r} is of type {column.dtype}, needs numbers")
     floats = np.full(len(column), np.nan)
     for row, value in enumerate(column):
         try:
-            floats[row] = np.nan if value is None else float(value)
+            floats[row] = np.nan if value is None else float(value.replace("_", "?") if isinstance(value, str) else value)
         except (TypeError, ValueError):
             raise ValueError(
                 f"{title}: column {name!r} has {str(value)!r} in row {row}, counted from 0, needs numbers"
@@ -288,14 +338,14 @@ def _check_integers(title: str, name: str, column: np.ndarray) -> None:
     bad = np.flatnonzero((np.floor(column) != column) | (np.abs(column) >= _LARGEST_INTEGER))
     if len(bad):
         raise ValueError(
-            f"{title}: column {name!r} has {column[bad[0]]} in row {bad[0]}, counted from 0, needs integers below 2^24 in size"
+            f"{title}: column {name!r} has {column[bad[0]]} in row {bad[0]}, counted from 0, needs integers below 2^20 in size"
         )
 
 
 def _split(title: str, num_rows: int, validation_split: float, test_split: float, seed: int) -> dict[str, np.ndarray]:
     """Indices of the rows of each part."""
-    sizes = [max(1, round(share * num_rows)) for share in (test_split, validation_split)]
-    if not (0.0 < validation_split < 1.0 and 0.0 < test_split < 1.0) or sum(sizes) >= num_rows:
+    sizes = [max(1, round(share * num_rows)) if share else 0 for share in (test_split, validation_split)]
+    if not (0.0 <= validation_split < 1.0 and 0.0 < test_split < 1.0) or sum(sizes) >= num_rows:
         raise ValueError(
             f"{title}: got validation_split={validation_split} and test_split={test_split} of {num_rows} rows, needs shares "
             "between 0 and 1 that leave rows for training"

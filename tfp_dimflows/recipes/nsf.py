@@ -34,7 +34,7 @@ def nsf(
 
     From data to latent each layer is a trained linear map of all dimensions, splines of one half of them given the other (the
     halves take turns), or of each given those before it (the order is reversed from one to the next), and an ActNorm. Next to
-    the data is a `dfb.Standardize`, which needs `FlowModel.adapt`. Images are flattened.
+    the data is a `dfb.Standardize`, another standardises the condition: they need `FlowModel.adapt`. Images are flattened.
 
     A log-density takes one evaluation of each network. So does a sample of couplings; an autoregressive one takes as many as
     there are dimensions.
@@ -75,6 +75,10 @@ def nsf(
         raise ValueError(f"nsf: got event shape {list(shape)}, needs two dimensions or more, or autoregressive=True")
     if not bound > 0.0:
         raise ValueError(f"nsf: got bound={bound!r}, needs a positive number")
+    if bounds is not None and (len(shape) == 3 or grey_levels is not None):
+        raise ValueError(f"nsf: got bounds={bounds!r}, needs continuous vectors for them")
+    if mixing not in _MIXING:
+        raise ValueError(f"nsf: got mixing={mixing!r}, needs lu, rotation or None")
     condition = common.condition_channels("nsf", condition_shape, (dims,))
     hidden = common.hidden_sizes("nsf", hidden, dims)
     *linear_seeds, splines_seed = common.seeds(seed, depth + 1)
@@ -91,7 +95,13 @@ def nsf(
     parts.append(dfb.Standardize(dims, bounds, dtype=common.floatx()))
     for maps, layer in zip(linear, splines, strict=True):
         parts += [*maps, layer, dfb.ActNorm(dims, dtype=common.floatx())]
-    return common.as_distribution(dfb.Chain(parts), shape, grey_levels, common.logit(alpha))
+    flow: tfb.Bijector = dfb.Chain(parts)
+    if condition:
+        flow = dfb.EmbedCondition(flow, dfb.Standardize(condition, dtype=common.floatx()).inverse, condition_ndims=1)
+    return common.as_distribution(flow, shape, grey_levels, common.logit(alpha))
+
+
+_MIXING = ("lu", "rotation", None)
 
 
 def _linear_map(mixing: str | None, dims: int, seed: int) -> list[tfb.Bijector]:
@@ -99,9 +109,7 @@ def _linear_map(mixing: str | None, dims: int, seed: int) -> list[tfb.Bijector]:
         return []
     if mixing == "lu":
         return [dfb.InvertibleConv1x1(dims, seed=seed, dtype=common.floatx())]
-    if mixing == "rotation":
-        return [dfb.Rotation(dims, "random", trainable=True, seed=seed, dtype=common.floatx())]
-    raise ValueError(f"nsf: got mixing={mixing!r}, needs lu, rotation or None")
+    return [dfb.Rotation(dims, "random", trainable=True, seed=seed, dtype=common.floatx())]
 
 
 def _couplings(
