@@ -68,8 +68,8 @@ def table(
     """Reads columns of numbers, and splits their rows by a seed into training, validation and test.
 
     Values stay in the table's units: flows of recipes of vectors standardise events by `FlowModel.adapt`, `nsf` conditions too.
-    Noise from (0, 1) is added to columns of integers, to those for training anew in each pass, so that the density of an event
-    is a lower bound, in the mean over the noise, of the probability of its integers.
+    Noise from (0, 1) is added to columns of integers, to those for training anew in each pass. The log-density of an event, in
+    the mean over the noise, is then at most the logarithm of the probability of its integers.
 
     Args:
       source: the path of a CSV file with a header, of a Parquet file, or of an `.npz` file of arrays `[N]` (or `[N, n]`, whose
